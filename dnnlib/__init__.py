@@ -1,0 +1,1 @@
+"""Helpers that know no tensors: the config schema, files, and words for the console."""

@@ -1,0 +1,18 @@
+"""What the commands say: mistakes as sentences, progress as a bar with the time that is left."""
+
+import click
+from tqdm import tqdm
+
+
+class UserError(click.ClickException, ValueError):
+    """A mistake that the user can mend. The message is one sentence: what is wrong, where, and how to mend it.
+
+    Commands end with `Error: <sentence>` and exit code 2; in Python it is a ValueError.
+    """
+
+    exit_code = 2
+
+
+def progress(iterable, *, desc: str, total: int | None = None, unit: str = "img") -> tqdm:
+    """`iterable` behind a bar with rate and ETA on stderr; silent when stderr is no terminal."""
+    return tqdm(iterable, desc=desc, total=total, unit=unit, dynamic_ncols=True, disable=None)

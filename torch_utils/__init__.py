@@ -1,0 +1,1 @@
+"""Helpers that know tensors and no GANs."""

@@ -1,0 +1,1 @@
+"""Tensor operations, each a plain PyTorch function that is differentiable twice."""

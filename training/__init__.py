@@ -1,0 +1,1 @@
+"""The paper: networks, losses, data, and the loop that trains them."""
