@@ -1,0 +1,128 @@
+"""The released weights give the released pictures, logits and gradients (tests/reference/README.md)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dnnlib.console import UserError
+from training import losses
+from training.networks import positions
+from training.networks.official import discriminator_from_official, generator_from_official
+
+REFERENCES = sorted((Path(__file__).parent / "reference").glob("*.safetensors"))
+
+
+class Reference:
+    def __init__(self, path: Path):
+        with safe_open(path, "pt") as file:
+            self.config = json.loads(file.metadata()["config"])
+            self.all = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def under(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): t for name, t in self.all.items() if name.startswith(prefix)}
+
+
+@pytest.fixture(params=REFERENCES, ids=lambda path: path.stem)
+def ref(request):
+    return Reference(request.param)
+
+
+@pytest.fixture
+def G(ref):
+    return generator_from_official(ref.under("G/"), ref.config)
+
+
+@pytest.fixture
+def D(ref):
+    return discriminator_from_official(ref.under("D/"), ref.config)
+
+
+def label(ref):
+    return ref.all["in/c"] if ref.config["c_dim"] else None
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def test_mapping_and_truncation(ref, G):
+    z, c = ref.all["in/z"], label(ref)
+    assert relative_error(G.mapping(z, c), ref.all["out/ws"]) <= 1e-5
+    assert relative_error(G.mapping(z, c, truncation_psi=0.7), ref.all["out/ws_psi0.7"]) <= 1e-5
+    assert relative_error(G.mapping(z, c, 0.5, 3), ref.all["out/ws_psi0.5_cutoff3"]) <= 1e-5
+
+
+def test_pictures_at_every_scale(ref, G):
+    for scale in ref.config["scales"]:
+        side = round(ref.config["img_resolution"] * scale)
+        t = positions(side, "endpoints")
+        picture = G.synthesis(ref.all["out/ws"], rows=t, cols=t)
+        assert relative_error(picture, ref.all[f"out/img_x{scale}"]) <= 1e-4
+    assert relative_error(G(ref.all["in/z"], label(ref)), ref.all["out/img_x1"]) <= 1e-4
+
+
+def test_logits(ref, D):
+    assert relative_error(D(ref.all["in/real"], label(ref)), ref.all["out/D_real"]) <= 1e-4
+    assert relative_error(D(ref.all["out/img_x1"], label(ref)), ref.all["out/D_fake"]) <= 1e-4
+
+
+def released_gradients(ref, term: str, module, kind: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Our gradients beside the reference's, both in our layout: the importer itself rearranges the reference's."""
+    make = {"G": generator_from_official, "D": discriminator_from_official}[kind]
+    tensors = ref.under(f"{kind}/")
+    expected = {name: torch.zeros_like(t) if "resample" not in name else t for name, t in tensors.items()}
+    expected |= ref.under(f"grad/{term}/")
+    reference = dict(make(expected, ref.config).named_parameters())
+    return {name: (p.grad, reference[name]) for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("term", ["Gmain", "Greg", "Dmain", "Dreg"])
+def test_gradients(ref, G, D, term):
+    G.requires_grad_(term[0] == "G")
+    D.requires_grad_(term[0] == "D")
+    z, c, real, config = ref.all["in/z"], label(ref), ref.all["in/real"], ref.config
+    if term == "Gmain":
+        loss = losses.generator(D(G(z, c), c))
+    elif term == "Greg":
+        noise = ref.all["in/pl_noise_unscaled"]
+        lengths = losses.path_lengths(G.synthesis, G.mapping(z, c), noise)
+        penalty, mean = losses.path_penalty(lengths, torch.tensor(config["pl_mean_before"]), config["pl_decay"])
+        assert relative_error(mean, ref.all["out/pl_mean_after"]) <= 1e-4
+        loss = config["pl_weight"] * penalty
+    elif term == "Dmain":
+        loss = losses.critic(D(real, c), D(G(z, c), c))
+    else:
+        loss = config["r1_gamma"] / 2 * losses.r1(lambda x: D(x, c), real)
+    loss.mean().backward()
+    module = G if term[0] == "G" else D
+    pairs = released_gradients(ref, term, module, term[0])
+    assert len(pairs) >= 20
+    for name, (got, expected) in pairs.items():
+        got = torch.zeros_like(expected) if got is None else got
+        scale = max(expected.abs().max().item(), 1e-6)
+        assert (got - expected).abs().max().item() / scale <= 1e-3, name
+
+
+def test_wrong_tensors_are_one_clear_error(ref):
+    tensors = ref.under("G/")
+    tensors["synthesis.surprise"] = tensors.pop("synthesis.decoder_img.bias")
+    tensors["mapping.w_avg"] = tensors["mapping.w_avg"][1:]
+    with pytest.raises(UserError) as error:
+        generator_from_official(tensors, ref.config)
+    for part in (
+        "missing synthesis.decoder_img.bias",
+        "unexpected synthesis.surprise",
+        "mapping.w_avg is [",
+        "instead of",
+    ):
+        assert part in str(error.value)
+
+
+def test_another_resampling_filter_is_refused(ref):
+    tensors = ref.under("D/")
+    tensors["b8.conv1.resample_filter"] = torch.full((4, 4), 1 / 16)
+    with pytest.raises(UserError, match=r"b8\.conv1\.resample_filter"):
+        discriminator_from_official(tensors, ref.config)

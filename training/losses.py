@@ -1,0 +1,47 @@
+"""The four terms that train CREPS. Tensors in, one value per image out; no backward, no logging.
+
+Legend: N images, K styles per image, w the style dimension. Logits are [N,1], or any shape with N values.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def generator(fake_logits: Tensor) -> Tensor:
+    """[N,1] -> [N]: softplus(−D(G(z))), the non-saturating loss (Goodfellow et al., NeurIPS 2014)."""
+    return F.softplus(-fake_logits).flatten()
+
+
+def critic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """[N,1], [N,1] -> [N]: softplus(−D(real)) + softplus(D(fake))."""
+    return (F.softplus(-real_logits) + F.softplus(fake_logits)).flatten()
+
+
+def r1(D: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
+    """real [N,C,H,W] -> [N]: ‖∂ΣD(real)/∂real‖² (Mescheder et al., ICML 2018), to be weighted by γ/2."""
+    real = real.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(D(real).sum(), real, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3))
+
+
+def path_lengths(synthesis: Callable[[Tensor], Tensor], ws: Tensor, noise: Tensor) -> Tensor:
+    """ws [N,K,w], noise N(0,1) [N,C,H,W] -> [N]: √(mean over K of ‖∂Σ(image · noise/√(HW))/∂ws‖²). Differentiable.
+
+    StyleGAN2 (CVPR 2020), section 3.2. The penalty is (length − a)² with `a` a running mean of the lengths.
+    """
+    noise = noise / (noise.shape[2] * noise.shape[3]) ** 0.5
+    (gradient,) = torch.autograd.grad((synthesis(ws) * noise).sum(), ws, create_graph=True)
+    return gradient.square().sum(dim=2).mean(dim=1).sqrt()
+
+
+def path_penalty(lengths: Tensor, mean: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """lengths [N], running mean [] -> penalty [N], the new running mean [].
+
+    a ← a + decay · (mean length − a); penalty (length − a)² with the new a. As released, the gradient also flows
+    through the new a, so `lengths` must be those of the whole batch.
+    """
+    mean = mean.lerp(lengths.mean(), decay)
+    return (lengths - mean).square(), mean.detach()

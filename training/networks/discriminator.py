@@ -1,0 +1,148 @@
+"""StyleGAN2's residual discriminator (Karras et al., CVPR 2020, section 4.1).
+
+Legend: N images, C channels, R the resolution of a block. Features are [N,C,H,W].
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from dnnlib.config import Config
+from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
+from torch_utils.ops.resample import lowpass
+from training.networks.layers import CLAMP, EqualLinear
+from training.networks.mapping import Mapping
+
+
+class DiscriminatorConfig(Config):
+    img_resolution: int = Field(512, description="side of the square it judges, a power of two of at least 8")
+    img_channels: int = Field(3, ge=1)
+    c_dim: int = Field(0, ge=0, description="label numbers per image; 0 is unconditional")
+    channel_base: int = Field(32768, ge=1, description="resolution R has min(channel_base / R, channel_max) channels")
+    channel_max: int = Field(512, ge=1)
+    mbstd_group: int = Field(4, ge=1, description="images per group of the minibatch standard deviation, at most")
+    mapping_layers: int = Field(8, ge=0, description="layers of the label's mapping, when conditional")
+
+    @model_validator(mode="after")
+    def _buildable(self):
+        if self.img_resolution < 8 or self.img_resolution & (self.img_resolution - 1):
+            raise ValueError(f"img_resolution={self.img_resolution} is not a power of two of at least 8")
+        if self.channels(self.img_resolution) < 1:
+            raise ValueError(
+                f"channel_base={self.channel_base} leaves no channel at {self.img_resolution}×{self.img_resolution}; "
+                f"use at least {self.img_resolution}"
+            )
+        return self
+
+    def channels(self, resolution: int) -> int:
+        return min(self.channel_base // resolution, self.channel_max)
+
+
+class EqualConv2d(nn.Module):
+    """[N,I,H,W] -> [N,O,·,·]: k×k convolution with an equalised learning rate, activation with its gain, clamp.
+
+    With `halve` the picture is low-passed and every second sample kept: H and W become half.
+    `gain` multiplies the result.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, *, act="lrelu", bias=True, halve=False, gain=1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.act, self.halve = act, halve
+        self.gain = ACTIVATIONS[act].gain * gain
+        self.clamp = CLAMP * gain if bias else None  # the skip path, which has no bias, has no clamp either
+        self.weight_gain = 1 / math.sqrt(inputs * kernel**2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * self.weight_gain
+        kernel = weight.shape[-1]
+        if not self.halve:
+            x = F.conv2d(x, weight, padding=kernel // 2)
+        elif kernel == 1:
+            x = F.conv2d(lowpass(x, padding=1)[:, :, ::2, ::2], weight)
+        else:
+            x = F.conv2d(lowpass(x, padding=2), weight, stride=2)
+        return bias_act(x, self.bias, act=self.act, gain=self.gain, clamp=self.clamp, dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """[N,I,R,R] -> [N,O,R/2,R/2]."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        half = math.sqrt(0.5)  # the two paths are added: each carries half of the variance
+        self.conv0 = EqualConv2d(inputs, inputs, 3)
+        self.conv1 = EqualConv2d(inputs, outputs, 3, halve=True, gain=half)
+        self.skip = EqualConv2d(inputs, outputs, 1, act="linear", bias=False, halve=True, gain=half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1(self.conv0(x)) + self.skip(x)
+
+
+def minibatch_std(x: Tensor, group: int) -> Tensor:
+    """[N,C,H,W] -> [N,C+1,H,W]: appends how much the images of a group differ, averaged over channels and pixels.
+
+    Progressive GAN (ICLR 2018), section 3. With G = min(group, N), image n shares its group with every (N/G)-th image:
+    n, n + N/G, n + 2N/G, … So when a batch is dealt out to processes like cards (image i to process i mod P), every
+    group stays together, and P processes compute what one would.
+    """
+    n, _, height, width = x.shape
+    group = min(group, n)
+    if n % group:
+        raise ValueError(f"{n} images do not divide into minibatch-std groups of {group}; use a multiple of {group}")
+    y = x.unflatten(0, (group, n // group))
+    # Not Tensor.var: its second derivative, which R1 takes, is ten times as far from float64.
+    variance = (y - y.mean(dim=0)).square().mean(dim=0)
+    deviation = (variance + 1e-8).sqrt().mean(dim=(1, 2, 3))
+    return torch.cat([x, deviation.repeat(group)[:, None, None, None].expand(n, 1, height, width)], dim=1)
+
+
+class Epilogue(nn.Module):
+    """[N,C,4,4] -> [N,outputs], in at least float32: the logits decide the sign of every gradient."""
+
+    def __init__(self, channels: int, outputs: int, mbstd_group: int):
+        super().__init__()
+        self.mbstd_group = mbstd_group
+        self.conv = EqualConv2d(channels + 1, channels, 3)
+        self.fc = EqualLinear(channels * 16, channels, act="lrelu")
+        self.out = EqualLinear(channels, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            x = self.conv(minibatch_std(x, self.mbstd_group))
+            return self.out(self.fc(x.flatten(1)))
+
+
+class Discriminator(nn.Module):
+    """img [N,C,R,R] in [-1,1], c [N,c_dim] or None -> logits [N,1].
+
+    Conditional: the projection of Miyato and Koyama (ICLR 2018) on a mapping of the label. Raises ValueError when
+    img or c has another shape, or when N does not divide into minibatch-std groups.
+    """
+
+    def __init__(self, config: DiscriminatorConfig):
+        super().__init__()
+        self.config = config
+        resolutions = [config.img_resolution >> i for i in range(int(math.log2(config.img_resolution)) - 2)]
+        self.from_rgb = EqualConv2d(config.img_channels, config.channels(config.img_resolution), 1)
+        self.blocks = nn.ModuleList(ResidualBlock(config.channels(r), config.channels(r // 2)) for r in resolutions)
+        last = config.channels(4)
+        self.mapping = Mapping(0, config.c_dim, last, config.mapping_layers) if config.c_dim else None
+        self.epilogue = Epilogue(last, last if config.c_dim else 1, config.mbstd_group)
+
+    def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        expected = (self.config.img_channels, self.config.img_resolution, self.config.img_resolution)
+        if img.ndim != 4 or img.shape[1:] != expected:
+            raise ValueError(f"img must be [N,{','.join(map(str, expected))}], got {list(img.shape)}")
+        x = self.from_rgb(img)
+        for block in self.blocks:
+            x = block(x)
+        x = self.epilogue(x)
+        if self.mapping is not None:
+            x = (x * self.mapping(None, c)).sum(dim=1, keepdim=True) / math.sqrt(x.shape[1])
+        return x

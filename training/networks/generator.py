@@ -1,0 +1,167 @@
+"""The CREPS generator: mapping, lines, pixels.
+
+Legend: N images, L blocks, H×W pixels, w the style dimension. Pictures are [N,C,H,W] with colours about [-1,1].
+"""
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from dnnlib.config import Config
+from training.networks.lines import Lines, LineSynthesis
+from training.networks.mapping import Mapping
+from training.networks.pixels import PixelSynthesis
+
+
+class GeneratorConfig(Config):
+    """What the generator is made of. The defaults are the paper's (supplement, section 1)."""
+
+    img_resolution: int = Field(512, ge=1, description="side of the square it is trained at, in pixels")
+    img_channels: int = Field(3, ge=1, description="1 grey, 3 RGB, 4 RGBA")
+    depth: int | None = Field(None, ge=2, description="blocks; by default log2(img_resolution) − 1")
+    z_dim: int = Field(512, ge=1)
+    c_dim: int = Field(0, ge=0, description="label numbers per image; 0 is unconditional")
+    w_dim: int = Field(512, ge=1)
+    mapping_layers: int = Field(8, ge=1)
+    channel_base: int = Field(65536, ge=1, description="block k = 4, 8, … is min(channel_base / k, channel_max) wide")
+    channel_max: int = Field(1024, ge=2)
+    biline_channels: int = Field(32, ge=1, description="channels of the summed lines and of the pixel features")
+    thickness: int = Field(8, ge=1, description="D: how many numbers a channel has at one position of a line")
+    bandwidth: float = Field(10.0, gt=0, description="standard deviation of the input frequencies, cycles per picture")
+    architecture: Literal["skip", "orig"] = Field("skip", description="fuse after every block, or once at the end")
+    decoders: bool = Field(True, description="decode the pixel features between fusions (paper, table 4)")
+    coords: Literal["endpoints", "centers"] = Field(
+        "endpoints", description="positions: 0 … 1 with both ends, as released, or pixel centres (i + ½) / R"
+    )
+
+    @model_validator(mode="after")
+    def _buildable(self):
+        if self.depth is None and (self.img_resolution < 8 or self.img_resolution & (self.img_resolution - 1)):
+            raise ValueError(
+                f"img_resolution={self.img_resolution} is not a power of two of at least 8, so the depth does not "
+                "follow from it; set depth as well"
+            )
+        odd = self.widths[0] % 2
+        if odd or self.widths[-1] < 1:
+            what = "an odd first block" if odd else "an empty last block"
+            raise ValueError(
+                f"channel_base={self.channel_base} and channel_max={self.channel_max} give {what} "
+                f"(widths {self.widths}); use a larger channel_base and an even channel_max"
+            )
+        return self
+
+    @property
+    def num_blocks(self) -> int:
+        return self.depth or int(math.log2(self.img_resolution)) - 1
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of blocks k = 4, 8, …"""
+        return [min(self.channel_base // (4 << i), self.channel_max) for i in range(self.num_blocks)]
+
+    @property
+    def num_fusions(self) -> int:
+        return self.num_blocks - 1 if self.architecture == "skip" else 1
+
+    @property
+    def num_ws(self) -> int:
+        return 2 * self.num_blocks + 1
+
+    @property
+    def img_shape(self) -> tuple[int, int]:
+        """(height, width) trained at."""
+        return self.img_resolution, self.img_resolution
+
+
+def positions(count: int, coords: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[count] positions that cover [0,1]: with both ends ("endpoints"), or pixel centres ("centers")."""
+    if coords == "endpoints":
+        return torch.linspace(0, 1, count, dtype=dtype)
+    return (torch.arange(count, dtype=dtype) + 0.5) / count
+
+
+class Synthesis(nn.Module):
+    """Styles and positions to a picture, in two stages that can be called by themselves: `lines`, then `pixels`.
+
+    `G.synthesis.lines(ws, rows, cols)` -> Lines, and `G.synthesis.pixels(lines.window(…), ws[:, -1])` -> [N,C,h,w].
+    """
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        self.config = config
+        self.lines: LineSynthesis = LineSynthesis(
+            config.widths,
+            config.biline_channels,
+            config.thickness,
+            config.w_dim,
+            config.bandwidth,
+            every_block=config.architecture == "skip",
+        )
+        self.pixels: PixelSynthesis = PixelSynthesis(
+            config.num_fusions, config.biline_channels, config.img_channels, config.w_dim, decoders=config.decoders
+        )
+
+    def forward(self, ws: Tensor, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
+        """ws [N,num_ws,w_dim], rows [H], cols [W] -> [N,C,H,W].
+
+        rows run down the picture and cols to the right, both in fractions of it: 0 is the first edge and 1 the last,
+        and numbers beyond continue the picture. By default, the grid trained at. Raises ValueError on other shapes.
+        """
+        expected = (self.config.num_ws, self.config.w_dim)
+        if ws.ndim != 3 or ws.shape[1:] != expected:
+            raise ValueError(f"ws must be [N,{expected[0]},{expected[1]}], as G.mapping makes it; got {list(ws.shape)}")
+        height, width = self.config.img_shape
+        rows = positions(height, self.config.coords, ws.dtype) if rows is None else rows
+        cols = positions(width, self.config.coords, ws.dtype) if cols is None else cols
+        for name, axis in (("rows", rows), ("cols", cols)):
+            if axis.ndim != 1 or not len(axis):
+                raise ValueError(f"{name} must be a one-dimensional tensor of positions; got {list(axis.shape)}")
+        lines: Lines = self.lines(ws, rows.to(ws.device), cols.to(ws.device))
+        return self.pixels(lines, ws[:, -1])
+
+
+class StyleMapping(Mapping):
+    """z [N,z_dim], c [N,c_dim] or None -> ws [N,num_ws,w_dim], pulled towards the average style by truncation.
+
+    ws = w_avg + ψ·(w − w_avg), for the first `truncation_cutoff` styles when a cutoff is given. `w_avg` [w_dim]
+    follows the mean of w during training (see training.trainer). Raises ValueError when z or c has another shape.
+    """
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__(config.z_dim, config.c_dim, config.w_dim, config.mapping_layers)
+        self.num_ws = config.num_ws
+        self.register_buffer("w_avg", torch.zeros(config.w_dim))
+
+    def forward(
+        self, z: Tensor, c: Tensor | None = None, truncation_psi: float = 1, truncation_cutoff: int | None = None
+    ) -> Tensor:
+        ws = super().forward(z, c)[:, None].repeat(1, self.num_ws, 1)
+        if truncation_psi == 1:
+            return ws
+        first = ws[:, :truncation_cutoff]
+        return torch.cat([self.w_avg.lerp(first, truncation_psi), ws[:, first.shape[1] :]], dim=1)
+
+
+class Generator(nn.Module):
+    """z [N,z_dim], c [N,c_dim] or None -> [N,C,H,W], at the grid trained at or at any rows × cols (see Synthesis)."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        self.config = config
+        self.mapping = StyleMapping(config)
+        self.synthesis = Synthesis(config)
+
+    def forward(
+        self,
+        z: Tensor,
+        c: Tensor | None = None,
+        truncation_psi: float = 1,
+        truncation_cutoff: int | None = None,
+        rows: Tensor | None = None,
+        cols: Tensor | None = None,
+    ) -> Tensor:
+        ws = self.mapping(z, c, truncation_psi, truncation_cutoff)
+        return self.synthesis(ws, rows, cols)

@@ -1,0 +1,64 @@
+"""The layers that every network is made of.
+
+Legend: N images, P positions, I inputs, O outputs, w the style. Channels are the last axis.
+Weights are drawn N(0,1) and scaled at run time (equalised learning rate: Karras et al., ICLR 2018, section 4.1), so
+that Adam moves every layer at the same relative speed.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.modulated_linear import modulated_linear
+
+CLAMP = 256.0  # features of the synthesis and of the discriminator stay within ±256, far from float16's 65504
+
+
+class EqualLinear(nn.Module):
+    """[…,I] -> […,O]: linear with an equalised learning rate, then the activation with its gain."""
+
+    def __init__(self, inputs: int, outputs: int, *, act: str = "linear", lr_mult: float = 1.0, bias_init: float = 0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) / lr_mult)
+        self.bias = nn.Parameter(torch.full((outputs,), bias_init / lr_mult))
+        self.act = act
+        self.weight_gain = lr_mult / math.sqrt(inputs)
+        self.bias_gain = lr_mult
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bias_act(F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain), act=self.act)
+
+
+class SynthesisLayer(nn.Module):
+    """[N,P,I], w [N,w_dim] -> [N,P,O]: modulated and demodulated 1×1 convolution, leaky ReLU, clamp."""
+
+    def __init__(self, inputs: int, outputs: int, w_dim: int):
+        super().__init__()
+        self.affine = EqualLinear(w_dim, inputs, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        return modulated_linear(x, self.weight, self.affine(w), self.bias, clamp=CLAMP)
+
+
+class Head(nn.Module):
+    """[N,P,I], w [N,w_dim] -> [N,P,O] in at least float32: modulated 1×1 convolution without demodulation, bias, clamp.
+
+    It ends a stage: lines that are summed, or colours.
+    """
+
+    def __init__(self, inputs: int, outputs: int, w_dim: int):
+        super().__init__()
+        self.affine = EqualLinear(w_dim, inputs, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.style_gain = 1 / math.sqrt(inputs)
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        style = self.affine(w) * self.style_gain
+        y = modulated_linear(x, self.weight, style, self.bias, demodulate=False, act="linear", clamp=CLAMP)
+        return y.to(torch.promote_types(y.dtype, torch.float32))

@@ -1,0 +1,96 @@
+"""Stage one: positions become thick row and column lines. Its cost grows with H + W.
+
+Legend: N images, H×W pixels, D thickness, C channels, K fusions, w the style dimension.
+A line is [N,H,D,C] (rows) or [N,W,D,C] (columns). No layer looks from one position at another, so both lines travel as
+one tensor [N,(H+W)·D,C] through the layers, and any set of positions can be computed on its own.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from training.networks.layers import EqualLinear, Head, SynthesisLayer
+
+
+class Lines(NamedTuple):
+    """The summed lines after every fusion: rows [K,N,H,D,C], cols [K,N,W,D,C], float32 (float64 in a float64 model)."""
+
+    rows: Tensor
+    cols: Tensor
+
+    def window(self, rows: slice, cols: slice) -> "Lines":
+        """The lines of a window of the picture, as views."""
+        return Lines(self.rows[:, :, rows], self.cols[:, :, cols])
+
+
+class FourierInput(nn.Module):
+    """rows [H], cols [W], w [N,w_dim] -> [N,(H+W)·D,C]: sines and cosines of the positions, scaled by the style.
+
+    Paper section 3.2. The phases are computed in the dtype of the positions: float32 as released, float64 where
+    neighbouring positions lie closer than float32 can tell (1e-7 of the picture).
+    """
+
+    def __init__(self, channels: int, thickness: int, w_dim: int, bandwidth: float):
+        super().__init__()
+        self.shape = (thickness, channels)
+        self.register_buffer("freqs", torch.randn(thickness, channels // 2) * bandwidth)  # cycles per picture
+        self.weight = nn.Parameter(torch.randn(2, thickness, channels))  # [rows or columns, D, C]
+        self.affine = EqualLinear(w_dim, 2 * thickness * channels, bias_init=1)
+
+    def features(self, positions: Tensor) -> Tensor:
+        """[R] -> [R,D,C] in the dtype of the weights."""
+        # The order of these products is the released one: phases reach 300, and another rounding shows in the picture.
+        phase = positions[:, None, None] * self.freqs.to(positions.dtype) * (2 * math.pi)
+        return torch.cat([phase.sin(), (phase + math.pi / 2).sin()], dim=-1).to(self.weight.dtype)
+
+    def forward(self, rows: Tensor, cols: Tensor, w: Tensor) -> Tensor:
+        scale = self.weight * self.affine(w).unflatten(1, (2, *self.shape)) / math.sqrt(self.shape[1])  # [N,2,D,C]
+        lines = [self.features(t) * scale[:, axis, None] for axis, t in enumerate((rows, cols))]
+        return torch.cat(lines, dim=1).flatten(1, 2)
+
+
+class LineBlock(nn.Module):
+    """One or two synthesis layers and, where the lines are summed, a head. All at full length: nothing is upsampled."""
+
+    def __init__(self, inputs: int, outputs: int, line_channels: int, w_dim: int, *, num_layers: int, head: bool):
+        super().__init__()
+        widths = [inputs] + [outputs] * num_layers
+        self.layers = nn.ModuleList(SynthesisLayer(i, o, w_dim) for i, o in itertools.pairwise(widths))
+        self.head = Head(outputs, line_channels, w_dim) if head else None
+
+
+class LineSynthesis(nn.Module):
+    """ws [N,num_ws,w_dim], rows [H], cols [W] -> Lines. Paper section 3.2, with the layer-wise heads of section 3.3."""
+
+    def __init__(
+        self, widths: list[int], line_channels: int, thickness: int, w_dim: int, bandwidth: float, *, every_block: bool
+    ):
+        """`widths`: channels of the blocks. `every_block`: heads from the second block on, else on the last alone."""
+        super().__init__()
+        self.thickness = thickness
+        self.input = FourierInput(widths[0], thickness, w_dim, bandwidth)
+        self.blocks = nn.ModuleList()
+        last = len(widths) - 1
+        for i, width in enumerate(widths):
+            head = i > 0 and (every_block or i == last)
+            block = LineBlock(widths[max(i - 1, 0)], width, line_channels, w_dim, num_layers=min(i, 1) + 1, head=head)
+            self.blocks.append(block)
+
+    def forward(self, ws: Tensor, rows: Tensor, cols: Tensor) -> Lines:
+        x = self.input(rows, cols, ws[:, 0])
+        total, sums = None, []
+        for i, block in enumerate(self.blocks):
+            # As released: the first two blocks both start at ws[1], each later one two further on, and a head reads the
+            # style after its block's last layer, which is the first style of the next block.
+            first = max(2 * i - 1, 1)
+            for j, layer in enumerate(block.layers):
+                x = layer(x, ws[:, first + j])
+            if block.head is not None:
+                y = block.head(x, ws[:, first + len(block.layers)])
+                total = y if total is None else total + y
+                sums.append(total)
+        lines = torch.stack(sums).unflatten(2, (-1, self.thickness))
+        return Lines(*lines.split([len(rows), len(cols)], dim=2))

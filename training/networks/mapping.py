@@ -1,0 +1,50 @@
+"""From a latent and a label to styles."""
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from training.networks.layers import EqualLinear
+
+LR_MULT = 0.01  # the mapping learns a hundred times slower than the synthesis (StyleGAN, CVPR 2019, appendix C)
+
+
+def normalise(x: Tensor) -> Tensor:
+    """[N,C] -> [N,C] with a mean square of 1 over the channels."""
+    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+
+
+class Mapping(nn.Module):
+    """z [N,z_dim], c [N,c_dim] -> w [N,w_dim]. Either of z_dim and c_dim may be 0.
+
+    c is one-hot or any vector. Runs in at least float32, whatever autocast says: its sums are small and steer
+    everything.
+    """
+
+    def __init__(self, z_dim: int, c_dim: int, w_dim: int, num_layers: int):
+        super().__init__()
+        self.z_dim, self.c_dim = z_dim, c_dim
+        self.embed = EqualLinear(c_dim, w_dim) if c_dim else None
+        widths = [z_dim + (w_dim if c_dim else 0)] + [w_dim] * num_layers
+        self.layers = nn.ModuleList(
+            EqualLinear(i, o, act="lrelu", lr_mult=LR_MULT) for i, o in itertools.pairwise(widths)
+        )
+
+    def forward(self, z: Tensor | None, c: Tensor | None) -> Tensor:
+        parts = []
+        if self.z_dim:
+            if z is None or z.shape[1:] != (self.z_dim,):
+                raise ValueError(f"z must be [N,{self.z_dim}], got {None if z is None else list(z.shape)}")
+            parts.append(normalise(z))
+        if self.embed is not None:
+            if c is None or c.shape[1:] != (self.c_dim,):
+                got = "None" if c is None else list(c.shape)
+                raise ValueError(f"the network is conditional: c must be [N,{self.c_dim}], got {got}")
+            with torch.autocast(c.device.type, enabled=False):
+                parts.append(normalise(self.embed(c)))
+        with torch.autocast(parts[0].device.type, enabled=False):
+            x = torch.cat(parts, dim=1)
+            for layer in self.layers:
+                x = layer(x)
+        return x

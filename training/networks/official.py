@@ -1,0 +1,136 @@
+"""The authors' released weights: their tensor names, and how their arrays map to ours.
+
+`config` is the dict of settings that comes with the weights, under the released names: z_dim, c_dim, w_dim,
+img_resolution, img_channels, mapping_layers, channel_base, channel_max, biline_channels, rank (the thickness),
+bandwidth, architecture, mbstd_group_size. Missing entries take the published values.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dnnlib.console import UserError
+from training.networks.discriminator import Discriminator, DiscriminatorConfig
+from training.networks.generator import Generator, GeneratorConfig
+
+
+def generator_from_official(tensors: dict[str, Tensor], config: dict) -> Generator:
+    """The released generator as our module, in eval mode.
+
+    `tensors` has the released names without prefix (`mapping.fc0.weight`, `synthesis.b4.input.freqs`, …).
+    Dropped, because the released network never uses them: the stored coordinates, the head of block 4 and the decoder
+    of block 8 (with architecture "orig", the decoders of all blocks). Raises UserError that lists missing, unexpected
+    and misshapen tensors.
+    """
+    taken = {ours: config[theirs] for theirs, ours in _GENERATOR_SETTINGS.items() if theirs in config}
+    G = Generator(GeneratorConfig(**taken, coords="endpoints"))
+    c = G.config
+    blocks = [4 << i for i in range(c.num_blocks)]
+
+    names = {"mapping.w_avg": "mapping.w_avg"} | _linears("mapping", "mapping", c.mapping_layers, bool(c.c_dim))
+    names |= _parameters("synthesis.b4.input.affine", "synthesis.lines.input.affine")
+    names |= {f"synthesis.b4.input.{x}": f"synthesis.lines.input.{x}" for x in ("freqs", "weight")}
+    for i, k in enumerate(blocks):
+        block = G.synthesis.lines.blocks[i]
+        for j in range(len(block.layers)):
+            theirs = f"synthesis.b{k}.fc{j if i else 1}"
+            names |= _modulated(theirs, f"synthesis.lines.blocks.{i}.layers.{j}")
+        if block.head is not None:
+            names |= _modulated(f"synthesis.b{k}.tores", f"synthesis.lines.blocks.{i}.head")
+    decoders = {f"decoder_{k}": f"decoders.{i}" for i, k in enumerate(blocks[2:])} if c.architecture == "skip" else {}
+    for theirs, ours in (decoders | {"decoder_last": "decoder_last"}).items():
+        for j in range(4):
+            names |= _parameters(f"synthesis.{theirs}.{j}", f"synthesis.pixels.{ours}.{j}")
+    names |= _parameters("synthesis.decoder_img", "synthesis.pixels.decoder_img")
+    for i in range(2):
+        for j in range(2):
+            names |= _modulated(f"synthesis.block{i}.fc{j}", f"synthesis.pixels.refinement.{i}.layers.{j}")
+        names |= _modulated(f"synthesis.block{i}.tores", f"synthesis.pixels.refinement.{i}.head")
+
+    unused = ["synthesis.b4.input.coords", "synthesis.b4.tores.", "synthesis.decoder_8."]
+    if c.architecture == "orig":
+        unused += [f"synthesis.decoder_{k}." for k in blocks] + [f"synthesis.b{k}.tores." for k in blocks[:-1]]
+
+    channels, thickness = c.widths[0], c.thickness
+    released_shapes = {
+        "synthesis.b4.input.freqs": (1, channels // 2 * thickness),
+        "synthesis.b4.input.weight": (1, channels, 1, 2 * thickness),
+    }
+    # The released input is [C,1,2D] with rows first on the last axis; ours is [rows or columns, D, C].
+    arrange = {
+        "synthesis.b4.input.freqs": lambda t: t.view(channels // 2, thickness).T,
+        "synthesis.b4.input.weight": lambda t: t.view(channels, 2, thickness).permute(1, 2, 0),
+        "synthesis.b4.input.affine.weight": lambda t: (
+            t.view(channels, 2, thickness, -1).permute(1, 2, 0, 3).flatten(0, 2)
+        ),
+        "synthesis.b4.input.affine.bias": lambda t: t.view(channels, 2, thickness).permute(1, 2, 0).flatten(),
+    }
+    return _load(G, tensors, names, tuple(unused), released_shapes, arrange)
+
+
+def discriminator_from_official(tensors: dict[str, Tensor], config: dict) -> Discriminator:
+    """The released discriminator as our module, in eval mode. `tensors` and errors as for `generator_from_official`."""
+    taken = {ours: config[theirs] for theirs, ours in _DISCRIMINATOR_SETTINGS.items() if theirs in config}
+    D = Discriminator(DiscriminatorConfig(**taken))
+    c = D.config
+    names = {}
+    for i in range(len(D.blocks)):
+        theirs, ours = f"b{c.img_resolution >> i}", f"blocks.{i}"
+        names |= _parameters(f"{theirs}.conv0", f"{ours}.conv0") | _parameters(f"{theirs}.conv1", f"{ours}.conv1")
+        names[f"{theirs}.skip.weight"] = f"{ours}.skip.weight"
+    names |= _parameters(f"b{c.img_resolution}.fromrgb", "from_rgb")
+    for layer in ("conv", "fc", "out"):
+        names |= _parameters(f"b4.{layer}", f"epilogue.{layer}")
+    if c.c_dim:
+        names |= _linears("mapping", "mapping", c.mapping_layers, True)
+
+    # The filter is written into torch_utils.ops.resample; weights that were trained with another one are refused.
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    for name, tensor in tensors.items():
+        if name.endswith("resample_filter") and (
+            tensor.shape != (4, 4) or not torch.allclose(tensor.float().cpu(), torch.outer(taps, taps))
+        ):
+            raise UserError(f"{name} is not the filter [1,3,3,1]; this network was not trained by the released code")
+    return _load(D, {n: t for n, t in tensors.items() if not n.endswith("resample_filter")}, names)
+
+
+_SHARED_SETTINGS = ["c_dim", "img_resolution", "img_channels", "channel_base", "channel_max"]
+_GENERATOR_SETTINGS = {
+    name: name
+    for name in [*_SHARED_SETTINGS, "z_dim", "w_dim", "mapping_layers", "biline_channels", "bandwidth", "architecture"]
+} | {"rank": "thickness"}
+_DISCRIMINATOR_SETTINGS = {name: name for name in _SHARED_SETTINGS} | {"mbstd_group_size": "mbstd_group"}
+
+
+def _parameters(theirs: str, ours: str) -> dict[str, str]:
+    return {f"{theirs}.weight": f"{ours}.weight", f"{theirs}.bias": f"{ours}.bias"}
+
+
+def _modulated(theirs: str, ours: str) -> dict[str, str]:
+    return _parameters(theirs, ours) | _parameters(f"{theirs}.affine", f"{ours}.affine")
+
+
+def _linears(theirs: str, ours: str, count: int, embed: bool) -> dict[str, str]:
+    names = _parameters(f"{theirs}.embed", f"{ours}.embed") if embed else {}
+    for i in range(count):
+        names |= _parameters(f"{theirs}.fc{i}", f"{ours}.layers.{i}")
+    return names
+
+
+def _load(module: nn.Module, tensors, names, unused=(), released_shapes=None, arrange=None) -> nn.Module:
+    """Copies `tensors` (released names) into `module`. `names`: released name -> ours."""
+    released_shapes, arrange = released_shapes or {}, arrange or {}
+    state = module.state_dict()
+    problems = [f"missing {n}" for n in names if n not in tensors]
+    problems += [f"unexpected {n}" for n in tensors if n not in names and not n.startswith(unused)]
+    for theirs, ours in names.items():
+        if theirs in tensors:
+            expected = tuple(released_shapes.get(theirs, state[ours].shape))
+            if tuple(tensors[theirs].shape) != expected:
+                problems.append(f"{theirs} is {list(tensors[theirs].shape)} instead of {list(expected)}")
+    if problems:
+        raise UserError(
+            f"the tensors do not fit the released {type(module).__name__.lower()} of this config: "
+            + "; ".join(problems)
+        )
+    module.load_state_dict({ours: arrange.get(t, lambda x: x)(tensors[t]) for t, ours in names.items()})
+    return module.eval().requires_grad_(False)

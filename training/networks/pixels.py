@@ -1,0 +1,70 @@
+"""Stage two: lines become pixels. Its cost grows with H·W, and no pixel looks at its neighbour.
+
+Legend: N images, H×W pixels, D thickness, C channels, K fusions. Features are [N,H·W,C].
+"""
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from training.networks.layers import EqualLinear, Head, SynthesisLayer
+from training.networks.lines import Lines
+
+
+def fuse(rows: Tensor, cols: Tensor) -> Tensor:
+    """[N,H,D,C] x [N,W,D,C] -> [N,H·W,C]: half the dot product over the thickness D (paper section 3.2).
+
+    At least in float32: the lines are sums over all blocks, and a product of two of them passes float16's range.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        return torch.einsum("nhdc,nwdc->nhwc", rows * 0.5, cols).flatten(1, 2)
+
+
+class Decoder(nn.Sequential):
+    """[N,P,C] -> [N,P,C]: the per-pixel MLP C→2C→4C→2C→C with leaky ReLUs, the last too (supplement, table 2)."""
+
+    def __init__(self, channels: int):
+        widths = [channels, 2 * channels, 4 * channels, 2 * channels, channels]
+        super().__init__(*(EqualLinear(i, o, act="lrelu") for i, o in itertools.pairwise(widths)))
+
+
+class RefinementBlock(nn.Module):
+    """[N,P,I] -> [N,P,O] and its contribution to the colours [N,P,img_channels] (supplement, table 1)."""
+
+    def __init__(self, inputs: int, outputs: int, img_channels: int, w_dim: int):
+        super().__init__()
+        self.layers = nn.ModuleList([SynthesisLayer(inputs, outputs, w_dim), SynthesisLayer(outputs, outputs, w_dim)])
+        self.head = Head(outputs, img_channels, w_dim)
+
+    def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            x = layer(x, w)
+        return x, self.head(x, w)
+
+
+class PixelSynthesis(nn.Module):
+    """Lines of any window, w [N,w_dim] -> [N,img_channels,H,W]. Paper section 3.3."""
+
+    def __init__(self, num_fusions: int, channels: int, img_channels: int, w_dim: int, *, decoders: bool):
+        super().__init__()
+        self.decoders = nn.ModuleList(Decoder(channels) if decoders else nn.Identity() for _ in range(num_fusions - 1))
+        self.decoder_last = Decoder(channels)
+        self.decoder_img = EqualLinear(channels, img_channels)
+        self.refinement = nn.ModuleList(
+            [
+                RefinementBlock(channels, 4 * channels, img_channels, w_dim),
+                RefinementBlock(4 * channels, 2 * channels, img_channels, w_dim),
+            ]
+        )
+
+    def forward(self, lines: Lines, w: Tensor) -> Tensor:
+        x = fuse(lines.rows[0], lines.cols[0])
+        for decoder, rows, cols in zip(self.decoders, lines.rows[1:], lines.cols[1:], strict=True):
+            x = decoder(x) + fuse(rows, cols)
+        x = self.decoder_last(x)
+        image = self.decoder_img(x)
+        for block in self.refinement:
+            x, colours = block(x, w)
+            image = image + colours
+        return image.unflatten(1, (lines.rows.shape[2], lines.cols.shape[2])).movedim(-1, 1)
