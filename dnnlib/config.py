@@ -1,18 +1,95 @@
-"""Settings as frozen values that refuse nonsense."""
+"""Settings as frozen values that refuse nonsense, read from YAML and overridden by dotted keys."""
 
+import copy
 import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dnnlib.console import UserError
 
 
 class Config(BaseModel):
     """The base of every settings class: immutable, typed, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-def nearest(word: str, known) -> str:
+C = TypeVar("C", bound=Config)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
     """A clause that names the known word closest to `word`, or lists the known ones."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The mapping in a YAML file; an empty file is an empty mapping. Raises UserError."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold settings like `train: {{batch: 32}}`, not {type(settings).__name__}")
+    return settings
+
+
+def merge(settings: dict, changes: dict) -> dict:
+    """A copy of nested `settings` in which `changes` win."""
+    merged = copy.deepcopy(settings)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
+    return merged
+
+
+def nested(dotted: str, value: object) -> dict:
+    """nested("a.b", 1) is {"a": {"b": 1}}."""
+    for key in reversed(dotted.split(".")):
+        value = {key: value}
+    return value
+
+
+def override(assignment: str) -> dict:
+    """nested settings from `key.sub=value`, the value read as YAML. Raises UserError."""
+    dotted, equals, text = assignment.partition("=")
+    if not equals or not all(part.isidentifier() for part in dotted.split(".")):
+        raise UserError(
+            f"cannot read the setting {assignment!r}; write it as key.sub=value, for example train.batch=32"
+        )
+    try:
+        return nested(dotted, yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UserError(f"cannot read the value of {assignment!r}: {' '.join(str(error).split())}") from error
+
+
+def build(kind: type[C], settings: dict, where: str) -> C:
+    """`kind(**settings)`, with every mistake in one UserError that begins with `where` and names the setting."""
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        problems = [_sentence(kind, problem) for problem in error.errors()]
+        raise UserError(f"{where}: " + "; ".join(problems)) from error
+
+
+def _sentence(kind: type[Config], problem: dict) -> str:
+    path = [str(part) for part in problem["loc"]]
+    dotted = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        owner = kind
+        for part in path[:-1]:
+            owner = owner.model_fields[part].annotation
+        return f"there is no setting {dotted}; {nearest(path[-1], owner.model_fields)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{dotted} is missing"
+    if not path or problem["type"] == "value_error":
+        return f"{dotted}: {message}" if dotted else message
+    return f"{dotted}={problem['input']!r}: {message[0].lower()}{message[1:]}"

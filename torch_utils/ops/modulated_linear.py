@@ -6,6 +6,7 @@ Legend: N images, P positions, I inputs, O outputs. Channels are the last axis, 
 import torch
 
 from torch_utils.ops.bias_act import bias_act
+from torch_utils.precision import full_precision
 
 
 def modulated_linear(
@@ -24,7 +25,7 @@ def modulated_linear(
     Source: StyleGAN2 (Karras et al., CVPR 2020, equations 1 and 3).
     """
     # At least float32 here: a sum of 512 equal float16 squares overflows once |w'| > 11.3 (65504 / 512 = 127.9).
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         modulated = weight * style.to(weight.dtype)[:, None, :]
         if demodulate:
             modulated = modulated * (modulated.square().sum(-1, keepdim=True) + 1e-8).rsqrt()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dnnlib.config import Config
 from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
 from torch_utils.ops.resample import lowpass
+from torch_utils.precision import full_precision
 from training.networks.layers import CLAMP, EqualLinear
 from training.networks.mapping import Mapping
 
@@ -112,7 +113,7 @@ class Epilogue(nn.Module):
         self.out = EqualLinear(channels, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             x = self.conv(minibatch_std(x, self.mbstd_group))
             return self.out(self.fc(x.flatten(1)))
@@ -130,7 +131,10 @@ class Discriminator(nn.Module):
         self.config = config
         resolutions = [config.img_resolution >> i for i in range(int(math.log2(config.img_resolution)) - 2)]
         self.from_rgb = EqualConv2d(config.img_channels, config.channels(config.img_resolution), 1)
-        self.blocks = nn.ModuleList(ResidualBlock(config.channels(r), config.channels(r // 2)) for r in resolutions)
+        # Named by resolution, so that a larger discriminator can begin from the blocks of a smaller one.
+        self.blocks = nn.ModuleDict(
+            {str(r): ResidualBlock(config.channels(r), config.channels(r // 2)) for r in resolutions}
+        )
         last = config.channels(4)
         self.mapping = Mapping(0, config.c_dim, last, config.mapping_layers) if config.c_dim else None
         self.epilogue = Epilogue(last, last if config.c_dim else 1, config.mbstd_group)
@@ -140,7 +144,7 @@ class Discriminator(nn.Module):
         if img.ndim != 4 or img.shape[1:] != expected:
             raise ValueError(f"img must be [N,{','.join(map(str, expected))}], got {list(img.shape)}")
         x = self.from_rgb(img)
-        for block in self.blocks:
+        for block in self.blocks.values():
             x = block(x)
         x = self.epilogue(x)
         if self.mapping is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.modulated_linear import modulated_linear
+from torch_utils.precision import full_precision
 
 CLAMP = 256.0  # features of the synthesis and of the discriminator stay within ±256, far from float16's 65504
 
@@ -42,7 +43,9 @@ class SynthesisLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        return modulated_linear(x, self.weight, self.affine(w), self.bias, clamp=CLAMP)
+        with full_precision(w):
+            style = self.affine(w)
+        return modulated_linear(x, self.weight, style, self.bias, clamp=CLAMP)
 
 
 class Head(nn.Module):
@@ -59,6 +62,7 @@ class Head(nn.Module):
         self.style_gain = 1 / math.sqrt(inputs)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        style = self.affine(w) * self.style_gain
+        with full_precision(w):
+            style = self.affine(w) * self.style_gain
         y = modulated_linear(x, self.weight, style, self.bias, demodulate=False, act="linear", clamp=CLAMP)
         return y.to(torch.promote_types(y.dtype, torch.float32))

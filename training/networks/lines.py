@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torch_utils.precision import full_precision
 from training.networks.layers import EqualLinear, Head, SynthesisLayer
 
 
@@ -47,7 +48,9 @@ class FourierInput(nn.Module):
         return torch.cat([phase.sin(), (phase + math.pi / 2).sin()], dim=-1).to(self.weight.dtype)
 
     def forward(self, rows: Tensor, cols: Tensor, w: Tensor) -> Tensor:
-        scale = self.weight * self.affine(w).unflatten(1, (2, *self.shape)) / math.sqrt(self.shape[1])  # [N,2,D,C]
+        with full_precision(w):
+            style = self.affine(w).unflatten(1, (2, *self.shape))  # [N,2,D,C]
+        scale = self.weight * style / math.sqrt(self.shape[1])
         lines = [self.features(t) * scale[:, axis, None] for axis, t in enumerate((rows, cols))]
         return torch.cat(lines, dim=1).flatten(1, 2)
 

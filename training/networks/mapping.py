@@ -5,6 +5,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from torch_utils.precision import full_precision
 from training.networks.layers import EqualLinear
 
 LR_MULT = 0.01  # the mapping learns a hundred times slower than the synthesis (StyleGAN, CVPR 2019, appendix C)
@@ -41,9 +42,9 @@ class Mapping(nn.Module):
             if c is None or c.shape[1:] != (self.c_dim,):
                 got = "None" if c is None else list(c.shape)
                 raise ValueError(f"the network is conditional: c must be [N,{self.c_dim}], got {got}")
-            with torch.autocast(c.device.type, enabled=False):
+            with full_precision(c):
                 parts.append(normalise(self.embed(c)))
-        with torch.autocast(parts[0].device.type, enabled=False):
+        with full_precision(parts[0]):
             x = torch.cat(parts, dim=1)
             for layer in self.layers:
                 x = layer(x)

@@ -73,8 +73,8 @@ def discriminator_from_official(tensors: dict[str, Tensor], config: dict) -> Dis
     D = Discriminator(DiscriminatorConfig(**taken))
     c = D.config
     names = {}
-    for i in range(len(D.blocks)):
-        theirs, ours = f"b{c.img_resolution >> i}", f"blocks.{i}"
+    for resolution in D.blocks:
+        theirs, ours = f"b{resolution}", f"blocks.{resolution}"
         names |= _parameters(f"{theirs}.conv0", f"{ours}.conv0") | _parameters(f"{theirs}.conv1", f"{ours}.conv1")
         names[f"{theirs}.skip.weight"] = f"{ours}.skip.weight"
     names |= _parameters(f"b{c.img_resolution}.fromrgb", "from_rgb")

@@ -8,6 +8,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from torch_utils.precision import full_precision
 from training.networks.layers import EqualLinear, Head, SynthesisLayer
 from training.networks.lines import Lines
 
@@ -17,7 +18,7 @@ def fuse(rows: Tensor, cols: Tensor) -> Tensor:
 
     At least in float32: the lines are sums over all blocks, and a product of two of them passes float16's range.
     """
-    with torch.autocast(rows.device.type, enabled=False):
+    with full_precision(rows):
         return torch.einsum("nhdc,nwdc->nhwc", rows * 0.5, cols).flatten(1, 2)
 
 

@@ -1,0 +1,32 @@
+"""Running means of whatever the training loop reports, over steps and processes."""
+
+import torch
+
+from torch_utils.distributed import Processes
+
+
+class Stats:
+    """Count, sum and sum of squares per name, in float64 on the device: reporting never waits for the GPU."""
+
+    def __init__(self, moments: dict[str, torch.Tensor] | None = None):
+        self.moments = moments or {}
+
+    @torch.no_grad()
+    def report(self, name: str, values: torch.Tensor) -> None:
+        """Adds all elements of `values`."""
+        x = values.detach().double().flatten()
+        moments = torch.stack([x.new_tensor(x.numel()), x.sum(), x.square().sum()])
+        self.moments[name] = self.moments[name] + moments if name in self.moments else moments
+
+    def collect(self, procs: Processes) -> dict[str, dict[str, float]]:
+        """{name: {num, mean, std}} over all processes, which must call this together; empties the collector."""
+        names = sorted(self.moments)
+        if not names:
+            return {}
+        table = procs.sum_(torch.stack([self.moments[name] for name in names]))
+        self.moments = {}
+        summary = {}
+        for name, (count, total, squares) in zip(names, table.tolist(), strict=True):
+            mean = total / count
+            summary[name] = {"num": int(count), "mean": mean, "std": max(squares / count - mean**2, 0.0) ** 0.5}
+        return summary

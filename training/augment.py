@@ -1,0 +1,325 @@
+"""Adaptive discriminator augmentation: pictures moved and recoloured at random before the discriminator sees them.
+
+After Karras et al., "Training Generative Adversarial Networks with Limited Data" (NeurIPS 2020): the transformations
+and their magnitudes are those of Appendix B, pipeline `bgc`; the controller of the probability is that of Section 3.
+
+Everything random happens in `draw`, which folds the moves of each picture into one matrix and its colour changes into
+another. `augment` then only applies matrices: it is a linear map of the pictures plus a constant, so that a generator
+can be trained through it and R1 can be taken behind it.
+
+Legend: N pictures, C channels, H × W pixels; p the probability of each transformation.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+
+from dnnlib.console import UserError
+
+# The twelve taps of the symlet with six vanishing moments (Daubechies, "Ten Lectures on Wavelets", 1992, table 6.3).
+# They are orthonormal to their even shifts: a picture doubled and halved again with the same taps is unchanged.
+SYM6 = (
+    0.015404109327027373,
+    0.0034907120842174702,
+    -0.11799011114819057,
+    -0.048311742585633,
+    0.4910559419267466,
+    0.787641141030194,
+    0.3379294217276218,
+    -0.07263752278646252,
+    -0.021060292512300564,
+    0.04472490177066578,
+    0.0017677118642428036,
+    -0.007800708325034148,
+)
+# Where the filter is centred. Its mean lies at 5.098 taps: what is left over is 0.05 pixels of the picture.
+CENTRE = 5
+# Pixels that the filter reads beyond an edge; mirroring that many needs one more to mirror about.
+MARGIN = 3
+
+
+class AugmentConfig(BaseModel):
+    """Which transformations are in use: pixel blitting (b), general geometry (g), colour (c), or several of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pipe: Literal["blit", "geom", "color", "bg", "bgc"] = "bgc"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What happens to each of N pictures. Slicing takes pictures: `draws[rank::world]` is one process's share.
+
+    geometry: [N,3,3] float64 on the CPU, acts on (x, y, 1) in pixels from the centre of the picture, y pointing down;
+        it says where content goes: translation(5, 0) moves the picture 5 pixels to the right.
+    colour: [N,3,4] float64 on the CPU, acts on (r, g, b, 1) with colours in [-1, 1].
+    """
+
+    geometry: torch.Tensor
+    colour: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.geometry)
+
+    def __getitem__(self, pictures: slice) -> "Draws":
+        return Draws(self.geometry[pictures], self.colour[pictures])
+
+
+def adjust(p: float, sign_mean: float, *, images: int, target: float = 0.6, kimg: float = 500) -> float:
+    """The next probability of augmentation, in [0, 1] (Section 3, r_t).
+
+    `sign_mean`, in [-1, 1], is the mean sign of D(real) over the `images` real pictures since the last call. Above
+    `target` the discriminator overfits and p grows; below it p shrinks. From 0 to 1 takes `kimg` thousand images.
+    """
+    direction = (sign_mean > target) - (sign_mean < target)
+    return min(max(p + direction * images / (kimg * 1000), 0.0), 1.0)
+
+
+def draw(config: AugmentConfig, n: int, p: float, *, image_shape: tuple[int, int], generator: torch.Generator) -> Draws:
+    """Augmentations for `n` pictures of `image_shape` = (H, W), each transformation with probability `p` in [0, 1].
+
+    Row i is a function of the state of `generator` (on the CPU) and of i alone; neither the config nor p changes how
+    many numbers are consumed. Draw for the global batch with the same generator in every process, then take a slice.
+    Raises UserError when p is no probability. Magnitudes: Appendix B.
+    """
+    if not 0 <= p <= 1:
+        raise UserError(f"p={p} is not a probability; augmentation needs a value from 0 to 1")
+    height, width = image_shape
+    blit = p if config.pipe in ("blit", "bg", "bgc") else 0.0
+    geom = p if config.pipe in ("geom", "bg", "bgc") else 0.0
+    color = p if config.pipe in ("color", "bgc") else 0.0
+
+    # 13 decisions and 15 magnitudes, a row for each picture.
+    numbers = iter(torch.rand(n, 28, generator=generator, dtype=torch.float64).unbind(1))
+
+    def uniform(low, high):
+        return low + (high - low) * next(numbers)
+
+    def normal(sigma):
+        # Clamped at six sigma, because the uniform number may be 0 and its quantile -inf.
+        return sigma * torch.special.ndtri(next(numbers).clamp(1e-9, 1 - 1e-9))
+
+    def one_of(count):
+        return torch.floor(count * next(numbers))
+
+    def sometimes(probability, value):
+        """`value` with `probability`, else 0: which, for each of the quantities below, means no change at all."""
+        return torch.where(next(numbers) < probability, value, 0.0)
+
+    # Pixel blitting. A flip is drawn from {no, yes} and a turn from four, so p = 1 flips one picture in two.
+    flip = sometimes(blit, one_of(2))
+    quarter_turns = sometimes(blit, one_of(4))
+    whole = sometimes(blit, torch.stack([uniform(-0.125, 0.125) * width, uniform(-0.125, 0.125) * height]).round())
+    # General geometry. Either rotation takes place with p_rot, so that at least one does with 1 - (1 - p_rot)² = p.
+    p_rot = 1 - math.sqrt(1 - geom)
+    zoom = sometimes(geom, normal(0.2 * math.log(2))).exp()
+    before = sometimes(p_rot, uniform(-math.pi, math.pi))
+    stretch = sometimes(geom, normal(0.2 * math.log(2))).exp()
+    after = sometimes(p_rot, uniform(-math.pi, math.pi))
+    fraction = sometimes(geom, torch.stack([normal(0.125) * width, normal(0.125) * height]))
+    # Colour.
+    brightness = sometimes(color, normal(0.2))
+    contrast = sometimes(color, normal(0.5 * math.log(2))).exp()
+    luma_flip = sometimes(color, one_of(2))
+    hue = sometimes(color, uniform(-math.pi, math.pi))
+    saturation = sometimes(color, normal(math.log(2))).exp()
+
+    # The rightmost comes first.
+    geometry = (
+        translation(*fraction)
+        @ rotation(after)
+        @ scaling(stretch, 1 / stretch)
+        @ rotation(before)
+        @ scaling(zoom, zoom)
+        @ translation(*whole)
+        @ rotation(quarter_turns * (math.pi / 2))
+        @ scaling(1 - 2 * flip, torch.ones(n))
+    )
+    return Draws(geometry, recolouring(brightness, contrast, luma_flip, hue, saturation))
+
+
+def translation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """[N], [N] pixels -> [N,3,3]."""
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    return _matrices([one, zero, x], [zero, one, y], [zero, zero, one])
+
+
+def scaling(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """[N], [N] factors -> [N,3,3]; a negative factor is a flip."""
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    return _matrices([x, zero, zero], [zero, y, zero], [zero, zero, one])
+
+
+def rotation(angle: torch.Tensor) -> torch.Tensor:
+    """[N] radians -> [N,3,3]: clockwise on the screen, where y points down."""
+    zero, one, cos, sin = torch.zeros_like(angle), torch.ones_like(angle), angle.cos(), angle.sin()
+    return _matrices([cos, -sin, zero], [sin, cos, zero], [zero, zero, one])
+
+
+def recolouring(
+    brightness: torch.Tensor,
+    contrast: torch.Tensor,
+    luma_flip: torch.Tensor,
+    hue: torch.Tensor,
+    saturation: torch.Tensor,
+) -> torch.Tensor:
+    """Five [N] vectors -> [N,3,4]: add brightness, multiply by contrast, flip luma, rotate hue, multiply saturation.
+
+    Brightness is an offset to r, g and b; luma_flip is 0 or 1; hue an angle in radians; 1 is the neutral contrast and
+    saturation. Luma is the direction v = (1, 1, 1) / √3, and every step maps luma to luma and the plane across it,
+    which holds hue and saturation, to itself. So the five need no product of matrices: one factor acts on luma, and a
+    scaled rotation on the plane.
+    """
+    luma = torch.full((3, 3), 1 / 3, dtype=torch.float64)  # v vᵀ
+    plane = torch.eye(3, dtype=torch.float64) - luma
+    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64) / math.sqrt(3)  # x -> v × x
+
+    def times(factor, matrix):
+        return factor[:, None, None] * matrix
+
+    luma_factor = contrast * (1 - 2 * luma_flip)
+    plane_factor = contrast * saturation
+    linear = times(luma_factor, luma) + times(plane_factor * hue.cos(), plane) + times(plane_factor * hue.sin(), cross)
+    offset = times(luma_factor * brightness, torch.ones(3, 1, dtype=torch.float64))
+    return torch.cat([linear, offset], dim=2)
+
+
+def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Apply `draws` to `images` [N,C,H,W] in [-1, 1]: same shape, type and device; colours may leave [-1, 1].
+
+    C is 1 (grey: r = g = b, whose hue and saturation do nothing), 3, or 4 (RGBA: alpha moves with the picture and keeps
+    its values). Pictures that are no squares turn rigidly about their centre too. Beyond the edges lies the mirror
+    image, any number of times. Differentiable any number of times with respect to images. Computes in at least float32,
+    also inside autocast. A picture whose draw is the identity comes back bit for bit; a shift by whole pixels is exact
+    to rounding; a flip or a quarter turn differs from the ideal because sym6 is not quite symmetric (by 0.02 to
+    0.03 rms on a sharp 64×64 photograph, by less on a larger one).
+    Raises UserError when C is another number, when there is not one draw for each picture, or when H or W is below 4.
+    """
+    n, channels, height, width = images.shape
+    if channels not in (1, 3, 4):
+        raise UserError(f"cannot augment images with {channels} channels; use 1 (grey), 3 (RGB) or 4 (RGBA)")
+    if len(draws) != n:
+        raise UserError(f"{len(draws)} draws do not fit {n} images; slice the draws as the batch is sliced")
+    if min(height, width) <= MARGIN:
+        raise UserError(f"cannot augment images of {height}x{width} pixels; at least 4x4 are needed")
+
+    with torch.autocast(images.device.type, enabled=False):
+        result = images.to(torch.promote_types(images.dtype, torch.float32))
+        result = _change(_move, result, draws.geometry, torch.eye(3, dtype=torch.float64))
+        result = _change(_recolour, result, draws.colour, torch.eye(3, 4, dtype=torch.float64))
+    return result.to(images.dtype)
+
+
+def _change(transform, images, matrices, identity):
+    """`transform(images, matrices)`, spent only on the pictures whose matrix is not the identity."""
+    changed = (matrices != identity).flatten(1).any(1).nonzero().squeeze(1)
+    if len(changed) == 0:
+        return images
+    rows = changed.to(images.device)
+    return images.index_copy(0, rows, transform(images.index_select(0, rows), matrices[changed]))
+
+
+def _move(images, geometry):
+    """[N,C,H,W] moved by [N,3,3]: doubled, sampled at where each pixel of the doubled result comes from, halved."""
+    height, width = images.shape[2:]
+    source = torch.linalg.inv(geometry)
+
+    # Positions in pixels from the centre. `_halve` reads 2H + 10 samples, half a pixel apart, the first CENTRE samples
+    # before the first pixel.
+    def positions(size):
+        return (torch.arange(2 * size + len(SYM6) - 2, dtype=torch.float64) - CENTRE) / 2 - (size - 1) / 2
+
+    # For grid_sample, -1 and 1 are the centres of the first and the last pixel. The sources along one row and along one
+    # column are exact to float64; only their sum is as wide as the picture and takes the type of the images.
+    unit = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
+    across = positions(width)[:, None] * source[:, None, :2, 0] / unit  # [N,2W+10,2]
+    down = (positions(height)[:, None] * source[:, None, :2, 1] + source[:, None, :2, 2]) / unit  # [N,2H+10,2]
+    grid = across.to(images)[:, None, :, :] + down.to(images)[:, :, None, :]
+    return _halve(_Sample.apply(_double(images), grid))
+
+
+def _double(images):
+    """[N,C,H,W] -> [N,C,2H-1,2W-1]: a sample at each pixel and one halfway to the next.
+
+    The first and the last sample lie on the outermost pixels, about which grid_sample mirrors. Where cuDNN runs float32
+    convolutions in TF32, they round to 2⁻¹¹: a sixteenth of a grey level of 8 bits.
+    """
+    n, channels, height, width = images.shape
+    taps = math.sqrt(2) * torch.tensor(SYM6, dtype=images.dtype, device=images.device)
+    padded = F.pad(images, (MARGIN, MARGIN, MARGIN, MARGIN), mode="reflect")
+    planes = padded.reshape(n * channels, 1, height + 2 * MARGIN, width + 2 * MARGIN)
+    cut = 2 * MARGIN + CENTRE
+    planes = F.conv_transpose2d(planes, taps.reshape(1, 1, -1, 1), stride=(2, 1), padding=(cut, 0))
+    planes = F.conv_transpose2d(planes, taps.reshape(1, 1, 1, -1), stride=(1, 2), padding=(0, cut))
+    return planes[:, :, :-1, :-1].reshape(n, channels, 2 * height - 1, 2 * width - 1)
+
+
+def _halve(images):
+    """[N,C,2H+10,2W+10] -> [N,C,H,W]: filtered, then every other sample; undoes `_double` when nothing moved."""
+    n, channels, height, width = images.shape
+    taps = torch.tensor(SYM6, dtype=images.dtype, device=images.device) / math.sqrt(2)
+    planes = images.reshape(n * channels, 1, height, width)
+    planes = F.conv2d(planes, taps.reshape(1, 1, -1, 1), stride=(2, 1))
+    planes = F.conv2d(planes, taps.reshape(1, 1, 1, -1), stride=(1, 2))
+    return planes.unflatten(0, (n, channels)).squeeze(2)
+
+
+def _bilinear(images, grid):
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
+
+
+class _Sample(torch.autograd.Function):
+    """Bilinear sampling [N,C,H,W] at [N,h,w,2] -> [N,C,h,w]. For a fixed grid it is a linear map of the images.
+
+    grid_sample itself has no second derivative. A linear map's gradient is its transpose, and the gradient of the
+    transpose is the map again: this pair of functions is closed under differentiation.
+    """
+
+    @staticmethod
+    def forward(ctx, images, grid):
+        ctx.save_for_backward(grid)
+        ctx.shape = images.shape
+        return _bilinear(images, grid)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (grid,) = ctx.saved_tensors
+        return _Spread.apply(gradient, grid, ctx.shape), None
+
+
+class _Spread(torch.autograd.Function):
+    """The transpose of `_Sample`: [N,C,h,w] spread with the bilinear weights over [N,C,H,W] (`shape`)."""
+
+    @staticmethod
+    def forward(ctx, samples, grid, shape):
+        ctx.save_for_backward(grid)
+        with torch.enable_grad():
+            canvas = samples.new_zeros(shape, requires_grad=True)
+            (spread,) = torch.autograd.grad(_bilinear(canvas, grid), canvas, samples)
+        return spread
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (grid,) = ctx.saved_tensors
+        return _Sample.apply(gradient, grid), None, None
+
+
+def _recolour(images, colour):
+    """[N,C,H,W] recoloured by [N,3,4]."""
+    if images.shape[1] == 1:
+        # Each row acts on r = g = b; the three rows then agree, and the first one stands for all.
+        colour = torch.cat([colour[:, :1, :3].sum(2, keepdim=True), colour[:, :1, 3:]], dim=2)
+    colour = colour.to(images)
+    colours, alpha = images[:, :3], images[:, 3:]
+    # Products and sums one by one: an einsum would round to TF32 wherever that is on for matrix products.
+    mixed = sum(colour[:, :, i, None, None] * colours[:, i, None] for i in range(colours.shape[1]))
+    return torch.cat([mixed + colour[:, :, -1, None, None], alpha], dim=1)
+
+
+def _matrices(*rows):
+    """Rows of [N] vectors -> [N,rows,columns] float64."""
+    return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1).to(torch.float64)

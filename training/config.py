@@ -1,0 +1,140 @@
+"""Everything that decides what a training run computes, as one frozen value. Its YAML lies in the run directory."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dnnlib.config import Config, build, merge, nested
+from dnnlib.console import UserError
+from training.augment import AugmentConfig
+from training.data import ImageArchive
+from training.networks import DiscriminatorConfig, GeneratorConfig
+
+
+class DataConfig(Config):
+    path: str = Field(description="ZIP or folder of images")
+    cond: bool = Field(False, description="train on the labels")
+    mirror: bool = Field(False, description="show every image flipped left to right as well")
+    workers: int = Field(3, ge=0, description="reading processes per training process")
+
+
+class AugmentSettings(AugmentConfig):
+    mode: Literal["none", "ada", "fixed"] = Field("ada", description="no augmentation, adaptive, or fixed strength p")
+    p: float = Field(0.0, ge=0, le=1, description="strength: where ada begins, or what fixed keeps")
+    target: float = Field(0.6, ge=-1, le=1, description="the mean sign of D(real) that ada steers to")
+    kimg: float = Field(500.0, gt=0, description="thousand images in which ada can move p by one")
+
+
+class LossConfig(Config):
+    r1_gamma: float = Field(ge=0, description="weight γ of R1: γ/2 · ‖gradient‖²")
+    r1_interval: int = Field(16, ge=1, description="steps between R1 terms; each is multiplied by this")
+    pl_weight: float = Field(2.0, ge=0, description="weight of the path-length penalty; 0 leaves it out")
+    pl_interval: int = Field(4, ge=1, description="steps between path-length terms; each is multiplied by this")
+    pl_decay: float = Field(0.01, gt=0, le=1, description="how fast the running mean of the path lengths follows")
+
+
+class OptimConfig(Config):
+    g_lr: float = Field(0.002, gt=0, description="learning rate of G")
+    d_lr: float = Field(0.002, gt=0, description="learning rate of D")
+    beta1: float = Field(0.0, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+
+
+class TrainConfig(Config):
+    batch: int = Field(ge=1, description="images per step, all processes together")
+    batch_gpu: int | None = Field(None, ge=1, description="images per process at a time; the rest is accumulated")
+    kimg: float = Field(25000.0, gt=0, description="length of the run in thousands of real images")
+    tick: float = Field(4.0, gt=0, description="thousand images between reports")
+    snap: int = Field(50, ge=1, description="ticks between snapshots")
+    seed: int = Field(0, ge=0, lt=2**31)
+    precision: Literal["auto", "float32", "float64", "bfloat16"] = Field(
+        "auto", description="bfloat16 mixes with float32; auto does so on GPUs that have it and is float32 elsewhere"
+    )
+    ema_kimg: float = Field(ge=0, description="half-life of the average of G, in thousand images")
+    ema_rampup: float | None = Field(0.05, gt=0, description="half-life at most this share of the images seen")
+    w_avg_decay: float = Field(0.998, ge=0, le=1, description="share of the average style that a step keeps")
+    max_bad_steps: int = Field(20, ge=1, description="steps in a row with non-finite gradients that end the run")
+
+
+class RunConfig(Config):
+    data: DataConfig
+    G: GeneratorConfig
+    D: DiscriminatorConfig
+    loss: LossConfig
+    optim: OptimConfig = OptimConfig()
+    augment: AugmentSettings = AugmentSettings()
+    train: TrainConfig
+    metrics: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for name in ("img_resolution", "img_channels", "c_dim"):
+            g, d = getattr(self.G, name), getattr(self.D, name)
+            if g != d:
+                raise ValueError(f"G.{name}={g} and D.{name}={d} must be equal")
+        return self
+
+    def rounds(self, world: int) -> int:
+        """How many micro-batches each of `world` processes accumulates in a step. Raises UserError."""
+        batch, group = self.train.batch, self.D.mbstd_group
+        if batch % world:
+            raise UserError(
+                f"--batch={batch} does not divide over {world} processes; try {batch // world * world or world}"
+            )
+        share = batch // world
+        micro = self.train.batch_gpu or share
+        if share % micro:
+            divisors = [n for n in range(1, share + 1) if share % n == 0 and n <= micro]
+            raise UserError(f"--batch-gpu={micro} does not divide the {share} images per process; try {divisors[-1]}")
+        if micro % min(group, batch):
+            raise UserError(
+                f"{micro} images per process at a time do not divide into minibatch-std groups of {group}; "
+                f"give --batch or --batch-gpu so that it is a multiple, or --mbstd-group={_divisor(micro, group)}"
+            )
+        return share // micro
+
+
+def _divisor(number: int, limit: int) -> int:
+    return next(n for n in range(min(number, limit), 0, -1) if number % n == 0)
+
+
+def default_gamma(resolution: int, batch: int) -> float:
+    """R1's γ: the power law through the published 128² (batch 128, γ 0.5) and 1024² (batch 8, γ 32).
+
+    It gives 6 for 512² with batch 32, published with γ 10.
+    """
+    return 0.5 * (resolution**2 / batch / 128) ** 0.6
+
+
+def default_ema_kimg(batch: int) -> float:
+    return batch * 10 / 32
+
+
+def resolve(settings: dict, images: ImageArchive, where: str) -> RunConfig:
+    """The run config from nested `settings`, completed by what the images decide. Raises UserError.
+
+    Size, channels and label length come from the images; γ and the EMA half-life, where not set, from size and batch.
+    """
+    channels, height, width = images.shape
+    path = settings["data"]["path"]
+    if height != width or height & (height - 1) or height < 8:
+        raise UserError(
+            f"{path} holds {width}x{height} images, and training needs squares with a power of two, 8 at least; "
+            "make such an archive with dataset_tool.py --resolution=256x256 --transform=center-crop"
+        )
+    filled = {}
+    for network in ("G", "D"):
+        given = settings.get(network, {})
+        if given.get("img_resolution", height) != height:
+            raise UserError(
+                f"{where} is for images of {given['img_resolution']} pixels, but {path} holds {width}x{height}; "
+                "make another archive with dataset_tool.py, or choose another --cfg"
+            )
+        filled[network] = {"img_resolution": height, "img_channels": channels, "c_dim": images.label_dim}
+    settings = merge(filled, settings)
+    batch = settings.get("train", {}).get("batch")
+    if isinstance(batch, int) and batch > 0:
+        settings = merge(nested("loss.r1_gamma", default_gamma(height, batch)), settings)
+        settings = merge(nested("train.ema_kimg", default_ema_kimg(batch)), settings)
+    return build(RunConfig, settings, where)

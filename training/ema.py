@@ -1,0 +1,24 @@
+"""The moving average of the generator, which is what a run delivers."""
+
+import torch
+from torch import nn
+
+
+def decay(batch: int, images: int, kimg: float, rampup: float | None = 0.05) -> float:
+    """The share of the old average that one step of `batch` images keeps: the half-life is `kimg` thousand images.
+
+    `images` seen so far: the half-life is at most `rampup` of them, so that an early average forgets the first noise.
+    """
+    half_life = kimg * 1000
+    if rampup is not None:
+        half_life = min(half_life, images * rampup)
+    return 0.5 ** (batch / half_life) if half_life > 0 else 0.0
+
+
+@torch.no_grad()
+def track(average: nn.Module, model: nn.Module, keep: float) -> None:
+    """average ← keep · average + (1 − keep) · model for parameters; buffers are copied."""
+    for a, p in zip(average.parameters(), model.parameters(), strict=True):
+        a.copy_(p.lerp(a, keep))
+    for a, b in zip(average.buffers(), model.buffers(), strict=True):
+        a.copy_(b)

@@ -1,0 +1,105 @@
+"""What a run writes for people: log.txt, stats.jsonl, TensorBoard events, and grids of pictures."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from dnnlib.files import atomic_write
+
+
+class RunLog:
+    """The logs of a run directory. `written` is how much of each an earlier process left that still counts.
+
+    What lies beyond was written after the state that is continued: it is cut off, so that no line is missing or
+    doubled.
+    """
+
+    FILES = ("log.txt", "stats.jsonl")
+
+    def __init__(self, folder: Path, written: dict[str, int], step: int):
+        self.folder = folder
+        self.files = {}
+        for name in self.FILES:
+            self.files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+            os.truncate(folder / name, min(written.get(name, 0), os.path.getsize(folder / name)))
+        self.events = SummaryWriter(folder, purge_step=step + 1 if step else None)
+
+    def print(self, line: str) -> None:
+        print(line, flush=True)
+        self._append("log.txt", line)
+
+    def stats(self, record: dict, step: int) -> None:
+        """One report: nested {name: {"mean": …} or number} as a JSON line and as TensorBoard scalars."""
+        self._append("stats.jsonl", json.dumps(record))
+        for name, value in record.items():
+            self.events.add_scalar(name, value["mean"] if isinstance(value, dict) else value, step)
+        self.events.flush()
+
+    def picture(self, name: str, grid: np.ndarray, step: int) -> None:
+        """uint8 [H,W,C] to `name`.png and to TensorBoard."""
+        with atomic_write(self.folder / f"{name}.png") as temporary:
+            Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid).save(temporary)
+        self.events.add_image(name.rstrip("0123456789"), grid, step, dataformats="HWC")
+        self.events.flush()
+
+    def written(self) -> dict[str, int]:
+        return {name: file.tell() for name, file in self.files.items()}
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+        self.events.close()
+
+    def _append(self, name: str, line: str) -> None:
+        self.files[name].write(line + "\n")
+        self.files[name].flush()
+
+
+class SilentLog:
+    """The twin that the other processes hold."""
+
+    def print(self, line: str) -> None: ...
+
+    def stats(self, record: dict, step: int) -> None: ...
+
+    def picture(self, name: str, grid: np.ndarray, step: int) -> None: ...
+
+    def written(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[…] in [-1,1] -> uint8, as StyleGAN does it: 127.5·x + 128, clamped and truncated."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def grid_shape(height: int, width: int) -> tuple[int, int]:
+    """(rows, columns) of pictures that fill about 1920×1080 pixels: 3×4 at the least and 8×12 at the most."""
+    return min(max(1080 // height, 3), 8), min(max(1920 // width, 4), 12)
+
+
+def tile(images: Tensor, rows: int) -> np.ndarray:
+    """uint8 [rows·columns,C,H,W] -> [rows·H,columns·W,C]."""
+    n, channels, height, width = images.shape
+    grid = images.view(rows, n // rows, channels, height, width).permute(0, 3, 1, 4, 2)
+    return grid.reshape(rows * height, -1, channels).cpu().numpy()
+
+
+def duration(seconds: float) -> str:
+    """As people write it: 12s, 3m 05s, 1h 02m, 2d 03h."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m {s % 60:02}s"
+    if s < 86400:
+        return f"{s // 3600}h {s // 60 % 60:02}m"
+    return f"{s // 86400}d {s // 3600 % 24:02}h"

@@ -1,0 +1,59 @@
+"""Generators as files: safetensors with the config in the header. Nothing in them can execute."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dnnlib.config import build
+from dnnlib.console import UserError
+from dnnlib.files import atomic_write
+from training.networks import Generator, GeneratorConfig
+
+FORMAT = "creps-generator-1"
+
+
+def save_generator(G: Generator, path: str | os.PathLike) -> None:
+    """Writes parameters, buffers and config of G to `path` (.safetensors), whole or not at all."""
+    tensors = {name: t.detach().contiguous().cpu() for name, t in G.state_dict().items()}
+    metadata = {"format": FORMAT, "config": G.config.model_dump_json()}
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:
+    """The generator in `path`, in eval mode and without gradients.
+
+    Raises UserError when the file is missing, broken, or not a generator written by `save_generator`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a network-snapshot-*.safetensors of a training run")
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not an intact safetensors file ({error}); copy or download it again") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} holds tensors, but no CREPS generator (its header names no {FORMAT})")
+    try:
+        settings = json.loads(metadata["config"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} has no readable config in its header; it was not written by this project") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} has a config that is no mapping; it was not written by this project")
+    config = build(GeneratorConfig, settings, f"the config in {path}")
+    with torch.device("meta"):
+        G = Generator(config)
+    expected = {name: tuple(t.shape) for name, t in G.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(f"the tensors in {path} do not fit its config: {wrong[0]}{more}; copy or download it again")
+    G.load_state_dict(tensors, assign=True)
+    return G.eval().requires_grad_(False).to(device)

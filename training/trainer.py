@@ -1,0 +1,324 @@
+"""The training step: four phases as in StyleGAN2-ADA, and the state that a crash must not lose.
+
+Legend: N images of a micro-batch, z latents, c labels. A step sees one batch of real images, all processes together.
+
+Randomness is a function of (seed, step), drawn for the whole batch in every process and then dealt out like cards:
+image i goes to process i mod world, and within a process to round i mod rounds. So the split of a batch over processes
+and rounds changes nothing but the order of float additions; minibatch-std groups stay whole (see minibatch_std).
+"""
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dnnlib.console import UserError
+from torch_utils import checkpoint
+from torch_utils.distributed import Processes
+from torch_utils.randomness import generator
+from torch_utils.stats import Stats
+from training import ema, losses
+from training.augment import Draws, adjust, augment, draw
+from training.config import RunConfig
+from training.data import ImageArchive
+from training.networks import Discriminator, Generator
+from training.snapshot import load_generator
+
+ADA_INTERVAL = 4  # steps between adjustments of p (ADA paper, section 3.1)
+
+
+@dataclass
+class TrainState:
+    """What a crash must not lose. A field is saved and restored; what is no field may be lost."""
+
+    G: Generator
+    D: Discriminator
+    G_ema: Generator
+    G_opt: torch.optim.Adam
+    D_opt: torch.optim.Adam
+    augment_p: float
+    step: int = 0
+    pl_mean: Tensor = field(default_factory=lambda: torch.zeros([]))
+    signs: Tensor = field(
+        default_factory=lambda: torch.zeros(2)
+    )  # sum and count of sign(D(real)) since the last adjustment
+    bad_steps: dict[str, int] = field(default_factory=lambda: {"G": 0, "D": 0})  # non-finite gradients in a row
+    stats: Stats = field(default_factory=Stats)  # since the last report
+    seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "tick": 0.0, "data": 0.0})
+    written: dict[str, int] = field(default_factory=dict)  # bytes of each log that belong to the steps so far
+
+    _MODULES = ("G", "D", "G_ema", "G_opt", "D_opt")
+    _VALUES = ("augment_p", "step", "pl_mean", "signs", "bad_steps", "seconds", "written")
+
+    def state_dict(self) -> dict:
+        modules = {name: getattr(self, name).state_dict() for name in self._MODULES}
+        return modules | {name: getattr(self, name) for name in self._VALUES} | {"stats": self.stats.moments}
+
+    def load_state_dict(self, saved: dict, device: torch.device) -> None:
+        for name in self._MODULES:
+            getattr(self, name).load_state_dict(saved[name])
+        for name in self._VALUES:
+            value = saved[name]
+            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
+        self.stats = Stats({name: moments.to(device) for name, moments in saved["stats"].items()})
+
+
+def new_state(config: RunConfig, device: torch.device) -> TrainState:
+    """The state before the first step: a function of the config alone, equal in every process."""
+    dtype = torch.float64 if config.train.precision == "float64" else torch.float32
+    # Drawn on the CPU, so that a GPU starts from the same weights; the caller's random state is left alone.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        G, D = Generator(config.G).to(device, dtype), Discriminator(config.D).to(device, dtype)
+    G_ema = Generator(config.G).to(device, dtype)
+    G_ema.load_state_dict(G.state_dict())
+    return TrainState(
+        G=G,
+        D=D,
+        G_ema=G_ema.eval().requires_grad_(False),
+        G_opt=_adam(G, config.optim.g_lr, config.loss.pl_interval if config.loss.pl_weight else None, config),
+        D_opt=_adam(D, config.optim.d_lr, config.loss.r1_interval if config.loss.r1_gamma else None, config),
+        augment_p=0.0 if config.augment.mode == "none" else config.augment.p,
+        pl_mean=torch.zeros([], device=device, dtype=dtype),
+        signs=torch.zeros(2, device=device, dtype=torch.float64),
+    )
+
+
+def initialise(state: TrainState, path: str) -> list[str]:
+    """Gives `state` the weights in a snapshot (G and its average) or a training state (G, its average and D).
+
+    Tensors of the same name and shape are taken. Returns a report, line by line; raises UserError when nothing fits.
+    """
+    if path.endswith(".pt"):
+        saved = checkpoint.load(Path(path))
+        sources = {name: saved.get(name, {}) for name in ("G", "G_ema", "D")}
+    else:
+        weights = load_generator(path).state_dict()
+        sources = {"G": weights, "G_ema": weights}
+    report, taken = [], 0
+    for name, tensors in sources.items():
+        own = getattr(state, name).state_dict()
+        fits = [n for n in own if n in tensors and tensors[n].shape == own[n].shape]
+        for n in fits:
+            own[n].copy_(tensors[n])
+        fresh, left = [n for n in own if n not in fits], [n for n in tensors if n not in fits]
+        taken += len(fits)
+        report.append(
+            f"{name}: {len(fits)} of {len(own)} tensors from {path}"
+            + (f"; fresh: {', '.join(fresh)}" if fresh else "")
+            + (f"; not taken: {', '.join(left)}" if left else "")
+        )
+    if not taken:
+        raise UserError(f"nothing in {path} fits these networks; check --cfg, --cbase and --cmax against its config")
+    if "D" not in sources:
+        report.append("D: begins from new weights, for a snapshot holds none")
+    return report
+
+
+def _adam(network: nn.Module, lr: float, lazy_interval: int | None, config: RunConfig) -> torch.optim.Adam:
+    # A lazy term adds an update every k steps: k/(k+1) slows rate and decays to balance (StyleGAN2, appendix B).
+    share = 1.0 if lazy_interval is None else lazy_interval / (lazy_interval + 1)
+    betas = (float(config.optim.beta1**share), float(config.optim.beta2**share))
+    return torch.optim.Adam(network.parameters(), lr=lr * share, betas=betas, eps=config.optim.eps)
+
+
+class Trainer:
+    """Moves a TrainState by one batch at a time."""
+
+    def __init__(self, config: RunConfig, state: TrainState, images: ImageArchive, procs: Processes):
+        self.config, self.state, self.images, self.procs = config, state, images, procs
+        self.rounds = config.rounds(procs.world)
+        self.micro = config.train.batch // procs.world // self.rounds
+        self.dtype = next(state.G.parameters()).dtype
+        self.half = half_precision(config, procs.device)
+
+    def step(self, real: Tensor, c: Tensor) -> None:
+        """real uint8 [n,C,H,W] and labels [n,c_dim]: this process's share of the batch."""
+        s, loss = self.state, self.config.loss
+        real = real.to(self.procs.device, self.dtype) / 127.5 - 1
+        c = c.to(self.procs.device, self.dtype)
+        self._generator()
+        if loss.pl_weight and s.step % loss.pl_interval == 0:
+            self._path_length()
+        self._critic(real, c)
+        if loss.r1_gamma and s.step % loss.r1_interval == 0:
+            self._r1(real, c)
+        s.step += 1
+        self._adapt_augmentation()
+        train = self.config.train
+        keep = ema.decay(train.batch, s.step * train.batch, train.ema_kimg, train.ema_rampup)
+        ema.track(s.G_ema, s.G, keep)
+
+    # --- the four phases ---------------------------------------------------------------------------------------------
+
+    def _generator(self) -> None:
+        s = self.state
+        s.G.requires_grad_(True)
+        s.D.requires_grad_(False)
+        batch = self.config.train.batch
+        average = 0
+        for z, c, draws in self._fakes("generator", batch):
+            with self._autocast():
+                ws = s.G.mapping(z, c)
+                logits = s.D(augment(s.G.synthesis(ws), draws), c)
+            loss = losses.generator(logits)
+            (loss.mean() / self.rounds).backward()
+            average = average + ws[:, 0].detach().mean(dim=0) / self.rounds
+            s.stats.report("Loss/G/loss", loss)
+        if self._update("G"):
+            s.G.mapping.w_avg.lerp_(self.procs.mean_(average), 1 - self.config.train.w_avg_decay)
+
+    def _path_length(self) -> None:
+        s, loss = self.state, self.config.loss
+        s.G.requires_grad_(True)
+        count = max(1, self.micro // 2) * self.rounds * self.procs.world  # half a batch, as released
+
+        def lengths(z: Tensor, c: Tensor, noise: Tensor) -> Tensor:
+            with self._autocast():
+                return losses.path_lengths(s.G.synthesis, s.G.mapping(z, c), noise)
+
+        def weigh(mine: Tensor) -> tuple[Tensor, Tensor]:
+            """The gradient of the penalty by the lengths of this process, and the running mean after this step."""
+            every = self.procs.gather(mine).requires_grad_()
+            penalty, mean = losses.path_penalty(every.flatten(), s.pl_mean, loss.pl_decay)
+            (slopes,) = torch.autograd.grad(penalty.mean() * (loss.pl_weight * loss.pl_interval), every)
+            s.stats.report("Loss/path_length/penalty", penalty)
+            s.stats.report("Loss/path_length/length", mine)
+            return slopes[self.procs.rank] * self.procs.world, mean  # _update divides by world
+
+        shape = (self.config.G.img_channels, *self.config.G.img_shape)
+        noise = [
+            torch.randn(shape, generator=self._random(f"path noise {i}"), dtype=self.dtype)
+            for i in range(self.procs.rank, count, self.procs.world)
+        ]
+        noise = self._deal(torch.stack(noise).to(self.procs.device))
+        shares = [(z, c, n) for (z, c, _), n in zip(self._fakes("path", count), noise, strict=True)]
+        # The penalty compares each length with a mean over the whole batch. With several rounds the lengths are
+        # measured first and computed again one round at a time, so that only one round's graph is ever held.
+        if len(shares) == 1:
+            mine = lengths(*shares[0])
+            slopes, mean = weigh(mine.detach())
+            mine.backward(slopes)
+        else:
+            slopes, mean = weigh(torch.cat([lengths(*share).detach() for share in shares]))
+            for share, slope in zip(shares, slopes.chunk(len(shares)), strict=True):
+                lengths(*share).backward(slope)
+        if self._update("G"):
+            s.pl_mean = mean
+
+    def _critic(self, real: Tensor, c: Tensor) -> None:
+        s = self.state
+        s.G.requires_grad_(False)
+        s.D.requires_grad_(True)
+        batch = self.config.train.batch
+        reals = zip(self._deal(real), self._deal(c), self._draws("critic real", batch), strict=True)
+        for (fake_z, fake_c, fake_draws), (x, x_c, x_draws) in zip(self._fakes("critic", batch), reals, strict=True):
+            with self._autocast():
+                with torch.no_grad():
+                    fake = s.G(fake_z, fake_c)
+                fake_logits = s.D(augment(fake, fake_draws), fake_c)
+                real_logits = s.D(augment(x, x_draws), x_c)
+            loss = losses.critic(real_logits, fake_logits)
+            (loss.mean() / self.rounds).backward()
+            s.signs += torch.stack([real_logits.detach().sign().sum(), real_logits.new_tensor(len(x))])
+            s.stats.report("Loss/D/loss", loss)
+            s.stats.report("Loss/scores/fake", fake_logits)
+            s.stats.report("Loss/scores/real", real_logits)
+            s.stats.report("Loss/signs/real", real_logits.sign())
+            if len(x) > 1:
+                s.stats.report("Spread/fake", fake.var(dim=0))
+                s.stats.report("Spread/real", x.var(dim=0))
+        self._update("D")
+
+    def _r1(self, real: Tensor, c: Tensor) -> None:
+        s, loss = self.state, self.config.loss
+        s.D.requires_grad_(True)
+        draws = self._draws("r1", self.config.train.batch)
+        for x, x_c, x_draws in zip(self._deal(real), self._deal(c), draws, strict=True):
+            with self._autocast():
+                penalty = losses.r1(lambda x, x_c=x_c, x_draws=x_draws: s.D(augment(x, x_draws), x_c), x)
+            (penalty.mean() * (loss.r1_gamma / 2 * loss.r1_interval / self.rounds)).backward()
+            s.stats.report("Loss/r1_penalty", penalty)
+        self._update("D")
+
+    # --- what they share ---------------------------------------------------------------------------------------------
+
+    def _random(self, purpose: str) -> torch.Generator:
+        return generator(self.config.train.seed, self.state.step, purpose)
+
+    def _deal(self, mine: Tensor | Draws) -> list:
+        """This process's share of a batch -> micro-batches, one per round."""
+        return [mine[i :: self.rounds] for i in range(self.rounds)]
+
+    def _draws(self, purpose: str, count: int) -> list[Draws]:
+        draws = draw(
+            self.config.augment,
+            count,
+            self.state.augment_p,
+            image_shape=self.config.G.img_shape,
+            generator=self._random(purpose + " augmentation"),
+        )
+        return self._deal(draws[self.procs.rank :: self.procs.world])
+
+    def _fakes(self, purpose: str, count: int) -> list[tuple[Tensor, Tensor, Draws]]:
+        """z [N,z_dim], c [N,c_dim] and augmentations of `count` fakes: this process's share, by rounds.
+
+        The labels are those of images drawn at random, so that they are as frequent as in the archive.
+        """
+        random = self._random(purpose)
+        z = torch.randn(count, self.config.G.z_dim, generator=random)
+        labels = [self.images.label(i) for i in torch.randint(len(self.images), [count], generator=random).tolist()]
+        mine = slice(self.procs.rank, None, self.procs.world)
+        z, c = (x[mine].to(self.procs.device, self.dtype) for x in (z, torch.stack(labels)))
+        return list(zip(self._deal(z), self._deal(c), self._draws(purpose, count), strict=True))
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.procs.device.type, dtype=self.half or torch.bfloat16, enabled=self.half is not None)
+
+    def _update(self, name: str) -> bool:
+        """Averages the gradients over the processes and applies them, unless a number in them is not finite.
+
+        Raises UserError when that has happened too often in a row. Returns whether the network moved.
+        """
+        s = self.state
+        network, optimizer = (s.G, s.G_opt) if name == "G" else (s.D, s.D_opt)
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        flat = self.procs.mean_(torch.cat([g.flatten() for g in gradients]))
+        finite = bool(flat.isfinite().all())
+        s.stats.report(f"Progress/bad_gradients_{name}", flat.new_tensor(float(not finite)))
+        if finite:
+            s.bad_steps[name] = 0
+            for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                g.copy_(mean.view_as(g))
+            optimizer.step()
+        else:
+            s.bad_steps[name] += 1
+            limit = self.config.train.max_bad_steps
+            if s.bad_steps[name] >= limit:
+                raise UserError(
+                    f"the gradients of {name} were not finite in {limit} updates in a row, up to step {s.step}; the "
+                    f"run has diverged: go back to an earlier state, and lower --{name.lower()}lr or raise --gamma"
+                )
+        optimizer.zero_grad(set_to_none=True)
+        return finite
+
+    def _adapt_augmentation(self) -> None:
+        s, settings = self.state, self.config.augment
+        if s.step % ADA_INTERVAL:
+            return
+        total, count = self.procs.sum_(s.signs.clone()).tolist()
+        s.signs.zero_()
+        if settings.mode == "ada" and count:
+            s.augment_p = adjust(
+                s.augment_p, total / count, images=int(count), target=settings.target, kimg=settings.kimg
+            )
+
+
+def half_precision(config: RunConfig, device: torch.device) -> torch.dtype | None:
+    """The type that autocast mixes with float32 on `device`, or None."""
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return torch.bfloat16 if precision == "bfloat16" else None
