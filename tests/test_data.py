@@ -1,0 +1,350 @@
+"""Laws of the training reader: training/data.py."""
+
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dnnlib.console import UserError
+from training.data import ImageArchive, ImageFiles, batches, epoch_order, index_at
+
+COUNT = 11
+GOLDEN_ORDER = [0, 2, 1, 5, 4, 3, 6, 7]  # count 8, seed 0, epoch 0
+
+
+def pixels_of(number: int, height: int = 4, width: int = 6) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "png")
+    return data.getvalue()
+
+
+def write_folder(folder: Path, contents: dict[str, bytes]) -> Path:
+    for name, data in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def write_zip(path: Path, contents: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    return path
+
+
+def contents(count: int = COUNT, labels: object = None) -> dict[str, bytes]:
+    """The files of a small StyleGAN dataset."""
+    files = {f"{i // 5:05d}/img{i:08d}.png": png(pixels_of(i)) for i in range(count)}
+    if labels is not None:
+        files["dataset.json"] = json.dumps({"labels": labels}).encode()
+    return files
+
+
+def class_labels(count: int = COUNT) -> list:
+    return [[f"{i // 5:05d}/img{i:08d}.png", i % 3] for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    return write_zip(tmp_path_factory.mktemp("data") / "tiny.zip", contents(labels=class_labels()))
+
+
+def take(stream, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(itertools.islice(stream, count))
+
+
+def numbers_of(images: torch.Tensor) -> list[int]:
+    """Which source image each image of a batch is."""
+    known = {pixels_of(i).tobytes(): i for i in range(COUNT)}
+    return [known[image.permute(1, 2, 0).contiguous().numpy().tobytes()] for image in images]
+
+
+def test_images_and_labels_are_those_of_the_files(archive):
+    images = ImageArchive(archive, use_labels=True)
+    assert (images.shape, images.label_dim, images.has_labels, images.name, len(images)) == (
+        (3, 4, 6),
+        3,
+        True,
+        "tiny",
+        11,
+    )
+    for i in range(COUNT):
+        image, label = images[i]
+        assert image.dtype == torch.uint8
+        assert label.dtype == torch.float32
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels_of(i))
+        assert label.tolist() == images.label(i).tolist() == [float(i % 3 == k) for k in range(3)]
+    with pytest.raises(IndexError):
+        images[COUNT]
+
+
+def test_a_folder_equals_its_zip(archive, tmp_path):
+    folder = ImageArchive(write_folder(tmp_path / "tiny", contents(labels=class_labels())), use_labels=True)
+    zipped = ImageArchive(archive, use_labels=True)
+    assert (folder.shape, folder.label_dim, folder.name, len(folder)) == (
+        zipped.shape,
+        zipped.label_dim,
+        "tiny",
+        len(zipped),
+    )
+    for (image, label), (image_of_zip, label_of_zip) in zip(folder, zipped, strict=True):
+        assert torch.equal(image, image_of_zip)
+        assert torch.equal(label, label_of_zip)
+
+
+def test_mirror_adds_each_image_flipped_left_to_right(archive):
+    plain, mirrored = ImageArchive(archive), ImageArchive(archive, mirror=True)
+    assert len(mirrored) == 2 * COUNT
+    for i in range(COUNT):
+        assert torch.equal(mirrored[i][0], plain[i][0])
+        assert torch.equal(mirrored[COUNT + i][0], plain[i][0].flip(2))
+
+
+def test_labels_unused_are_known_but_empty(archive):
+    images = ImageArchive(archive)
+    assert images.has_labels
+    assert images.label_dim == 0
+    assert images[0][1].shape == (0,)
+
+
+def test_vector_labels_stay_as_they_are(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
+    labels = {f"00000/img{i:08d}.png": vectors[i].tolist() for i in range(3)}
+    images = ImageArchive(write_zip(tmp_path / "v.zip", contents(3, labels)), use_labels=True)
+    assert images.label_dim == 2
+    assert np.array_equal(torch.stack([label for _, label in images]).numpy(), vectors)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_grey_files_come_with_the_channels_asked_for(tmp_path, channels):
+    grey = pixels_of(0)[:, :, 0]
+    image, _ = ImageArchive(write_folder(tmp_path, {"a.png": png(grey)}), channels=channels)[0]
+    expected = np.stack([grey] * min(channels, 3) + [np.full_like(grey, 255)] * (channels == 4))
+    assert np.array_equal(image.numpy(), expected)
+
+
+def test_max_images_is_a_subset_that_the_seed_chooses(archive):
+    def chosen(seed):
+        return numbers_of(torch.stack([image for image, _ in ImageArchive(archive, max_images=5, seed=seed)]))
+
+    assert len(set(chosen(1))) == 5
+    assert chosen(1) == chosen(1)
+    assert len({tuple(chosen(seed)) for seed in range(5)}) > 1
+    assert len(ImageArchive(archive, max_images=5, mirror=True)) == 10
+    assert ImageArchive(archive, max_images=1, use_labels=True).label_dim == 3
+
+
+def test_hidden_files_and_apples_shadow_files_are_no_images(tmp_path):
+    shadows = {"__MACOSX/._a.png": b"x", "._a.png": b"x", ".cache/b.png": b"x", "notes.txt": b"x"}
+    assert ImageFiles(write_zip(tmp_path / "a.zip", {"a.png": png(pixels_of(0)), **shadows})).names() == ["a.png"]
+
+
+def test_links_to_folders_are_followed_and_rings_end(tmp_path):
+    write_folder(tmp_path / "elsewhere", {"b.png": png(pixels_of(0))})
+    folder = write_folder(tmp_path / "images", {"a.png": png(pixels_of(1))})
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "ring").symlink_to(folder)
+    assert ImageFiles(folder).names() == ["a.png", "linked/b.png"]
+
+
+# The order of the images
+
+
+@given(count=st.integers(1, 200), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_an_epoch_shows_every_image_once(count, seed, epoch):
+    assert sorted(index_at(epoch * count + i, count, seed) for i in range(count)) == list(range(count))
+
+
+def test_epochs_and_seeds_differ_and_the_order_is_the_one_of_every_version():
+    assert not np.array_equal(epoch_order(100, 0, 0), epoch_order(100, 0, 1))
+    assert not np.array_equal(epoch_order(100, 0, 0), epoch_order(100, 1, 0))
+    assert epoch_order(8, 0, 0).tolist() == GOLDEN_ORDER
+
+
+@given(
+    start=st.integers(0, 5 * COUNT),
+    world=st.integers(1, 3),
+    share=st.integers(1, 7),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_shares_of_all_processes_are_the_whole_batches_from_any_start(archive, start, world, share, seed):
+    images, batch = ImageArchive(archive, use_labels=True), world * share
+    shares = [
+        take(batches(images, batch=batch, start=start, rank=rank, world=world, seed=seed, workers=0), 3)
+        for rank in range(world)
+    ]
+    position = start
+    for parts in zip(*shares, strict=True):
+        assert all(len(part[0]) == share for part in parts)
+        for place in range(batch):
+            image, label = images[index_at(position, COUNT, seed)]
+            part = parts[place % world]
+            assert torch.equal(part[0][place // world], image)
+            assert torch.equal(part[1][place // world], label)
+            position += 1
+
+
+@given(seen=st.integers(0, 40))
+@settings(max_examples=20, deadline=None)
+def test_a_run_resumed_at_any_image_sees_what_the_uninterrupted_one_would(archive, seen):
+    images = ImageArchive(archive, mirror=True)
+    whole = torch.cat([image for image, _ in take(batches(images, batch=1, workers=0, seed=3), seen + 20)])
+    resumed = torch.cat([image for image, _ in take(batches(images, batch=4, start=seen, workers=0, seed=3), 5)])
+    assert torch.equal(resumed, whole[seen:])
+
+
+def test_worker_processes_change_nothing(archive):
+    images = ImageArchive(archive, use_labels=True, mirror=True)
+    images[3]  # the ZIP is open when the workers fork
+    alone = take(batches(images, batch=4, workers=0), 12)
+    helped = take(batches(images, batch=4, workers=2), 12)
+    for (image, label), (image_helped, label_helped) in zip(alone, helped, strict=True):
+        assert torch.equal(image, image_helped)
+        assert torch.equal(label, label_helped)
+
+
+def test_an_open_archive_survives_pickling(archive):
+    images = ImageArchive(archive, use_labels=True)
+    images[0]
+    again = pickle.loads(pickle.dumps(images))
+    assert torch.equal(again[7][0], images[7][0])
+    assert torch.equal(again[7][1], images[7][1])
+
+
+def read_all(images: ImageArchive, expected: list[bytes], rounds: int) -> None:
+    for _ in range(rounds):
+        for i, data in enumerate(expected):
+            if images[i][0].numpy().tobytes() != data:
+                os._exit(1)
+
+
+def test_forked_readers_do_not_disturb_each_other(archive):
+    images = ImageArchive(archive)
+    expected = [image.numpy().tobytes() for image, _ in images]
+    processes = [
+        multiprocessing.get_context("fork").Process(target=read_all, args=(images, expected, 20)) for _ in "ab"
+    ]
+    for process in processes:
+        process.start()
+    read_all(images, expected, 20)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_memory_stays_flat_over_thousands_of_reads(tmp_path):
+    big = {f"{i}.png": png(np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)) for i in range(8)}
+    images = ImageArchive(write_zip(tmp_path / "big.zip", big))
+
+    def read(count):
+        for i in range(count):
+            images[i % 8]
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = read(200)
+    # 2,000 images of 12 KB would be 25 MB if they were kept.
+    assert read(2000) - before < 4e6
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_ends_the_stream_with_one_sentence(tmp_path, workers):
+    files = contents(6)
+    broken = "00001/img00000005.png"
+    files[broken] = files[broken][:60]
+    images = ImageArchive(write_zip(tmp_path / "broken.zip", files))
+    with pytest.raises(UserError) as caught:
+        take(batches(images, batch=2, workers=workers), 3)
+    assert broken in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def with_labels(labels) -> dict[str, bytes]:
+    return {
+        "a.png": png(pixels_of(0)),
+        "b.png": png(pixels_of(1)),
+        "dataset.json": json.dumps({"labels": labels}).encode(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "words"),
+    [
+        ({}, {}, "holds no images"),
+        ({"notes.txt": b"hello"}, {}, "holds no images"),
+        ({"a.png": b""}, {}, "a.png cannot be read as an image: the file is empty"),
+        ({"a.png": b"hello"}, {}, "no known image format"),
+        ({"a.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}, {}, "no known image format"),
+        ({"../a.png": png(pixels_of(0))}, {}, "points outside"),
+        ({"/a.png": png(pixels_of(0))}, {}, "points outside"),
+        (
+            {"a.png": png(pixels_of(0)), "b.png": png(pixels_of(1, 5, 6))},
+            {},
+            "b.png is 6x5, but the first image is 6x4",
+        ),
+        (with_labels(None), {"use_labels": True}, "holds no labels"),
+        (with_labels([["a.png", 0]]), {"use_labels": True}, "no label for b.png"),
+        (with_labels([["a.png", 0], ["b.png", -1]]), {"use_labels": True}, "labels b.png as -1"),
+        (with_labels([["a.png", 0], ["b.png", 0.5]]), {"use_labels": True}, "labels b.png as 0.5"),
+        (with_labels([["a.png", 0], ["b.png", 10**9]]), {"use_labels": True}, "labels b.png as 1e+09"),
+        (with_labels([["a.png", 0], ["b.png", "cat"]]), {"use_labels": True}, "vectors of one length"),
+        (with_labels([["a.png", [1]], ["b.png", [1, 2]]]), {"use_labels": True}, "vectors of one length"),
+        (with_labels([["a.png", []], ["b.png", []]]), {"use_labels": True}, "vectors of one length"),
+        (with_labels([["a.png", 0], ["b.png", float("nan")]]), {"use_labels": True}, "vectors of one length"),
+        (with_labels([1, 2]), {}, "is not of the form"),
+        ({"a.png": png(pixels_of(0)), "dataset.json": b"{"}, {}, "is not of the form"),
+        ({"a.png": png(pixels_of(0)), "dataset.json": b"[]"}, {}, "is not of the form"),
+        ({"a.png": png(pixels_of(0))}, {"channels": 2}, "channels=2"),
+        ({"a.png": png(pixels_of(0))}, {"max_images": 0}, "max_images=0"),
+        ({"a.png": png(pixels_of(0))}, {"seed": -1}, "seed=-1"),
+    ],
+)
+def test_a_wrong_archive_is_refused_in_one_sentence(tmp_path, files, options, words):
+    path = write_zip(tmp_path / "wrong.zip", files)
+    with pytest.raises(UserError, match=f".*{words.replace('+', '[+]')}.*") as caught:
+        list(ImageArchive(path, **options))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_is_no_archive_is_refused(tmp_path):
+    (tmp_path / "photo.png").write_bytes(png(pixels_of(0)))
+    with pytest.raises(UserError, match="neither a folder nor a whole ZIP"):
+        ImageArchive(tmp_path / "photo.png")
+    with pytest.raises(UserError, match="does not exist"):
+        ImageArchive(tmp_path / "nothing.zip")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch": 0},
+        {"batch": 5, "world": 2},
+        {"batch": 4, "rank": 2, "world": 2},
+        {"batch": 4, "start": -1},
+        {"batch": 4, "workers": -1},
+    ],
+)
+def test_impossible_batches_are_refused_before_anything_is_read(archive, options):
+    with pytest.raises(UserError):
+        batches(ImageArchive(archive), **options)
