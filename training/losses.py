@@ -17,7 +17,7 @@ def generator(fake_logits: Tensor) -> Tensor:
 
 def critic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """[N,1], [N,1] -> [N]: softplus(−D(real)) + softplus(D(fake))."""
-    return (F.softplus(-real_logits) + F.softplus(fake_logits)).flatten()
+    return F.softplus(-real_logits.flatten()) + F.softplus(fake_logits.flatten())
 
 
 def r1(D: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:

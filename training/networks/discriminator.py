@@ -15,7 +15,7 @@ from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
 from torch_utils.ops.resample import lowpass
 from torch_utils.precision import full_precision
 from training.networks.layers import CLAMP, EqualLinear
-from training.networks.mapping import Mapping
+from training.networks.mapping import Mapping, check_label
 
 
 class DiscriminatorConfig(Config):
@@ -143,6 +143,9 @@ class Discriminator(nn.Module):
         expected = (self.config.img_channels, self.config.img_resolution, self.config.img_resolution)
         if img.ndim != 4 or img.shape[1:] != expected:
             raise ValueError(f"img must be [N,{','.join(map(str, expected))}], got {list(img.shape)}")
+        if not len(img):
+            raise ValueError("img is an empty batch; the minibatch standard deviation needs an image")
+        check_label(c, self.config.c_dim, len(img))
         x = self.from_rgb(img)
         for block in self.blocks.values():
             x = block(x)

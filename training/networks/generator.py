@@ -76,11 +76,16 @@ class GeneratorConfig(Config):
         return self.img_resolution, self.img_resolution
 
 
+# [count] positions that cover [0,1]: with both ends, as released, or pixel centres.
+COORDS = {
+    "endpoints": lambda count, dtype: torch.linspace(0, 1, count, dtype=dtype),
+    "centers": lambda count, dtype: (torch.arange(count, dtype=dtype) + 0.5) / count,
+}
+
+
 def positions(count: int, coords: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[count] positions that cover [0,1]: with both ends ("endpoints"), or pixel centres ("centers")."""
-    if coords == "endpoints":
-        return torch.linspace(0, 1, count, dtype=dtype)
-    return (torch.arange(count, dtype=dtype) + 0.5) / count
+    """[count] positions that cover the picture; `coords` is a key of COORDS."""
+    return COORDS[coords](count, dtype)
 
 
 class Synthesis(nn.Module):
@@ -114,11 +119,13 @@ class Synthesis(nn.Module):
         if ws.ndim != 3 or ws.shape[1:] != expected:
             raise ValueError(f"ws must be [N,{expected[0]},{expected[1]}], as G.mapping makes it; got {list(ws.shape)}")
         height, width = self.config.img_shape
-        rows = positions(height, self.config.coords, ws.dtype) if rows is None else rows
-        cols = positions(width, self.config.coords, ws.dtype) if cols is None else cols
+        dtype = torch.promote_types(ws.dtype, torch.float32)  # half types cannot tell 512 positions apart
+        rows = positions(height, self.config.coords, dtype) if rows is None else rows
+        cols = positions(width, self.config.coords, dtype) if cols is None else cols
         for name, axis in (("rows", rows), ("cols", cols)):
-            if axis.ndim != 1 or not len(axis):
-                raise ValueError(f"{name} must be a one-dimensional tensor of positions; got {list(axis.shape)}")
+            if axis.ndim != 1 or not len(axis) or not axis.is_floating_point():
+                got = f"{axis.dtype} {list(axis.shape)}"
+                raise ValueError(f"{name} must be a one-dimensional float tensor of positions in [0,1]; got {got}")
         lines: Lines = self.lines(ws, rows.to(ws.device), cols.to(ws.device))
         return self.pixels(lines, ws[:, -1])
 

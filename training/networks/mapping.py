@@ -33,19 +33,30 @@ class Mapping(nn.Module):
         )
 
     def forward(self, z: Tensor | None, c: Tensor | None) -> Tensor:
+        dtype = self.layers[0].weight.dtype
         parts = []
         if self.z_dim:
             if z is None or z.shape[1:] != (self.z_dim,):
                 raise ValueError(f"z must be [N,{self.z_dim}], got {None if z is None else list(z.shape)}")
-            parts.append(normalise(z))
+            parts.append(normalise(z.to(dtype)))
+        check_label(c, self.c_dim, len(parts[0]) if parts else None)
         if self.embed is not None:
-            if c is None or c.shape[1:] != (self.c_dim,):
-                got = "None" if c is None else list(c.shape)
-                raise ValueError(f"the network is conditional: c must be [N,{self.c_dim}], got {got}")
             with full_precision(c):
-                parts.append(normalise(self.embed(c)))
+                parts.append(normalise(self.embed(c.to(dtype))))
         with full_precision(parts[0]):
             x = torch.cat(parts, dim=1)
             for layer in self.layers:
                 x = layer(x)
         return x
+
+
+def check_label(c: Tensor | None, c_dim: int, count: int | None) -> None:
+    """Raises ValueError unless c is [count,c_dim]; None will do when c_dim is 0."""
+    if c is None and not c_dim:
+        return
+    if c is None or c.shape[1:] != (c_dim,):
+        got = "None" if c is None else list(c.shape)
+        what = f"conditional: c must be [N,{c_dim}]" if c_dim else "unconditional: c must be None or [N,0]"
+        raise ValueError(f"the network is {what}, got {got}")
+    if count is not None and len(c) != count:
+        raise ValueError(f"c has {len(c)} labels for {count} images")

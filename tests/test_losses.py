@@ -1,0 +1,184 @@
+"""Laws of the losses: closed forms, finite differences, and one value per image."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from training import losses
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def softplus(x):
+    """log(1 + eˣ) by the standard library, without overflow."""
+    return max(x, 0) + math.log1p(math.exp(-abs(x)))
+
+
+LOGITS = [-700.0, -3.0, 0.0, 0.25, 40.0, 700.0]
+
+
+def test_the_generator_loss_is_softplus_of_minus_the_logit():
+    got = losses.generator(torch.tensor(LOGITS, dtype=torch.float64)[:, None])
+    assert got.tolist() == pytest.approx([softplus(-x) for x in LOGITS], rel=1e-12)
+
+
+def test_the_critic_loss_is_the_sum_of_both_softpluses():
+    real, fake = LOGITS, LOGITS[::-1]
+    got = losses.critic(*(torch.tensor(x, dtype=torch.float64)[:, None] for x in (real, fake)))
+    assert got.tolist() == pytest.approx([softplus(-r) + softplus(f) for r, f in zip(real, fake, strict=True)])
+
+
+def test_an_undecided_critic_pays_log_two_per_logit():
+    zero = torch.zeros(3, 1, dtype=torch.float64)
+    assert losses.generator(zero).tolist() == pytest.approx([math.log(2)] * 3)
+    assert losses.critic(zero, zero).tolist() == pytest.approx([math.log(4)] * 3)
+
+
+def test_gradients_of_the_logits_are_probabilities():
+    """d softplus(−x)/dx = −σ(−x): never more than 1, so one image cannot outvote a batch."""
+    x = torch.tensor(LOGITS, dtype=torch.float64).requires_grad_()
+    losses.generator(x).sum().backward()
+    assert x.grad.tolist() == pytest.approx([-1 / (1 + math.exp(v)) for v in LOGITS])
+
+
+@pytest.mark.parametrize("real", [(4,), (4, 1), (4, 1, 1)])
+@pytest.mark.parametrize("fake", [(4,), (4, 1), (4, 1, 1)])
+def test_logits_of_any_shape_give_one_value_per_image(real, fake):
+    a, b = noise(4), noise(4, seed=1)
+    assert losses.generator(a.view(real)).shape == (4,)
+    got = losses.critic(a.view(real), b.view(fake))
+    assert got.shape == (4,)
+    assert torch.equal(got, losses.critic(a[:, None], b[:, None]))
+
+
+def test_a_loss_of_a_batch_is_the_losses_of_its_images():
+    a, b = noise(5, 1), noise(5, 1, seed=1)
+    for n in range(5):
+        assert losses.generator(a)[n] == losses.generator(a[n : n + 1])[0]
+        assert losses.critic(a, b)[n] == losses.critic(a[n : n + 1], b[n : n + 1])[0]
+
+
+# --- R1 -----------------------------------------------------------------------------------------------------------
+
+
+def test_r1_of_a_linear_critic_is_its_squared_length():
+    w = noise(3, 4, 5, seed=1)
+    got = losses.r1(lambda x: (x * w).sum(dim=(1, 2, 3))[:, None] + 7, noise(6, 3, 4, 5))
+    assert got.tolist() == pytest.approx([float(np.sum(w.numpy() ** 2))] * 6)
+
+
+def test_r1_of_a_quadratic_critic_is_per_image():
+    """D(x) = xᵀAx/2 with A symmetric has the gradient Ax."""
+    A = noise(12, 12, seed=1)
+    A = A + A.T
+    real = noise(4, 3, 2, 2)
+    got = losses.r1(lambda x: torch.einsum("ni,ij,nj->n", x.flatten(1), A, x.flatten(1)) / 2, real)
+    expected = ((real.flatten(1).numpy() @ A.numpy()) ** 2).sum(axis=1)
+    assert got.tolist() == pytest.approx(expected.tolist())
+
+
+def test_r1_is_differentiable_in_the_critic_and_leaves_the_picture_alone():
+    real = noise(2, 1, 3, 3).requires_grad_()
+    w = noise(1, 3, 3, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: losses.r1(lambda x: (x * v).tanh().sum(dim=(1, 2, 3)), real), w)
+    losses.r1(lambda x: (x * w).tanh().sum(dim=(1, 2, 3)), real).sum().backward()
+    assert real.grad is None
+
+
+# --- Path lengths -------------------------------------------------------------------------------------------------
+
+
+def linear_synthesis(A):
+    """A [K,w,C,H,W]; ws [N,K,w] -> [N,C,H,W]."""
+    return lambda ws: torch.einsum("nkv,kvchw->nchw", ws, A)
+
+
+def test_path_lengths_of_a_linear_synthesis_are_a_closed_form():
+    K, w, C, H, W = 5, 4, 3, 2, 6
+    A, image, ws = noise(K, w, C, H, W), noise(3, C, H, W, seed=1), noise(3, K, w, seed=2).requires_grad_()
+    got = losses.path_lengths(linear_synthesis(A), ws, image)
+    expected = []
+    for y in image.numpy():
+        per_style = [sum(np.sum(A[k, v].numpy() * y) ** 2 for v in range(w)) / (H * W) for k in range(K)]
+        expected.append(math.sqrt(sum(per_style) / K))
+    assert got.tolist() == pytest.approx(expected)
+
+
+def test_an_unused_style_shortens_the_paths_by_the_mean():
+    """K styles of which one counts: the mean over K makes the length √K smaller than with that style alone."""
+    A, image = noise(1, 4, 3, 2, 2), noise(2, 3, 2, 2, seed=1)
+    alone = losses.path_lengths(linear_synthesis(A), noise(2, 1, 4).requires_grad_(), image)
+    padded = torch.cat([A, torch.zeros(8, 4, 3, 2, 2, dtype=torch.float64)])
+    among = losses.path_lengths(linear_synthesis(padded), noise(2, 9, 4).requires_grad_(), image)
+    assert (alone / among).tolist() == pytest.approx([3.0, 3.0])
+
+
+def test_path_lengths_are_differentiable_in_the_synthesis():
+    A, image = noise(2, 3, 1, 2, 2).requires_grad_(), noise(2, 1, 2, 2, seed=1)
+    ws = noise(2, 2, 3, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a: losses.path_lengths(lambda v: linear_synthesis(a)(v).sin(), ws, image), A)
+    assert torch.autograd.gradcheck(lambda v: losses.path_lengths(lambda u: linear_synthesis(A)(u).sin(), v, image), ws)
+
+
+def test_the_lengths_of_a_batch_are_those_of_its_images():
+    A, image = noise(2, 3, 1, 2, 2), noise(3, 1, 2, 2, seed=1)
+    ws = noise(3, 2, 3, seed=2).requires_grad_()
+
+    def synthesis(v):
+        return linear_synthesis(A)(v).sin()
+
+    together = losses.path_lengths(synthesis, ws, image)
+    for n in range(3):
+        alone = losses.path_lengths(synthesis, ws[n : n + 1].detach().requires_grad_(), image[n : n + 1])
+        assert together[n].item() == pytest.approx(alone.item(), rel=1e-12)
+
+
+def test_the_expected_squared_path_length_is_the_mean_square_of_the_jacobian():
+    """E over noise of length² = ‖A‖²/(K·H·W), here over 4000 draws of noise to 5 %."""
+    A = noise(2, 3, 3, 2, 2)
+    ws = noise(4000, 2, 3, seed=1).requires_grad_()
+    got = losses.path_lengths(linear_synthesis(A), ws, noise(4000, 3, 2, 2, seed=2)).square().mean().item()
+    assert got == pytest.approx(A.square().sum().item() / (2 * 2 * 2), rel=0.05)
+
+
+# --- Path penalty -------------------------------------------------------------------------------------------------
+
+
+def penalty(lengths, mean, decay):
+    """By hand, in numpy."""
+    mean = mean + decay * (lengths.mean() - mean)
+    return (lengths - mean) ** 2, mean
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01, 0.3, 1.0])
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_penalty_and_its_gradient_flow_through_the_new_mean(decay, count):
+    lengths = (noise(count) + 3).requires_grad_()
+    weights = noise(count, seed=1)
+    got, mean = losses.path_penalty(lengths, torch.tensor(1.7, dtype=torch.float64), decay)
+    by_hand, mean_by_hand = penalty(lengths.detach().numpy(), 1.7, decay)
+    assert got.tolist() == pytest.approx(by_hand.tolist(), abs=1e-14)
+    assert mean.item() == pytest.approx(mean_by_hand)
+    assert mean.shape == ()
+    assert not mean.requires_grad
+
+    (got * weights).sum().backward()
+    step = 1e-5
+    for n in range(count):
+        moved = [lengths.detach().numpy().copy() for _ in range(2)]
+        moved[0][n] -= step
+        moved[1][n] += step
+        low, high = ((penalty(x, 1.7, decay)[0] * weights.numpy()).sum() for x in moved)
+        assert lengths.grad[n].item() == pytest.approx((high - low) / (2 * step), rel=1e-7, abs=1e-8)
+
+
+def test_the_running_mean_settles_at_constant_lengths():
+    lengths, mean = torch.full((3,), 5.0, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for step in range(1, 200):
+        got, mean = losses.path_penalty(lengths, mean, 0.01)
+        assert mean.item() == pytest.approx(5 * (1 - 0.99**step))
+        assert got[0].item() == pytest.approx((5 * 0.99**step) ** 2)

@@ -1,0 +1,302 @@
+"""Laws of the operations: plain loops and closed forms, and derivatives against finite differences, twice."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.signal
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
+from torch_utils.ops.modulated_linear import modulated_linear
+from torch_utils.ops.resample import lowpass
+
+GAINS = {"linear": 1.0, "lrelu": math.sqrt(2)}
+LAYOUTS = ["contiguous", "transposed", "sliced", "expanded"]
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def laid_out(x, layout):
+    """The values of x, or values of its shape, in another layout of memory."""
+    if layout == "transposed":
+        return x.mT.contiguous().mT
+    if layout == "sliced":
+        return torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
+    if layout == "expanded":
+        return x[:1].expand_as(x)
+    return x
+
+
+def leaves(*tensors):
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+# --- bias_act -----------------------------------------------------------------------------------------------------
+
+
+def bias_act_by_hand(x, bias, act, gain, clamp, dim):
+    out = np.empty(x.shape)
+    for index in np.ndindex(*x.shape):
+        value = x[index] + (0.0 if bias is None else bias[index[dim]])
+        if act == "lrelu" and value < 0:
+            value *= 0.2
+        value *= GAINS[act] if gain is None else gain
+        out[index] = value if clamp is None else min(max(value, -clamp), clamp)
+    return out
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("clamp", [None, 0.8])
+@pytest.mark.parametrize("gain", [None, 1.0, 0.7])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((3,), 0), ((1, 1), 1), ((3, 5), -1), ((2, 3, 5), 1), ((2, 3, 1, 7), -3), ((0, 4), 1)]
+)
+def test_bias_act_is_its_formula(act, clamp, gain, shape, dim):
+    x = noise(*shape)
+    for bias in (None, noise(shape[dim], seed=1)):
+        got = bias_act(x, bias, act=act, gain=gain, clamp=clamp, dim=dim)
+        expected = bias_act_by_hand(x.numpy(), None if bias is None else bias.numpy(), act, gain, clamp, dim)
+        assert got.shape == x.shape
+        assert np.allclose(got.numpy(), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("clamp", [None, 0.8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "dim"), [((3, 5), -1), ((2, 3, 1), 1), ((1, 1), 0), ((0, 4), 1)])
+def test_bias_act_has_the_derivatives_of_finite_differences(act, clamp, layout, shape, dim):
+    def f(x, bias):
+        return bias_act(laid_out(x, layout), bias, act=act, gain=1.3, clamp=clamp, dim=dim)
+
+    inputs = leaves(noise(*shape), noise(shape[dim], seed=1))
+    assert gradcheck(f, inputs)
+    assert gradgradcheck(f, inputs)
+    assert torch.equal(f(*inputs), bias_act(laid_out(inputs[0], layout).contiguous(), inputs[1], act=act, gain=1.3,
+                                            clamp=clamp, dim=dim))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_bias_act_stays_in_the_dtype_of_x_and_within_the_clamp(dtype):
+    x = torch.tensor([-math.inf, -6e4, -256, 0, 256, 6e4, math.inf], dtype=dtype)
+    got = bias_act(x, torch.full((7,), 3.0), act="lrelu", clamp=256.0)
+    assert got.dtype == dtype
+    assert (got.abs() <= 256).all()
+    assert got[-1] == got[-2] == 256
+    assert got[0] == -256
+
+
+def test_the_gradient_stops_at_the_clamp():
+    (x,) = leaves(torch.tensor([-3.0, 0.5, 3.0]))
+    bias_act(x, clamp=1.0).sum().backward()
+    assert x.grad.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_the_default_gain_keeps_the_second_moment_of_normal_numbers(act):
+    """E[(√2·lrelu(x))²] = 2·(1 + 0.2²)/2 = 1.04; a million draws are good to half a percent."""
+    moment = bias_act(noise(10**6), act=act).square().mean().item()
+    assert moment == pytest.approx({"linear": 1.0, "lrelu": 1.04}[act], rel=0.005)
+
+
+def test_bias_act_leaves_its_inputs_alone():
+    x, bias = noise(3, 4), noise(4, seed=1)
+    before = x.clone(), bias.clone()
+    bias_act(x, bias, act="lrelu", clamp=0.5)
+    bias_act(x)
+    assert torch.equal(x, before[0])
+    assert torch.equal(bias, before[1])
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(KeyError, match="relu6"):
+        bias_act(noise(2), act="relu6")
+
+
+# --- modulated_linear ---------------------------------------------------------------------------------------------
+
+
+def modulated_by_hand(x, weight, style, bias, demodulate, act, clamp):
+    (n, p, inputs), outputs = x.shape, weight.shape[0]
+    out = np.zeros((n, p, outputs))
+    for a, o in itertools.product(range(n), range(outputs)):
+        row = [weight[o, i] * style[a, i] for i in range(inputs)]
+        if demodulate:
+            length = math.sqrt(sum(v * v for v in row) + 1e-8)
+            row = [v / length for v in row]
+        for b in range(p):
+            out[a, b, o] = sum(row[i] * x[a, b, i] for i in range(inputs))
+    return bias_act_by_hand(out, bias, act, None, clamp, 2)
+
+
+SIZES = [(1, 1, 1, 1), (2, 3, 5, 7), (3, 1, 4, 1), (2, 5, 1, 3)]  # N, P, I, O
+EMPTY = [(0, 3, 4, 2), (2, 0, 4, 2)]
+
+
+def modulated_inputs(n, p, i, o):
+    return noise(n, p, i), noise(o, i, seed=1), noise(n, i, seed=2), noise(o, seed=3)
+
+
+@pytest.mark.parametrize("size", SIZES + EMPTY, ids=str)
+@pytest.mark.parametrize("demodulate", [True, False])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("clamp", [None, 0.9])
+def test_a_modulated_layer_is_its_formula(size, demodulate, act, clamp):
+    inputs = modulated_inputs(*size)
+    got = modulated_linear(*inputs, demodulate=demodulate, act=act, clamp=clamp)
+    assert got.shape == (size[0], size[1], size[3])
+    expected = modulated_by_hand(*(t.numpy() for t in inputs), demodulate, act, clamp)
+    assert np.allclose(got.numpy(), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 3, 3, 2), (0, 3, 2, 2), (2, 0, 2, 2)], ids=str)
+@pytest.mark.parametrize("demodulate", [True, False])
+@pytest.mark.parametrize(("act", "clamp"), [("linear", None), ("lrelu", None), ("lrelu", 0.9)])
+def test_a_modulated_layer_has_the_derivatives_of_finite_differences(size, demodulate, act, clamp):
+    def f(*inputs):
+        return modulated_linear(*inputs, demodulate=demodulate, act=act, clamp=clamp)
+
+    inputs = leaves(*modulated_inputs(*size))
+    assert gradcheck(f, inputs)
+    assert gradgradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_modulated_layer_reads_any_layout(layout):
+    x, weight, style, bias = modulated_inputs(2, 3, 3, 2)
+
+    def f(x, weight, style):
+        return modulated_linear(*(laid_out(t, layout) for t in (x, weight, style)), bias, clamp=0.9)
+
+    inputs = leaves(x, weight, style)
+    plain = modulated_linear(*(laid_out(t, layout).contiguous() for t in inputs), bias, clamp=0.9)
+    assert torch.allclose(f(*inputs), plain, rtol=0, atol=1e-14)
+    assert gradcheck(f, inputs)
+    assert gradgradcheck(f, inputs)
+
+
+def test_demodulated_weights_have_length_one_whatever_the_scales():
+    """Each row of the demodulated weight is seen by the unit vectors."""
+    weight, style = noise(5, 6), noise(2, 6, seed=1)
+    unit = torch.eye(6).double().expand(2, 6, 6)
+    for scale in (1.0, 1e3, 1e6):
+        rows = modulated_linear(unit, weight * scale, style / 7, torch.zeros(5).double(), act="linear")
+        assert torch.allclose(rows.square().sum(1), torch.ones(2, 5).double(), atol=1e-5)  # ε is 1e-8
+
+
+def test_a_zero_style_gives_the_bias_and_finite_gradients():
+    x, weight, _, bias = modulated_inputs(2, 3, 4, 5)
+    inputs = leaves(x, weight, torch.zeros(2, 4).double())
+    y = modulated_linear(*inputs, bias, act="linear")
+    assert torch.equal(y, bias.expand_as(y))
+    y.sum().backward()
+    assert all(t.grad.isfinite().all() for t in inputs)
+
+
+def test_an_image_does_not_see_its_neighbours_nor_a_position_its_own():
+    x, weight, style, bias = modulated_inputs(3, 4, 5, 6)
+    y = modulated_linear(x, weight, style, bias)
+    for n, p in [(0, 0), (2, 3), (1, 2)]:
+        alone = modulated_linear(x[n : n + 1, p : p + 1], weight, style[n : n + 1], bias)
+        assert torch.allclose(alone[0, 0], y[n, p], rtol=0, atol=1e-14)
+
+
+def test_the_clamp_bounds_a_modulated_layer():
+    x, weight, style, bias = modulated_inputs(2, 9, 5, 6)
+    y = modulated_linear(x * 1e6, weight, style, bias, clamp=256.0)
+    assert y.abs().max().item() == 256
+    for act in ACTIVATIONS:
+        assert modulated_linear(x * 1e300, weight, style, bias, act=act, clamp=2.0).abs().max() <= 2
+
+
+# One rounding of the inputs and one of the output: three units in the last place of float16 (2⁻¹¹) or bfloat16 (2⁻⁸),
+# times the √I by which the terms of a sum may cancel.
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)])
+@pytest.mark.parametrize("how", ["autocast", "half features"])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_half_precision_features_are_near_float64_at_any_scale_of_the_weight(dtype, unit, how, scale):
+    x, weight, style, bias = (t.float() for t in modulated_inputs(2, 50, 64, 32))
+    expected = modulated_linear(*(t.double() for t in (x, weight, style, bias)))
+    with torch.autocast("cpu", dtype, enabled=how == "autocast"):
+        got = modulated_linear(x if how == "autocast" else x.to(dtype), weight * scale, style, bias)
+    assert got.dtype == dtype
+    assert got.isfinite().all()
+    assert (got.double() - expected).abs().max() <= 3 * unit * 8
+
+
+# --- lowpass ------------------------------------------------------------------------------------------------------
+
+FILTER = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 1, 4, 4), (2, 3, 5, 8), (1, 2, 7, 4)])
+def test_lowpass_is_scipys_convolution(padding, shape):
+    x = noise(*shape)
+    got = lowpass(x, padding)
+    assert got.shape == (*shape[:2], shape[2] + 2 * padding - 3, shape[3] + 2 * padding - 3)
+    for index in np.ndindex(*shape[:2]):
+        padded = np.pad(x[index].numpy(), padding)
+        expected = scipy.signal.convolve2d(padded, FILTER, mode="valid")
+        assert np.allclose(got[index].numpy(), expected, rtol=0, atol=1e-14)
+
+
+def test_lowpass_and_every_second_sample_are_scipys_upfirdn():
+    x = noise(1, 1, 8, 6)
+    got = lowpass(x, 1)[0, 0, ::2, ::2].numpy()
+    expected = np.pad(x[0, 0].numpy(), 1)
+    for axis in (0, 1):
+        full = scipy.signal.upfirdn(np.array([1, 3, 3, 1]) / 8, expected, up=1, down=1, axis=axis)
+        expected = full.take(range(3, full.shape[axis] - 3, 2), axis=axis)
+    assert got.shape == (4, 3)
+    assert np.allclose(got, expected, rtol=0, atol=1e-14)
+
+
+def test_lowpass_keeps_the_mean_and_removes_the_fastest_wave():
+    constant = torch.full((1, 1, 9, 9), 2.5).double()
+    assert torch.allclose(lowpass(constant, 0), torch.full((1, 1, 6, 6), 2.5).double())
+    checkers = (torch.arange(9)[:, None] + torch.arange(9)).remainder(2).double()[None, None] * 2 - 1
+    assert lowpass(checkers, 0).abs().max().item() <= 1e-15
+
+
+def test_lowpass_commutes_with_mirroring():
+    x = noise(1, 2, 6, 7)
+    assert torch.allclose(lowpass(x.flip(2, 3), 2), lowpass(x, 2).flip(2, 3), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_lowpass_has_the_derivatives_of_finite_differences(padding, layout):
+    inputs = leaves(noise(2, 1, 4, 5))
+    assert gradcheck(lambda x: lowpass(laid_out(x, layout), padding), inputs)
+    assert gradgradcheck(lambda x: lowpass(laid_out(x, layout), padding), inputs)
+
+
+def test_the_gradient_of_lowpass_is_its_adjoint():
+    """⟨lowpass(x), y⟩ = ⟨x, lowpass(y)⟩ when the other pads by 3 − padding: the filter is symmetric."""
+    for padding in (0, 1, 2, 3):
+        x = noise(1, 1, 6, 7).requires_grad_()
+        y = lowpass(x, padding)
+        other = noise(*y.shape, seed=1)
+        (gradient,) = torch.autograd.grad(y, x, other)
+        assert torch.allclose(gradient, lowpass(other, 3 - padding), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_lowpass_of_clamped_features_stays_finite(dtype):
+    """Features stay within ±256; the sums on the way to the mean pass 256 · 64 = 16384, under float16's 65504."""
+    got = lowpass(torch.full((1, 1, 8, 8), 256.0, dtype=dtype), 2)
+    assert got.dtype == dtype
+    assert got.max().item() == 256
+
+
+def test_lowpass_leaves_its_input_alone():
+    for padding in (0, 1):
+        x = noise(1, 1, 6, 6)
+        before = x.clone()
+        lowpass(x, padding)
+        assert torch.equal(x, before)
