@@ -1,5 +1,6 @@
 """Train a CREPS generator on a folder or ZIP of images."""
 
+import functools
 import logging
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import click
 import yaml
 
+from calc_metrics import evaluate, known_metrics
 from dnnlib.config import build, merge, nearest, nested, override, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
@@ -16,6 +18,7 @@ from training.config import RunConfig, resolve
 from training.data import ImageArchive
 
 CONFIGS = Path(__file__).parent / "configs"
+METRIC_PICTURES = 256  # at a snapshot; calc_metrics.py takes more when asked
 
 # Which settings a flag sets. The discriminator's widths are StyleGAN2's, the generator's twice that, as in the paper.
 FLAGS = {
@@ -41,7 +44,7 @@ FLAGS = {
     "snap": lambda v: {"train.snap": v},
     "seed": lambda v: {"train.seed": v},
     "fp32": lambda v: {"train.precision": "float32"} if v else {},
-    "metrics": lambda v: {"metrics": [] if v == "none" else v.split(",")},
+    "metrics": lambda v: {"metrics": list(known_metrics(v))},
 }
 
 # What may change when a run is continued: nothing that the networks, the data order or the randomness depend on.
@@ -122,6 +125,7 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
     if under_torchrun and gpus not in (None, world):
         raise UserError(f"--gpus={gpus}, but torchrun started {world} processes; leave --gpus out under torchrun")
     config.rounds(world)
+    known_metrics(",".join(config.metrics) or "none")
     if dry_run:
         click.echo(to_yaml(config))
         return
@@ -264,7 +268,7 @@ def run(config, procs, outdir, cfg, desc, resume, init_from) -> int:
     if procs.is_first:
         with atomic_write(folder / "options.yaml") as temporary:
             temporary.write_text(to_yaml(config) + "\n", encoding="utf-8")
-    return train(config, folder, state, images, procs)
+    return train(config, folder, state, images, procs, functools.partial(evaluate, num=METRIC_PICTURES))
 
 
 def new_folder(outdir: Path, cfg: str, images: ImageArchive, desc: str | None) -> Path:

@@ -1,6 +1,7 @@
 """Several processes as one value: who am I, on which device, and the sums that all must agree on."""
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,7 +66,10 @@ def processes() -> Iterator[Processes]:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, torch.get_num_threads() // local_world))
     if world > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        # The others wait while the first process measures a snapshot; a dead one is the launcher's to notice.
+        patience = datetime.timedelta(hours=6)
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, timeout=patience, device_id=device if on_gpu else None)
     try:
         yield Processes(rank, world, device)
     finally:

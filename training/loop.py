@@ -20,6 +20,7 @@ from torch_utils.randomness import generator
 from training.config import RunConfig
 from training.data import ImageArchive, batches
 from training.memory import GIB, expected_bytes, parameters
+from training.networks import Generator
 from training.report import RunLog, SilentLog, duration, grid_shape, tile, to_uint8
 from training.snapshot import save_generator
 from training.trainer import Trainer, TrainState
@@ -33,9 +34,17 @@ class Interrupt:
     time: float = 0.0
 
 
-def train(config: RunConfig, folder: Path, state: TrainState, images: ImageArchive, procs: Processes) -> int:
+def train(
+    config: RunConfig,
+    folder: Path,
+    state: TrainState,
+    images: ImageArchive,
+    procs: Processes,
+    evaluate: Callable[[Generator, str], dict],
+) -> int:
     """Runs from `state` to the end of the schedule and writes into `folder`; every process calls it.
 
+    `evaluate(G, name)` measures one of config.metrics at a snapshot and returns its line for metric-<name>.jsonl.
     Returns the exit code: 0 at the end, 128 + the signal's number after SIGTERM or Ctrl-C, which save the state first.
     """
     t = config.train
@@ -71,7 +80,7 @@ def train(config: RunConfig, folder: Path, state: TrainState, images: ImageArchi
                 _report(config, trainer, log)
             snap = state.step % (tick * t.snap) == 0 or done
             if snap:
-                _snapshot(trainer, images, folder, log)
+                _snapshot(trainer, images, folder, log, evaluate)
             if snap or stop:
                 state.written = log.written()
                 if procs.is_first:
@@ -171,11 +180,18 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _snapshot(trainer: Trainer, images: ImageArchive, folder: Path, log: RunLog | SilentLog) -> None:
-    number = f"{int(kimg(trainer.config, trainer.state)):06d}"
-    if trainer.procs.is_first:
-        log.picture(f"fakes{number}", _fakes(trainer, images), trainer.state.step)
-        save_generator(trainer.state.G_ema, folder / f"network-snapshot-{number}.safetensors")
+def _snapshot(trainer: Trainer, images: ImageArchive, folder: Path, log: RunLog | SilentLog, evaluate) -> None:
+    if not trainer.procs.is_first:
+        return
+    config, s = trainer.config, trainer.state
+    number = f"{int(kimg(config, s)):06d}"
+    log.picture(f"fakes{number}", _fakes(trainer, images), s.step)
+    name = f"network-snapshot-{number}.safetensors"
+    save_generator(s.G_ema, folder / name)
+    for metric in config.metrics:
+        record = evaluate(s.G_ema, metric) | {"network": name}
+        log.metric(record, s.step)
+        log.print(f"{metric} {next(iter(record['results'].values())):.3f}")
 
 
 def _reals(images: ImageArchive, seed: int):

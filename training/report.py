@@ -20,14 +20,10 @@ class RunLog:
     doubled.
     """
 
-    FILES = ("log.txt", "stats.jsonl")
-
     def __init__(self, folder: Path, written: dict[str, int], step: int):
         self.folder = folder
-        self.files = {}
-        for name in self.FILES:
-            self.files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-            os.truncate(folder / name, min(written.get(name, 0), os.path.getsize(folder / name)))
+        for path in [*folder.glob("*.jsonl"), *folder.glob("log.txt")]:
+            os.truncate(path, min(written.get(path.name, 0), path.stat().st_size))
         self.events = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def print(self, line: str) -> None:
@@ -35,10 +31,17 @@ class RunLog:
         self._append("log.txt", line)
 
     def stats(self, record: dict, step: int) -> None:
-        """One report: nested {name: {"mean": …} or number} as a JSON line and as TensorBoard scalars."""
+        """One report: {name: number or {"mean": number, …}} as a line of stats.jsonl and as TensorBoard scalars."""
         self._append("stats.jsonl", json.dumps(record))
         for name, value in record.items():
             self.events.add_scalar(name, value["mean"] if isinstance(value, dict) else value, step)
+        self.events.flush()
+
+    def metric(self, record: dict, step: int) -> None:
+        """One measurement, as metrics.METRICS gives it, as a line of metric-<name>.jsonl and in TensorBoard."""
+        self._append(f"metric-{record['metric']}.jsonl", json.dumps(record))
+        for name, value in record["results"].items():
+            self.events.add_scalar(f"Metrics/{name}", value, step)
         self.events.flush()
 
     def picture(self, name: str, grid: np.ndarray, step: int) -> None:
@@ -49,16 +52,14 @@ class RunLog:
         self.events.flush()
 
     def written(self) -> dict[str, int]:
-        return {name: file.tell() for name, file in self.files.items()}
+        return {path.name: path.stat().st_size for path in [*self.folder.glob("*.jsonl"), *self.folder.glob("log.txt")]}
 
     def close(self) -> None:
-        for file in self.files.values():
-            file.close()
         self.events.close()
 
     def _append(self, name: str, line: str) -> None:
-        self.files[name].write(line + "\n")
-        self.files[name].flush()
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 class SilentLog:
@@ -67,6 +68,8 @@ class SilentLog:
     def print(self, line: str) -> None: ...
 
     def stats(self, record: dict, step: int) -> None: ...
+
+    def metric(self, record: dict, step: int) -> None: ...
 
     def picture(self, name: str, grid: np.ndarray, step: int) -> None: ...
 
