@@ -12,6 +12,17 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# Ten minutes on two cores: photographs → archive → training → pictures at three sizes.
+demo: .venv/ready
+	rm -rf out/demo
+	$(BIN)/python dataset_tool.py --source=skimage-photos --dest=out/demo/photos.zip --resolution=32x32 \
+		--transform=random-crops --crops=300
+	$(BIN)/python train.py --outdir=out/demo --cfg=demo --data=out/demo/photos.zip --mirror
+	cp out/demo/00000-demo-photos/reals.png out/demo/00000-demo-photos/fakes*.png out/demo
+	$(BIN)/python docs/figures.py --network=$$(ls out/demo/00000-demo-photos/network-snapshot-*.safetensors | tail -n 1) \
+		--seed=0 --out=out/demo/scales.png
+	@echo "Look at out/demo: reals.png, fakes*.png and scales.png"
+
 test: .venv/ready
 	$(BIN)/python -m pytest
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from dnnlib.console import UserError, progress
 from dnnlib.files import atomic_write
-from training.data import BadImage, ImageFiles, label_array, parse_dataset_json, to_channels
+from training.data import BadImage, ImageFiles, channels_of, label_array, parse_dataset_json, to_channels
 
 MAX_SIDE = 16384  # 16384² RGB pixels are 0.8 GB while one picture is made
 TRANSFORMS = ("center-crop", "center-crop-wide", "random-crops")
@@ -346,13 +346,6 @@ def examine(files: ImageFiles) -> tuple[list[str], list[str]]:
         for side in sorted({side for side in common if side & (side - 1)}):
             report.append(f"note      {side} is not a power of two; most training configurations expect one")
     return report, problems + label_problems
-
-
-def channels_of(image: Image.Image) -> int:
-    """The channels that keep everything an image holds: 1 for grey, 3 for colour, 4 with transparency."""
-    if image.has_transparency_data:
-        return 4
-    return 1 if image.mode in ("1", "L", "F") or image.mode.startswith("I") else 3
 
 
 def examine_labels(files: ImageFiles) -> tuple[list[str], list[str]]:

@@ -49,6 +49,11 @@ def picture_size(G: Generator, scale: float | None, size: str | None) -> tuple[i
     return height, width
 
 
+def latent(G: Generator, seed: int) -> torch.Tensor:
+    """[1,z_dim]: the latent that StyleGAN's tools give this seed."""
+    return torch.from_numpy(np.random.RandomState(seed).randn(1, G.config.z_dim)).float()
+
+
 def label(G: Generator, number: int | None) -> torch.Tensor:
     """[1,c_dim]: one-hot for class `number`. Raises UserError when the network has no such class."""
     c_dim = G.config.c_dim
@@ -86,10 +91,8 @@ def main(network, seeds, trunc, number, scale, size, outdir):
     height, width = picture_size(G, scale, size)
     c = label(G, number)
     for seed in progress(seeds, desc=f"{width}x{height}"):
-        # The latents that StyleGAN's tools give these seeds.
-        z = torch.from_numpy(np.random.RandomState(seed).randn(1, G.config.z_dim)).float()
         with torch.no_grad():
-            ws = G.mapping(z.to(device), c.to(device), truncation_psi=trunc)
+            ws = G.mapping(latent(G, seed).to(device), c.to(device), truncation_psi=trunc)
         picture = np.empty((height, width, G.config.img_channels), np.uint8)
         for rows, strip in rendering.strips(G, ws, (height, width)):
             picture[rows] = to_uint8(strip[0]).movedim(0, -1).cpu().numpy()

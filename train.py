@@ -156,9 +156,11 @@ def command_settings(cfg: str | None, flags: dict, overrides: tuple[str, ...]) -
 
 def open_images(settings: dict) -> ImageArchive:
     data = settings.get("data", {})
-    channels = settings.get("G", {}).get("img_channels", 3)
     return ImageArchive(
-        data["path"], use_labels=data.get("cond", False), mirror=data.get("mirror", False), channels=channels
+        data["path"],
+        use_labels=data.get("cond", False),
+        mirror=data.get("mirror", False),
+        channels=settings.get("G", {}).get("img_channels"),
     )
 
 

@@ -348,3 +348,13 @@ def test_a_path_that_is_no_archive_is_refused(tmp_path):
 def test_impossible_batches_are_refused_before_anything_is_read(archive, options):
     with pytest.raises(UserError):
         batches(ImageArchive(archive), **options)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("L", 1), ("RGB", 3), ("RGBA", 4), ("P", 3), ("LA", 4), ("1", 1)])
+def test_an_archive_keeps_the_channels_of_its_images(tmp_path, mode, expected):
+    has_alpha = mode in ("RGBA", "LA")
+    Image.new("RGBA" if has_alpha else "RGB", (8, 8), "green").convert(mode).save(tmp_path / "a.png")
+    images = ImageArchive(tmp_path)
+    assert images.shape == (expected, 8, 8)
+    assert images[0][0].shape == (expected, 8, 8)
+    assert ImageArchive(tmp_path, channels=3).shape == (3, 8, 8)

@@ -74,6 +74,13 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     return image.convert(MODES[channels])
 
 
+def channels_of(image: Image.Image) -> int:
+    """1 for grey, 4 with an alpha channel or a transparent colour, else 3."""
+    if image.has_transparency_data:
+        return 4
+    return 1 if image.mode in ("1", "L", "F") or image.mode.startswith("I") else 3
+
+
 class ImageFiles:
     """The image files in a folder (with its sub-folders) or a ZIP, as sorted names with forward slashes.
 
@@ -250,7 +257,8 @@ class ImageArchive:
 
     use_labels  read them; class numbers become one-hot vectors of length (largest number of the archive) + 1
     mirror      each image counts twice: index i and, flipped left to right, i + len/2
-    channels    1, 3 or 4; images that hold others are converted by to_channels (grey is repeated into RGB, and so on)
+    channels    1, 3 or 4: images are converted to it by to_channels (grey is repeated into RGB, and so on); by default
+                as many as the first image has
     max_images  use this many, chosen by `seed`, before mirroring
     """
 
@@ -260,20 +268,19 @@ class ImageArchive:
         *,
         use_labels: bool = False,
         mirror: bool = False,
-        channels: int = 3,
+        channels: int | None = None,
         max_images: int | None = None,
         seed: int = 0,
     ):
-        if channels not in MODES:
+        if channels not in (None, *MODES):
             raise UserError(f"channels={channels}, but images have 1 (grey), 3 (RGB) or 4 (RGBA) channels")
         if max_images is not None and max_images < 1:
             raise UserError(f"max_images={max_images} leaves no images; use 1 or more, or leave it out for all")
         self._files = ImageFiles(path)
-        self._channels = channels
         self._mirror = mirror
         self._kept = np.sort(epoch_order(len(self._files), seed, 0)[:max_images])
-        width, height = self._files.image(self._files.name(self._kept[0]), channels).size
-        self.shape = (channels, height, width)
+        first = self._files.image(self._files.name(self._kept[0]), channels)
+        self.shape = (channels or channels_of(first), first.height, first.width)
         self.name = self._files.path.resolve().stem if self._files.is_zip else self._files.path.resolve().name
         labels, _ = self._files.dataset_json()
         self.has_labels = labels is not None
@@ -300,8 +307,8 @@ class ImageArchive:
         mirrored, item = divmod(index, len(self._kept))
         number = int(self._kept[item])
         name = self._files.name(number)
-        image = self._files.image(name, self._channels)
         channels, height, width = self.shape
+        image = self._files.image(name, channels)
         if image.size != (width, height):
             raise UserError(
                 f"{self._files.path / name} is {image.width}x{image.height}, but the first image is {width}x{height}; "
