@@ -162,9 +162,10 @@ def _report(config: RunConfig, trainer: Trainer, log: RunLog | SilentLog) -> Non
         now["Spread/ratio"] = math.sqrt(variances[0] / max(variances[1], 1e-8))
         words["spread"] = f"{now['Spread/ratio']:.3f}"
     words["augment"] = f"{s.augment_p:.3f}"
-    bad = sum(round(m["mean"] * m["num"]) for name, m in summary.items() if "bad_gradients" in name)
+    # Every process reports every update.
+    bad = sum(m["mean"] * m["num"] for name, m in summary.items() if "bad_gradients" in name) / trainer.procs.world
     if bad:
-        words["gradients not finite, updates skipped"] = str(bad)
+        words["gradients not finite, updates skipped"] = f"{bad:.0f}"
     log.stats(summary | now | {"timestamp": time.time()}, s.step)
     log.print(" ".join(f"{name} {value:<8}" for name, value in words.items()).rstrip())
     s.seconds.update(tick=0.0, data=0.0, at_kimg=seen)
