@@ -15,7 +15,7 @@ BIN := .venv/bin
 # Ten minutes on two cores: photographs → archive → training → pictures at three sizes.
 demo: .venv/ready
 	rm -rf out/demo
-	$(BIN)/python dataset_tool.py --source=skimage-photos --dest=out/demo/photos.zip --resolution=32x32 \
+	$(BIN)/python dataset_tool.py --source=skimage-photos --dest=out/demo/photos.zip --resolution=64x64 \
 		--transform=random-crops --crops=300
 	$(BIN)/python train.py --outdir=out/demo --cfg=demo --data=out/demo/photos.zip --mirror
 	cp out/demo/00000-demo-photos/reals.png out/demo/00000-demo-photos/fakes*.png out/demo

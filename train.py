@@ -5,13 +5,14 @@ import logging
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import click
 import yaml
 
 from calc_metrics import evaluate, known_metrics
-from dnnlib.config import build, merge, nearest, nested, override, read_yaml
+from dnnlib.config import Config, build, merge, nearest, nested, override, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from training.config import RunConfig, resolve
@@ -111,7 +112,8 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
             raise UserError("--resume continues a run and --init-from begins one; give one of them")
         config = continued(Path(resume), settings)
     else:
-        missing = [name for name, v in (("--outdir", outdir), ("--cfg", cfg), ("--data", flags["data"])) if not v]
+        path = settings.get("data", {}).get("path")
+        missing = [name for name, v in (("--outdir", outdir), ("--cfg", cfg), ("--data", path)) if not v]
         if missing:
             raise UserError(f"a new run needs {', '.join(missing)}; to continue a run, give --resume=RUN_DIR")
         if init_from:
@@ -120,7 +122,7 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
                 raise UserError(f"--init-from: {init_from} does not exist; give a network-snapshot-*.safetensors")
         config = resolve(settings, open_images(settings), f"--cfg={cfg}")
 
-    under_torchrun = "LOCAL_RANK" in os.environ
+    under_torchrun = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
     world = int(os.environ["WORLD_SIZE"]) if under_torchrun else gpus or 1
     if under_torchrun and gpus not in (None, world):
         raise UserError(f"--gpus={gpus}, but torchrun started {world} processes; leave --gpus out under torchrun")
@@ -144,13 +146,20 @@ def command_settings(cfg: str | None, flags: dict, overrides: tuple[str, ...]) -
             known = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
             hint = "" if path.parent != CONFIGS else f"; {nearest(cfg, known)}"
             raise UserError(f"--cfg={cfg}: {path} does not exist{hint}")
-        settings = read_yaml(path)
+        settings = {name: {} if value is None else value for name, value in read_yaml(path).items()}
     for name, value in flags.items():
         if value is not None:
             for dotted, setting in FLAGS[name](value).items():
                 settings = merge(settings, nested(dotted, setting))
     for assignment in overrides:
         settings = merge(settings, override(assignment))
+    for name, field in RunConfig.model_fields.items():
+        is_group = isinstance(field.annotation, type) and issubclass(field.annotation, Config)
+        if is_group and not isinstance(settings.get(name, {}), dict):
+            raise UserError(f"{name}={settings[name]!r}: this is a group of settings; set one of them, {name}.…")
+    path = settings.get("data", {}).get("path")
+    if not isinstance(path, str | None):
+        raise UserError(f"data.path={path!r} is not the path of a ZIP or folder")
     return settings
 
 
@@ -213,8 +222,8 @@ def launch(world: int, task: tuple) -> int:
         raise UserError(f"--gpus={world}, but this machine has {count}; use --gpus={count} or fewer")
     if not count:
         click.echo(f"no GPU found: {world} processes share the CPU")
-    # Its log repeats, in many lines, what our own sentence says.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # This process only waits from here on, and its log would repeat in many lines what our own sentence says.
+    logging.disable(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -226,12 +235,18 @@ def launch(world: int, task: tuple) -> int:
         start_method="spawn",
     )
     try:
-        results = elastic_launch(config, work)(*task)
+        elastic_launch(config, work_and_exit)(*task)
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     except SignalException as error:
         return 128 + error.sigval
-    return max(results.values())
+    return 0
+
+
+def work_and_exit(*task) -> None:
+    """`work` in a process of the launcher, which waits in vain for one that returns after a signal."""
+    if code := work(*task):
+        sys.exit(code)
 
 
 def work(config_json: str, outdir: str | None, cfg: str | None, desc: str | None, resume, init_from) -> int:
@@ -243,6 +258,8 @@ def work(config_json: str, outdir: str | None, cfg: str | None, desc: str | None
         with processes() as procs:
             return run(config, procs, outdir, cfg, desc, resume, init_from)
     except UserError as error:
+        # A mistake that every process finds is said once: the launcher ends the others while they hold back.
+        time.sleep(min(int(os.environ.get("RANK", 0)), 1))
         error.show()
         sys.exit(error.exit_code)
 
@@ -258,7 +275,7 @@ def run(config, procs, outdir, cfg, desc, resume, init_from) -> int:
     if resume:
         folder = Path(resume)
         path = procs.share(find_state(folder, say) if procs.is_first else None)
-        state.load_state_dict(checkpoint.load(path), procs.device)
+        state.load_state_dict(checkpoint.load(path), procs)
         say(f"continue {folder} at {state.step * config.train.batch / 1000:g} kimg, from {path.name}")
     else:
         report = initialise(state, init_from) if init_from else []

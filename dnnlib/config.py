@@ -71,9 +71,9 @@ def override(assignment: str) -> dict:
 
 
 def build(kind: type[C], settings: dict, where: str) -> C:
-    """`kind(**settings)`, with every mistake in one UserError that begins with `where` and names the setting."""
+    """A `kind` made of `settings`, with every mistake named in one UserError that begins with `where`."""
     try:
-        return kind(**settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
         problems = [_sentence(kind, problem) for problem in error.errors()]
         raise UserError(f"{where}: " + "; ".join(problems)) from error

@@ -31,12 +31,6 @@ class Processes:
     def mean_(self, x: torch.Tensor) -> torch.Tensor:
         return self.sum_(x).div_(self.world)
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """[n,…] in every process -> [world,n,…]."""
-        parts = x.new_zeros(self.world, *x.shape)
-        parts[self.rank] = x
-        return self.sum_(parts)
-
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in any process."""
         return bool(self.sum_(torch.tensor(float(flag), device=self.device)))

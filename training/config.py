@@ -134,7 +134,7 @@ def resolve(settings: dict, images: ImageArchive, where: str) -> RunConfig:
         filled[network] = {"img_resolution": height, "img_channels": channels, "c_dim": images.label_dim}
     settings = merge(filled, settings)
     batch = settings.get("train", {}).get("batch")
-    if isinstance(batch, int) and batch > 0:
-        settings = merge(nested("loss.r1_gamma", default_gamma(height, batch)), settings)
-        settings = merge(nested("train.ema_kimg", default_ema_kimg(batch)), settings)
+    batch = batch if isinstance(batch, int | float) and batch >= 1 else 1  # a wrong one is refused below
+    settings = merge(nested("loss.r1_gamma", default_gamma(height, batch)), settings)
+    settings = merge(nested("train.ema_kimg", default_ema_kimg(batch)), settings)
     return build(RunConfig, settings, where)

@@ -382,7 +382,7 @@ def batches(
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     return _unwrap(loader)
 
@@ -421,6 +421,8 @@ class _IndexLists:
             yield [index_at(position, self.count, self.seed) for position in positions]
 
 
-def _leave_interrupts_to_the_parent(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; without this every worker prints a traceback of its own.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group. A worker that died of them would end the training
+    # process in the middle of a step; a worker whose parent is gone ends by itself.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

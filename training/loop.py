@@ -49,7 +49,7 @@ def train(
     """
     t = config.train
     trainer = Trainer(config, state, images, procs)
-    last = math.ceil(t.kimg * 1000 / t.batch)
+    last = math.ceil(round(t.kimg * 1000) / t.batch)
     tick = max(1, round(t.tick * 1000 / t.batch))  # steps between reports
     log = RunLog(folder, state.written, state.step) if procs.is_first else SilentLog()
     stream = batches(
@@ -83,8 +83,10 @@ def train(
                 _snapshot(trainer, images, folder, log, evaluate)
             if snap or stop:
                 state.written = log.written()
+                state.gather_sums(procs)
                 if procs.is_first:
                     checkpoint.save(state.state_dict(), folder, state.step)
+                procs.any(False)  # the others wait here: a launcher ends all of them as soon as one has ended
             if stop:
                 log.print(f"interrupted at {kimg(config, state):.3f} kimg; to continue: --resume={folder}")
                 return 128 + (interrupt.signal or signal.SIGTERM)
@@ -190,7 +192,7 @@ def _snapshot(trainer: Trainer, images: ImageArchive, folder: Path, log: RunLog 
     name = f"network-snapshot-{number}.safetensors"
     save_generator(s.G_ema, folder / name)
     for metric in config.metrics:
-        record = evaluate(s.G_ema, metric) | {"network": name}
+        record = evaluate(s.G_ema, metric) | {"network": name, "step": s.step}
         log.metric(record, s.step)
         log.print(f"{metric} {next(iter(record['results'].values())):.3f}")
 

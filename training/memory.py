@@ -36,7 +36,7 @@ def expected_bytes(config: RunConfig, micro: int) -> int:
     with torch.device("meta"):
         G, D = Generator(config.G), Discriminator(config.D)
         z, c = torch.empty(micro, config.G.z_dim), torch.empty(micro, config.G.c_dim)
-        half = max(1, micro // 2)
+        half = (micro + 1) // 2
         noise = torch.empty(half, config.G.img_channels, *config.G.img_shape)
         phases = [saved_bytes(lambda: D(G(z, c), c))]
         if config.loss.pl_weight:

@@ -14,16 +14,27 @@ from dnnlib.files import atomic_write
 
 
 class RunLog:
-    """The logs of a run directory. `written` is how much of each an earlier process left that still counts.
+    """The logs of a run directory, which go on at `step`.
 
-    What lies beyond was written after the state that is continued: it is cut off, so that no line is missing or
-    doubled.
+    What an earlier process wrote after that is cut off, so that no line is missing or doubled: all beyond the
+    `written` bytes of log.txt and stats.jsonl, and the measurements of later steps. Other files are left alone, and so
+    are the lines that calc_metrics.py adds, which name no step.
     """
+
+    GROWING = ("log.txt", "stats.jsonl")
 
     def __init__(self, folder: Path, written: dict[str, int], step: int):
         self.folder = folder
-        for path in [*folder.glob("*.jsonl"), *folder.glob("log.txt")]:
-            os.truncate(path, min(written.get(path.name, 0), path.stat().st_size))
+        for name in self.GROWING:
+            path = folder / name
+            path.touch()
+            os.truncate(path, min(written.get(name, 0), path.stat().st_size))
+        for path in folder.glob("metric-*.jsonl"):
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            with atomic_write(path) as temporary:
+                temporary.write_text(
+                    "".join(x for x in lines if json.loads(x).get("step", 0) <= step), encoding="utf-8"
+                )
         self.events = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def print(self, line: str) -> None:
@@ -52,7 +63,7 @@ class RunLog:
         self.events.flush()
 
     def written(self) -> dict[str, int]:
-        return {path.name: path.stat().st_size for path in [*self.folder.glob("*.jsonl"), *self.folder.glob("log.txt")]}
+        return {name: (self.folder / name).stat().st_size for name in self.GROWING}
 
     def close(self) -> None:
         self.events.close()

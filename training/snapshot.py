@@ -19,9 +19,9 @@ FORMAT = "creps-generator-1"
 def save_generator(G: Generator, path: str | os.PathLike) -> None:
     """Writes parameters, buffers and config of G to `path` (.safetensors), whole or not at all."""
     tensors = {name: t.detach().contiguous().cpu() for name, t in G.state_dict().items()}
-    metadata = {"format": FORMAT, "config": G.config.model_dump_json()}
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        # One entry: safetensors writes several in random order, and equal generators shall give equal files.
+        save_file(tensors, temporary, {FORMAT: G.config.model_dump_json()})
 
 
 def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:
@@ -38,11 +38,11 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not an intact safetensors file ({error}); copy or download it again") from error
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} holds tensors, but no CREPS generator (its header names no {FORMAT})")
+    if FORMAT not in metadata:
+        raise UserError(f"{path} holds tensors, but no CREPS generator (its header has no {FORMAT})")
     try:
-        settings = json.loads(metadata["config"])
-    except (KeyError, ValueError) as error:
+        settings = json.loads(metadata[FORMAT])
+    except ValueError as error:
         raise UserError(f"{path} has no readable config in its header; it was not written by this project") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} has a config that is no mapping; it was not written by this project")
@@ -55,5 +55,7 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(f"the tensors in {path} do not fit its config: {wrong[0]}{more}; copy or download it again")
+    # Files in half precision are fine to keep, but the networks compute in float32 at least.
+    tensors = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in tensors.items()}
     G.load_state_dict(tensors, assign=True)
     return G.eval().requires_grad_(False).to(device)

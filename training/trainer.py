@@ -8,6 +8,7 @@ and rounds changes nothing but the order of float additions; minibatch-std group
 """
 
 import contextlib
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class TrainState:
     signs: Tensor = field(
         default_factory=lambda: torch.zeros(2)
     )  # sum and count of sign(D(real)) since the last adjustment
-    bad_steps: dict[str, int] = field(default_factory=lambda: {"G": 0, "D": 0})  # non-finite gradients in a row
+    bad_steps: dict[str, int] = field(default_factory=dict)  # of each phase: non-finite gradients in a row
     stats: Stats = field(default_factory=Stats)  # since the last report
     seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "tick": 0.0, "data": 0.0})
     written: dict[str, int] = field(default_factory=dict)  # bytes of each log that belong to the steps so far
@@ -56,13 +57,33 @@ class TrainState:
         modules = {name: getattr(self, name).state_dict() for name in self._MODULES}
         return modules | {name: getattr(self, name) for name in self._VALUES} | {"stats": self.stats.moments}
 
-    def load_state_dict(self, saved: dict, device: torch.device) -> None:
-        for name in self._MODULES:
-            getattr(self, name).load_state_dict(saved[name])
-        for name in self._VALUES:
-            value = saved[name]
-            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
-        self.stats = Stats({name: moments.to(device) for name, moments in saved["stats"].items()})
+    def load_state_dict(self, saved: dict, procs: Processes) -> None:
+        """Raises UserError when `saved` belongs to other networks."""
+        try:
+            for name in self._MODULES:
+                getattr(self, name).load_state_dict(saved[name])
+            for name in self._VALUES:
+                value = saved[name]
+                setattr(self, name, value.to(procs.device) if isinstance(value, Tensor) else value)
+            self.stats = Stats({name: moments.to(procs.device) for name, moments in saved["stats"].items()})
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(f"the training state does not fit the networks in options.yaml ({reason})") from error
+        if not procs.is_first:
+            self._forget_sums()
+
+    def gather_sums(self, procs: Processes) -> None:
+        """Moves the sums of all processes, which must call this together, to the first: its state holds them all."""
+        procs.sum_(self.signs)
+        for name in sorted(self.stats.moments):
+            procs.sum_(self.stats.moments[name])
+        if not procs.is_first:
+            self._forget_sums()
+
+    def _forget_sums(self) -> None:
+        self.signs.zero_()
+        for moments in self.stats.moments.values():
+            moments.zero_()
 
 
 def new_state(config: RunConfig, device: torch.device) -> TrainState:
@@ -72,12 +93,10 @@ def new_state(config: RunConfig, device: torch.device) -> TrainState:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         G, D = Generator(config.G).to(device, dtype), Discriminator(config.D).to(device, dtype)
-    G_ema = Generator(config.G).to(device, dtype)
-    G_ema.load_state_dict(G.state_dict())
     return TrainState(
         G=G,
         D=D,
-        G_ema=G_ema.eval().requires_grad_(False),
+        G_ema=copy.deepcopy(G).eval().requires_grad_(False),
         G_opt=_adam(G, config.optim.g_lr, config.loss.pl_interval if config.loss.pl_weight else None, config),
         D_opt=_adam(D, config.optim.d_lr, config.loss.r1_interval if config.loss.r1_gamma else None, config),
         augment_p=0.0 if config.augment.mode == "none" else config.augment.p,
@@ -167,45 +186,49 @@ class Trainer:
             (loss.mean() / self.rounds).backward()
             average = average + ws[:, 0].detach().mean(dim=0) / self.rounds
             s.stats.report("Loss/G/loss", loss)
-        if self._update("G"):
+        if self._update("G", "loss"):
             s.G.mapping.w_avg.lerp_(self.procs.mean_(average), 1 - self.config.train.w_avg_decay)
 
     def _path_length(self) -> None:
         s, loss = self.state, self.config.loss
         s.G.requires_grad_(True)
-        count = max(1, self.micro // 2) * self.rounds * self.procs.world  # half a batch, as released
+        count = max(self.config.train.batch // 2, self.procs.world)  # half a batch, as released
+        mine = slice(self.procs.rank, None, self.procs.world)
 
         def lengths(z: Tensor, c: Tensor, noise: Tensor) -> Tensor:
             with self._autocast():
                 return losses.path_lengths(s.G.synthesis, s.G.mapping(z, c), noise)
 
-        def weigh(mine: Tensor) -> tuple[Tensor, Tensor]:
+        def weigh(measured: list[Tensor]) -> tuple[list[Tensor], Tensor]:
             """The gradient of the penalty by the lengths of this process, and the running mean after this step."""
-            every = self.procs.gather(mine).requires_grad_()
-            penalty, mean = losses.path_penalty(every.flatten(), s.pl_mean, loss.pl_decay)
+            every = torch.zeros(count, device=self.procs.device, dtype=self.dtype)
+            for lengths, places in zip(measured, self._deal(torch.arange(count)[mine]), strict=False):
+                every[places] = lengths.detach()
+            every = self.procs.sum_(every).requires_grad_()
+            penalty, mean = losses.path_penalty(every, s.pl_mean, loss.pl_decay)
             (slopes,) = torch.autograd.grad(penalty.mean() * (loss.pl_weight * loss.pl_interval), every)
-            s.stats.report("Loss/path_length/penalty", penalty)
-            s.stats.report("Loss/path_length/length", mine)
-            return slopes[self.procs.rank] * self.procs.world, mean  # _update divides by world
+            s.stats.report("Loss/path_length/penalty", penalty[mine])
+            s.stats.report("Loss/path_length/length", every[mine])
+            return self._deal(slopes[mine] * self.procs.world), mean  # _update divides by world
 
         shape = (self.config.G.img_channels, *self.config.G.img_shape)
         noise = [
-            torch.randn(shape, generator=self._random(f"path noise {i}"), dtype=self.dtype)
-            for i in range(self.procs.rank, count, self.procs.world)
+            torch.randn(shape, generator=self._random(f"path noise {i}"), dtype=self.dtype) for i in range(count)[mine]
         ]
         noise = self._deal(torch.stack(noise).to(self.procs.device))
-        shares = [(z, c, n) for (z, c, _), n in zip(self._fakes("path", count), noise, strict=True)]
+        # With odd numbers the last rounds may have nothing to do.
+        shares = [(z, c, n) for (z, c, _), n in zip(self._fakes("path", count), noise, strict=True) if len(z)]
         # The penalty compares each length with a mean over the whole batch. With several rounds the lengths are
         # measured first and computed again one round at a time, so that only one round's graph is ever held.
         if len(shares) == 1:
-            mine = lengths(*shares[0])
-            slopes, mean = weigh(mine.detach())
-            mine.backward(slopes)
+            only = lengths(*shares[0])
+            slopes, mean = weigh([only])
+            only.backward(slopes[0])
         else:
-            slopes, mean = weigh(torch.cat([lengths(*share).detach() for share in shares]))
-            for share, slope in zip(shares, slopes.chunk(len(shares)), strict=True):
+            slopes, mean = weigh([lengths(*share).detach() for share in shares])
+            for share, slope in zip(shares, slopes, strict=False):
                 lengths(*share).backward(slope)
-        if self._update("G"):
+        if self._update("G", "path length"):
             s.pl_mean = mean
 
     def _critic(self, real: Tensor, c: Tensor) -> None:
@@ -230,7 +253,7 @@ class Trainer:
             if len(x) > 1:
                 s.stats.report("Spread/fake", fake.var(dim=0))
                 s.stats.report("Spread/real", x.var(dim=0))
-        self._update("D")
+        self._update("D", "loss")
 
     def _r1(self, real: Tensor, c: Tensor) -> None:
         s, loss = self.state, self.config.loss
@@ -241,7 +264,7 @@ class Trainer:
                 penalty = losses.r1(lambda x, x_c=x_c, x_draws=x_draws: s.D(augment(x, x_draws), x_c), x)
             (penalty.mean() * (loss.r1_gamma / 2 * loss.r1_interval / self.rounds)).backward()
             s.stats.report("Loss/r1_penalty", penalty)
-        self._update("D")
+        self._update("D", "R1")
 
     # --- what they share ---------------------------------------------------------------------------------------------
 
@@ -277,29 +300,30 @@ class Trainer:
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.procs.device.type, dtype=self.half or torch.bfloat16, enabled=self.half is not None)
 
-    def _update(self, name: str) -> bool:
-        """Averages the gradients over the processes and applies them, unless a number in them is not finite.
+    def _update(self, name: str, term: str) -> bool:
+        """Averages the gradients of a term over the processes and applies them, unless they are not finite.
 
-        Raises UserError when that has happened too often in a row. Returns whether the network moved.
+        Raises UserError when that has happened to this term too often in a row. Returns whether the network moved.
         """
         s = self.state
         network, optimizer = (s.G, s.G_opt) if name == "G" else (s.D, s.D_opt)
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
         flat = self.procs.mean_(torch.cat([g.flatten() for g in gradients]))
-        finite = bool(flat.isfinite().all())
+        # The squares too: one that overflows would make Adam's second moment infinite, and freeze its weight for ever.
+        finite = bool(flat.square().sum().isfinite())
         s.stats.report(f"Progress/bad_gradients_{name}", flat.new_tensor(float(not finite)))
         if finite:
-            s.bad_steps[name] = 0
+            s.bad_steps[f"{name} {term}"] = 0
             for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 g.copy_(mean.view_as(g))
             optimizer.step()
         else:
-            s.bad_steps[name] += 1
-            limit = self.config.train.max_bad_steps
-            if s.bad_steps[name] >= limit:
+            bad = s.bad_steps.get(f"{name} {term}", 0) + 1
+            s.bad_steps[f"{name} {term}"] = bad
+            if bad >= self.config.train.max_bad_steps:
                 raise UserError(
-                    f"the gradients of {name} were not finite in {limit} updates in a row, up to step {s.step}; the "
-                    f"run has diverged: go back to an earlier state, and lower --{name.lower()}lr or raise --gamma"
+                    f"the gradients of {name} ({term}) were not finite in {bad} updates in a row, up to step {s.step}; "
+                    f"the run has diverged: go back to an earlier state, and lower --{name.lower()}lr or raise --gamma"
                 )
         optimizer.zero_grad(set_to_none=True)
         return finite

@@ -1,0 +1,103 @@
+"""Tiny training runs that several test files share: two dozen 8×8 images, networks of a few thousand weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import train
+
+ROOT = Path(__file__).parents[1]
+RECIPE = {
+    "G": {
+        "z_dim": 8,
+        "w_dim": 8,
+        "mapping_layers": 1,
+        "channel_base": 64,
+        "channel_max": 8,
+        "biline_channels": 4,
+        "thickness": 2,
+    },
+    "D": {"channel_base": 64, "channel_max": 8, "mapping_layers": 1},
+    "loss": {"r1_interval": 3, "pl_interval": 2},
+    "augment": {"mode": "none"},
+    "data": {"workers": 0},
+    "train": {"batch": 8, "kimg": 0.056, "tick": 0.016, "snap": 1},
+}
+
+
+class Tiny:
+    """A recipe and images in one folder, and ways to train with them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.recipe = folder / "tiny.yaml"
+        self.recipe.write_text(yaml.safe_dump(RECIPE))
+        self.archive = self.images("images")
+        self.labelled = self.images("labelled", labels=True)
+
+    def images(self, name: str, size: tuple[int, int] = (8, 8), count: int = 24, labels: bool = False) -> Path:
+        """A folder of `count` random images, `size` = (width, height)."""
+        folder = self.folder / name
+        folder.mkdir()
+        random = np.random.default_rng(0)
+        names = [f"{i:03}.png" for i in range(count)]
+        for file in names:
+            Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / file)
+        if labels:
+            table = {"labels": [[file, i % 3] for i, file in enumerate(names)]}
+            (folder / "dataset.json").write_text(json.dumps(table))
+        return folder
+
+    def new(self, *arguments: object, outdir: str = "runs", data: Path | None = None) -> list[str]:
+        """The arguments of train.py for a new run."""
+        start = ("--outdir", self.folder / outdir, "--cfg", self.recipe, "--data", data or self.archive)
+        return [str(a) for a in (*start, *arguments)]
+
+    def call(self, *arguments: object) -> Result:
+        """train.py with these arguments, in this process."""
+        return CliRunner().invoke(train.main, [str(a) for a in arguments])
+
+    def run(self, *arguments: object, outdir: str = "runs", data: Path | None = None) -> Path:
+        """A new run to its end. Returns its directory."""
+        before = self.runs(outdir)
+        result = self.call(*self.new(*arguments, outdir=outdir, data=data))
+        assert result.exit_code == 0, (result.output, result.exception)
+        (folder,) = self.runs(outdir) - before
+        return folder
+
+    def runs(self, outdir: str = "runs") -> set[Path]:
+        return set((self.folder / outdir).glob("*"))
+
+    def process(self, *arguments: object, launcher: tuple[str, ...] = (), **options) -> subprocess.Popen:
+        """train.py in a process group of its own, its output as text."""
+        command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            **options,
+        )
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    # The order of float additions depends on the number of threads.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield Tiny(tmp_path)
+    torch.set_num_threads(threads)

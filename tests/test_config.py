@@ -1,0 +1,290 @@
+"""Laws of the settings: every recipe builds, nonsense is refused by name, and what was written is read again."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import Field, ValidationError
+
+from dnnlib.config import Config, build, merge, nearest, nested, override, read_yaml
+from dnnlib.console import UserError
+from train import to_yaml
+from training.config import RunConfig, default_ema_kimg, default_gamma, resolve
+from training.data import ImageArchive
+from training.networks import Discriminator, Generator
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+KEYS = st.sampled_from("abcd")
+NESTS = st.recursive(
+    st.dictionaries(KEYS, st.integers(), max_size=3), lambda inner: st.dictionaries(KEYS, inner | st.integers())
+)
+
+
+def one_image(folder: Path, size: int) -> ImageArchive:
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (size, size)).save(folder / "0.png")
+    return ImageArchive(folder)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_networks_of_its_size(path, tmp_path):
+    settings = read_yaml(path)
+    size = settings.get("G", {}).get("img_resolution", 64)
+    images = one_image(tmp_path / "images", size)
+    config = resolve(merge(settings, nested("data.path", str(tmp_path / "images"))), images, path.name)
+    assert config.rounds(1) >= 1
+    with torch.device("meta"):
+        G, D = Generator(config.G), Discriminator(config.D)
+        picture = G(torch.empty(4, config.G.z_dim))
+        assert picture.shape == (4, 3, size, size)
+        assert D(picture).shape == (4, 1)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_for_one_size_refuses_another(path, tmp_path):
+    settings = read_yaml(path)
+    size = settings.get("G", {}).get("img_resolution")
+    settings = merge(settings, nested("data.path", str(tmp_path)))
+    images = one_image(tmp_path, 2 * (size or 64))
+    if size is None:
+        assert resolve(settings, images, path.name).G.img_resolution == 128
+    else:
+        with pytest.raises(UserError, match=f"for images of {size} pixels.*{2 * size}x{2 * size}"):
+            resolve(settings, images, path.name)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_holds_only_what_differs_from_the_defaults(path, tmp_path):
+    settings = read_yaml(path)
+    for part in ("optim", "augment"):
+        defaults = RunConfig.model_fields[part].default.model_dump()
+        for key, value in settings.get(part, {}).items():
+            assert value != defaults[key], f"{part}.{key}={value} is the default"
+
+
+# --- defaults --------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_gamma_goes_through_the_published_values():
+    assert default_gamma(128, 128) == pytest.approx(0.5)
+    assert default_gamma(1024, 8) == pytest.approx(32)
+    assert 0.5 * 10 < default_gamma(512, 32) < 2 * 10
+
+
+@given(st.integers(3, 11), st.integers(1, 512))
+def test_the_default_gamma_is_a_power_law_of_pixels_per_image_of_the_batch(k, batch):
+    assert default_gamma(2**k, 4 * batch) == pytest.approx(default_gamma(2 ** (k - 1), batch))
+    assert default_gamma(2**k, batch) < default_gamma(2 ** (k + 1), batch)
+
+
+def test_the_default_half_life_of_the_average_is_ten_kimg_at_batch_32():
+    assert default_ema_kimg(32) == 10
+    assert default_ema_kimg(128) == 40
+
+
+def test_what_the_images_decide_is_filled_in_and_what_is_set_stays(tmp_path):
+    images = one_image(tmp_path, 32)
+    settings = {"data": {"path": str(tmp_path)}, "train": {"batch": 8}}
+    config = resolve(settings, images, "x")
+    assert (config.G.img_resolution, config.D.img_resolution, config.G.img_channels, config.G.c_dim) == (32, 32, 3, 0)
+    assert config.loss.r1_gamma == pytest.approx(default_gamma(32, 8))
+    assert config.train.ema_kimg == pytest.approx(2.5)
+    settings = merge(settings, {"loss": {"r1_gamma": 0.0}, "train": {"ema_kimg": 7.0}})
+    config = resolve(settings, images, "x")
+    assert (config.loss.r1_gamma, config.train.ema_kimg) == (0, 7)
+
+
+# --- how a batch is split --------------------------------------------------------------------------------------------
+
+
+def run_config(batch: int, batch_gpu: int | None, group: int) -> RunConfig:
+    return RunConfig(
+        data={"path": "x"},
+        G={"img_resolution": 8},
+        D={"img_resolution": 8, "mbstd_group": group},
+        loss={"r1_gamma": 1},
+        train={"batch": batch, "batch_gpu": batch_gpu, "ema_kimg": 1},
+    )
+
+
+@given(st.integers(1, 64), st.none() | st.integers(1, 64), st.integers(1, 8), st.integers(1, 8))
+def test_a_batch_is_split_evenly_or_refused(batch, batch_gpu, group, world):
+    config = run_config(batch, batch_gpu, group)
+    micro = batch_gpu or batch / world
+    possible = batch % world == 0 and batch // world % micro == 0 and micro % min(group, batch) == 0
+    if possible:
+        assert config.rounds(world) * world * micro == batch
+    else:
+        with pytest.raises(UserError, match=r"do(es)? not divide"):
+            config.rounds(world)
+
+
+@pytest.mark.parametrize(
+    ("split", "advice"),
+    [((10, None, 4, 3), "try 9"), ((12, 5, 1, 1), "try 4"), ((12, 6, 4, 1), "--mbstd-group=3"), ((1, None, 4, 2), "2")],
+)
+def test_the_advice_on_splits_is_good(split, advice):
+    *settings, world = split
+    with pytest.raises(UserError, match=advice):
+        run_config(*settings).rounds(world)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+class Inner(Config):
+    width: int = Field(3, ge=1)
+    rate: float = 0.5
+
+
+class Outer(Config):
+    inner: Inner = Inner()
+    names: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"iner": {}}, "there is no setting iner; did you mean inner?"),
+        ({"inner": {"widht": 2}}, "there is no setting inner.widht; did you mean width?"),
+        ({"inner": {"zzzz": 2}}, "there is no setting inner.zzzz; known are width, rate"),
+        ({"inner": {"width": 0}}, "inner.width=0: input should be greater than or equal to 1"),
+        ({"inner": {"width": "x"}}, "inner.width='x': input should be a valid integer"),
+        ({"inner": {"rate": math.nan}}, "inner.rate=nan"),
+        ({"inner": {"rate": math.inf}}, "inner.rate=inf"),
+        ({"inner": None}, "inner=None"),
+        ({"names": "abc"}, "names='abc'"),
+        ({"names": [1]}, "names.0=1"),
+        ({1: 2}, "1"),
+        ({"inner": {1: 2}}, "1"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_makes_no_sense_is_named(settings, words):
+    with pytest.raises(UserError) as error:
+        build(Outer, settings, "somewhere")
+    assert error.value.message.startswith("somewhere: ")
+    assert words in error.value.message
+    assert "\n" not in error.value.message
+
+
+def test_every_mistake_is_named_at_once():
+    with pytest.raises(UserError, match=r"inner\.width=0.*inner\.rate='x'"):
+        build(Outer, {"inner": {"width": 0, "rate": "x"}}, "here")
+
+
+def test_a_config_cannot_be_changed():
+    config = Outer()
+    with pytest.raises(ValidationError):
+        config.inner = Inner(width=5)
+    assert config.inner.width == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"- a\n", "not list"),
+        (b"word", "not str"),
+        (b"a: [", "not valid YAML"),
+        (b"\xff\xfe\x00", "not valid YAML"),
+        (b"a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_refused(tmp_path, text, words):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=words) as error:
+        read_yaml(path)
+    assert str(path) in error.value.message
+    assert "\n" not in error.value.message
+
+
+def test_a_missing_file_is_refused_and_an_empty_one_is_no_settings(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert read_yaml(tmp_path / "empty.yaml") == {}
+
+
+# --- -o and merging --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("assignment", "settings"),
+    [
+        ("a=1", {"a": 1}),
+        ("a.b.c=1.5", {"a": {"b": {"c": 1.5}}}),
+        ("a.b=true", {"a": {"b": True}}),
+        ("a.b=", {"a": {"b": None}}),
+        ("a.b=null", {"a": {"b": None}}),
+        ("a.b=x=y", {"a": {"b": "x=y"}}),
+        ("a=[1, two]", {"a": [1, "two"]}),
+        ("a='1'", {"a": "1"}),
+    ],
+)
+def test_an_override_is_a_dotted_key_and_a_yaml_value(assignment, settings):
+    assert override(assignment) == settings
+
+
+@pytest.mark.parametrize("assignment", ["", "a", "=1", ".a=1", "a.=1", "a..b=1", "a b=1", "a=[", "a-b=1", "a=!!x y"])
+def test_an_override_that_cannot_be_read_is_named(assignment):
+    with pytest.raises(UserError) as error:
+        override(assignment)
+    assert repr(assignment) in error.value.message
+
+
+@given(NESTS, NESTS)
+def test_in_a_merge_the_changes_win_and_the_rest_stays(settings, changes):
+    def expected(a, b):
+        if isinstance(a, dict) and isinstance(b, dict):
+            return {key: expected(a.get(key, b.get(key)), b.get(key, a.get(key))) for key in {**a, **b}}
+        return b
+
+    before = repr(settings), repr(changes)
+    assert merge(settings, changes) == expected(settings, changes)
+    assert (repr(settings), repr(changes)) == before
+    assert merge(settings, {}) == settings
+    assert merge(merge(settings, changes), changes) == merge(settings, changes)
+
+
+@given(st.lists(KEYS, min_size=1, max_size=5), st.integers())
+def test_a_dotted_key_leads_to_its_value(keys, value):
+    settings = nested(".".join(keys), value)
+    for key in keys:
+        assert len(settings) == 1
+        settings = settings[key]
+    assert settings == value
+
+
+def test_the_nearest_word_is_suggested_or_all_are_listed():
+    assert nearest("ffhq521", ["ffhq512", "demo"]) == "did you mean ffhq512?"
+    assert nearest("xyz", ["ffhq512", "demo"]) == "known are ffhq512, demo"
+
+
+# --- round trip ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_yaml_of_a_run_builds_the_same_run(path, tmp_path):
+    settings = merge(read_yaml(path), {"data": {"path": "a ünusual: name #1"}, "metrics": ["x", "y"]})
+    images = one_image(tmp_path / "images", settings.get("G", {}).get("img_resolution", 16))
+    config = resolve(settings, images, "x")
+    assert build(RunConfig, yaml.safe_load(to_yaml(config)), "options.yaml") == config
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@given(st.floats(1e-12, 1e12), st.floats(1e-12, 1e12))
+def test_numbers_survive_the_yaml_exactly(rate, kimg):
+    config = run_config(4, None, 4)
+    settings = merge(config.model_dump(), {"optim": {"g_lr": rate}, "train": {"kimg": kimg}})
+    config = build(RunConfig, settings, "x")
+    assert build(RunConfig, yaml.safe_load(to_yaml(config)), "x") == config

@@ -1,0 +1,221 @@
+"""Laws of several processes and of accumulation: how a batch is split changes nothing but the order of additions."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torch_utils import checkpoint
+from torch_utils.distributed import Processes, processes
+from torch_utils.randomness import generator
+from torch_utils.stats import Stats
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+EXACT = ("-o", "train.precision=float64", "--aug", "fixed", "--p", 0.5)
+# Every process counts its updates, and sees how its own images differ, which are other groups than those of one.
+PER_PROCESS = ("Spread", "bad_gradients")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2")
+
+
+def flat(nest, prefix: str = "") -> dict[str, np.ndarray]:
+    """Every tensor and number of a nest of dictionaries and lists, as float64."""
+    if isinstance(nest, dict):
+        return {k: v for key, value in nest.items() for k, v in flat(value, f"{prefix}.{key}").items()}
+    if isinstance(nest, (list, tuple)):
+        return flat(dict(enumerate(nest)), prefix)
+    return {} if nest is None else {prefix: np.asarray(nest, dtype=np.float64)}
+
+
+def result(folder: Path) -> dict[str, np.ndarray]:
+    state = checkpoint.load(checkpoint.found(folder)[0])
+    lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if not k.startswith(("Timing", "Resources", "timestamp"))} for line in lines]
+    return flat({k: v for k, v in state.items() if k not in ("format", "seconds", "written")}) | flat(kept, "stats")
+
+
+def close(a: Path, b: Path, without: tuple[str, ...] = ()):
+    """Asserts that two runs agree to 1e-9, apart from the statistics named."""
+    a, b = ({k: v for k, v in result(x).items() if not any(word in k for word in without)} for x in (a, b))
+    assert a.keys() == b.keys()
+    assert any("pl_mean" in name for name in a)
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_and_one_continues_what_two_began(tiny):
+    one = tiny.run(*EXACT, outdir="one")
+    process = tiny.process(*tiny.new(*EXACT, "--gpus", 2, outdir="two"))
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    (two,) = tiny.runs("two")
+    close(one, two, without=PER_PROCESS)
+    assert out.count("kimg 0.016") == 1  # the others are silent
+
+    assert tiny.call("--resume", one, "--kimg", 0.08).exit_code == 0
+    assert tiny.call("--resume", two, "--kimg", 0.08).exit_code == 0
+    close(one, two, without=PER_PROCESS)
+
+
+@pytest.mark.slow
+def test_torchrun_with_accumulation_labels_and_mirror_equals_one_process(tiny):
+    arguments = (*EXACT, "--cond", "--mirror", "--batch", 16, "--kimg", 0.08)
+    one = tiny.run(*arguments, outdir="one", data=tiny.labelled)
+    command = tiny.new(*arguments, "--batch-gpu", 4, outdir="two", data=tiny.labelled)
+    process = tiny.process(*command, launcher=TORCHRUN)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    (two,) = tiny.runs("two")
+    close(one, two, without=PER_PROCESS)
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_by_a_signal_save_a_state_and_end_soon(tiny):
+    process = tiny.process(*tiny.new("--kimg", 20, "--tick", 0.08, "--snap", 1000, "--gpus", 2))
+    for line in process.stdout:
+        if line.startswith("kimg"):
+            break
+    os.kill(process.pid, signal.SIGTERM)
+    try:
+        out, err = process.communicate(timeout=15)
+    except Exception:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    assert process.returncode == 143, err
+    assert "interrupted at" in out
+    assert "Traceback" not in err
+    assert len(list(tiny.folder.glob("runs/*/training-state-*.pt"))) == 1
+
+
+@pytest.mark.slow
+def test_torchrun_stopped_by_a_signal_saves_a_state_although_its_readers_receive_it_as_well(tiny):
+    """torchrun signals the process group of each of its processes."""
+    arguments = tiny.new("--kimg", 20, "--tick", 0.08, "--snap", 1000, "--workers", 1)
+    process = tiny.process(*arguments, launcher=TORCHRUN)
+    for line in process.stdout:
+        if line.startswith("kimg"):
+            break
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert "interrupted at" in out
+    assert len(list(tiny.folder.glob("runs/*/training-state-*.pt"))) == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_found_by_one_of_two_processes_is_one_sentence(tiny):
+    broken = tiny.folder / "broken.safetensors"
+    broken.write_bytes(b"nothing")
+    process = tiny.process(*tiny.new("--gpus", 2, "--init-from", broken))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Traceback" not in err
+    assert err.count("Error: ") == 1
+    assert not tiny.runs()
+
+
+# --- accumulation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [("--batch-gpu", 4), ("--batch-gpu", 8)], ids=["4 rounds", "2 rounds"])
+def test_accumulating_equals_the_whole_batch(tiny, extra):
+    arguments = (*EXACT, "--batch", 16, "--kimg", 0.064, "--cond")
+    whole = tiny.run(*arguments, data=tiny.labelled)
+    parts = tiny.run(*arguments, *extra, data=tiny.labelled)
+    close(whole, parts, without=("Spread",))
+
+
+@pytest.mark.parametrize(("batch", "micro"), [(6, 3), (4, 1)])
+def test_accumulating_odd_parts_equals_the_whole_batch(tiny, batch, micro):
+    """Half of an odd part is no whole number, and the path length is taken on half of the batch all the same."""
+    arguments = (*EXACT, "--batch", batch, "--kimg", 0.012, "--tick", 0.012, "--mbstd-group", 1)
+    close(tiny.run(*arguments), tiny.run(*arguments, "--batch-gpu", micro), without=("Spread",))
+
+
+# --- the value that stands for the processes --------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8), st.booleans())
+def test_alone_every_collective_is_the_identity(values, flag):
+    x = torch.tensor(values, dtype=torch.float64)
+    assert ALONE.sum_(x.clone()).tolist() == values
+    assert ALONE.mean_(x.clone()).tolist() == values
+    assert ALONE.any(flag) is flag
+    assert ALONE.share(values) is values
+    assert ALONE.is_first
+
+
+def test_without_a_launcher_there_is_one_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with processes() as procs:
+        assert (procs.rank, procs.world) == (0, 1)
+    assert not torch.distributed.is_initialized()
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.floats(-100, 100), min_size=1, max_size=6), min_size=1, max_size=5))
+def test_statistics_are_those_of_all_values_together(reports):
+    stats = Stats()
+    for values in reports:
+        stats.report("x", torch.tensor(values, dtype=torch.float64))
+    (summary,) = stats.collect(ALONE).values()
+    together = np.concatenate(reports)
+    assert summary["num"] == len(together)
+    assert summary["mean"] == pytest.approx(np.mean(together), rel=1e-12, abs=1e-12)
+    assert summary["std"] == pytest.approx(np.std(together), rel=1e-6, abs=1e-4)
+
+
+def test_statistics_are_kept_apart_by_name_and_begin_again_after_each_collection():
+    stats = Stats()
+    stats.report("b", torch.tensor([1.0, 3.0]))
+    stats.report("a", torch.tensor(5.0))
+    assert stats.collect(ALONE) == {"a": {"num": 1, "mean": 5, "std": 0}, "b": {"num": 2, "mean": 2, "std": 1}}
+    assert stats.collect(ALONE) == {}
+    stats.report("b", torch.tensor([[7.0]]))
+    assert stats.collect(ALONE) == {"b": {"num": 1, "mean": 7, "std": 0}}
+
+
+def test_reporting_holds_no_graph():
+    stats = Stats()
+    stats.report("x", torch.ones(3, requires_grad=True) * 2)
+    assert not stats.moments["x"].requires_grad
+
+
+# --- randomness ------------------------------------------------------------------------------------------------------
+
+ARGUMENTS = st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 10**9), st.text(max_size=20))
+
+
+@given(ARGUMENTS, ARGUMENTS)
+def test_streams_are_equal_for_equal_arguments_and_differ_otherwise(a, b):
+    first, again, other = (torch.randn(8, generator=generator(*x)) for x in (a, a, b))
+    assert torch.equal(first, again)
+    assert torch.equal(first, other) == (a == b)
+
+
+def test_streams_of_neighbouring_steps_seeds_and_purposes_are_independent():
+    n = 2000
+    base = torch.randn(n, generator=generator(0, 0, "generator"))
+    for arguments in [(1, 0, "generator"), (0, 1, "generator"), (0, 0, "critic"), (0, 0, "path noise 0")]:
+        other = torch.randn(n, generator=generator(*arguments))
+        assert abs(float((base * other).mean())) < 5 / n**0.5
+
+
+def test_a_stream_leaves_the_global_state_alone():
+    before = torch.random.get_rng_state()
+    torch.randn(5, generator=generator(0, 0, "x"))
+    assert torch.equal(before, torch.random.get_rng_state())

@@ -1,0 +1,391 @@
+"""Laws of continuation: a run that was killed, stopped or damaged and then continued is the run that never was."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from calc_metrics import evaluate
+from dnnlib.config import build, merge, read_yaml
+from torch_utils import checkpoint
+from torch_utils.distributed import Processes
+from training.config import RunConfig
+from training.data import ImageArchive
+from training.loop import train
+from training.trainer import new_state
+
+VOLATILE = ("Timing/", "Resources/", "timestamp")
+VARIANTS = {
+    "plain": (),
+    "ada": ("--aug", "ada", "--p", 0.4, "-o", "augment.kimg=0.2"),
+    "labels and mirror": ("--cond", "--mirror", "--aug", "fixed", "--p", 0.5),
+    "accumulation": ("--batch-gpu", 4, "--aug", "ada", "-o", "augment.kimg=0.1"),
+    "no lazy terms": ("--gamma", 0, "-o", "loss.pl_weight=0"),
+}
+
+
+def equal(a, b, where="state"):
+    """Asserts that two nests of tensors and values are the same to the last bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert a.shape == b.shape, where
+        assert a.numpy().tobytes() == b.numpy().tobytes(), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            equal(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def final_state(folder: Path) -> dict:
+    state = checkpoint.load(checkpoint.found(folder)[0])
+    # Clocks, and the lengths of logs that print clocks.
+    return {key: value for key, value in state.items() if key not in ("seconds", "written")}
+
+
+def stats(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in lines]
+
+
+def log(folder: Path) -> list[str]:
+    """log.txt without the clocks."""
+    lines = (folder / "log.txt").read_text().splitlines()
+    return [re.sub(r"time .* memory +\S+", "", line) for line in lines]
+
+
+def same_run(continued: Path, unbroken: Path):
+    equal(final_state(continued), final_state(unbroken))
+    assert stats(continued) == stats(unbroken)
+    assert log(continued) == log(unbroken)
+    pictures = sorted(p.name for p in unbroken.glob("*.png"))
+    assert sorted(p.name for p in continued.glob("*.png")) == pictures
+    for name in pictures:
+        assert (continued / name).read_bytes() == (unbroken / name).read_bytes(), name
+    snapshots = sorted(p.name for p in unbroken.glob("*.safetensors"))
+    assert sorted(p.name for p in continued.glob("*.safetensors")) == snapshots
+    for name in snapshots:
+        assert (continued / name).read_bytes() == (unbroken / name).read_bytes(), name
+
+
+class PlugPuller(ImageArchive):
+    """Images of which reading the `fatal`-th raises a signal, as an operator would: training step by step."""
+
+    fatal = None
+    number = signal.SIGTERM
+
+    def __getitem__(self, index):
+        if self.fatal is not None:
+            self.fatal -= 1
+            if self.fatal == 0:
+                signal.raise_signal(self.number)
+        return super().__getitem__(index)
+
+
+def interrupted(folder: Path, config: RunConfig, steps: int, number=signal.SIGTERM) -> int:
+    """Trains in `folder`, continuing what is there, and is interrupted in the `steps`-th step from now."""
+    images = PlugPuller(config.data.path, use_labels=config.data.cond, mirror=config.data.mirror)
+    procs = Processes(0, 1, torch.device("cpu"))
+    state = new_state(config, procs.device)
+    states = checkpoint.found(folder)
+    if states:
+        state.load_state_dict(checkpoint.load(states[0]), procs)
+    grid = 0 if state.step else 8 * 12  # images of the grid of reals, which a new run reads first
+    images.fatal, images.number = grid + (steps - 1) * config.train.batch + 1, number
+    return train(config, folder, state, images, procs, evaluate)
+
+
+def fresh(folder: Path, unbroken: Path) -> tuple[Path, RunConfig]:
+    """An empty run directory with the options of another run."""
+    folder.mkdir()
+    shutil.copy(unbroken / "options.yaml", folder)
+    return folder, build(RunConfig, read_yaml(folder / "options.yaml"), "options.yaml")
+
+
+# --- stopped at every step -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_interrupted_at_any_step_and_continued_is_the_unbroken_run(tiny, variant):
+    unbroken = tiny.run(*VARIANTS[variant], data=tiny.labelled)
+    for steps in range(1, 7) if variant == "ada" else (1, 4, 5):
+        folder, config = fresh(tiny.folder / f"stopped-{steps}", unbroken)
+        assert interrupted(folder, config, steps) == 128 + signal.SIGTERM
+        assert checkpoint.load(checkpoint.found(folder)[0])["step"] == steps
+        result = tiny.call("--resume", folder)
+        assert result.exit_code == 0, result.output
+        same_run(folder, unbroken)
+
+
+@pytest.mark.slow
+def test_a_run_interrupted_at_every_step_is_the_unbroken_run(tiny):
+    unbroken = tiny.run("--aug", "ada", "-o", "augment.kimg=0.1")
+    folder, config = fresh(tiny.folder / "stopped", unbroken)
+    for step in range(1, 7):
+        number = signal.SIGTERM if step % 2 else signal.SIGINT
+        assert interrupted(folder, config, 1, number) == 128 + number
+        assert checkpoint.load(checkpoint.found(folder)[0])["step"] == step
+    assert tiny.call("--resume", folder).exit_code == 0
+    same_run(folder, unbroken)
+
+
+def test_an_interrupt_says_how_to_continue(tiny, capsys):
+    unbroken = tiny.run()
+    folder, config = fresh(tiny.folder / "stopped", unbroken)
+    capsys.readouterr()
+    assert interrupted(folder, config, 2, signal.SIGINT) == 130
+    assert f"interrupted at 0.016 kimg; to continue: --resume={folder}" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # given back
+
+
+def test_an_interrupt_in_the_last_step_is_no_interrupt(tiny):
+    unbroken = tiny.run()
+    folder, config = fresh(tiny.folder / "stopped", unbroken)
+    assert interrupted(folder, config, 7) == 0
+    same_run(folder, unbroken)
+
+
+def test_lines_written_after_the_state_are_not_doubled(tiny):
+    """Killed twice: the second process was continued, interrupted before its first report, and then killed later."""
+    unbroken = tiny.run("--snap", 2, "--kimg", 0.08)  # reports at 2, 4, 6, 8, 10; states at 4, 8, 10
+    folder, config = fresh(tiny.folder / "killed", unbroken)
+    interrupted(folder, config, 7)  # states at 4 and 7
+    checkpoint.found(folder)[0].unlink()  # as if the machine had lost power: newest state 4, logs up to 7
+    assert len(stats(folder)) == 3
+    interrupted(folder, config, 1)  # a state at 5 with nothing reported since 4
+    assert len(stats(folder)) == 2
+    state = checkpoint.found(folder)[0]
+    kept = state.read_bytes()
+    interrupted(folder, config, 2)  # reports at 6
+    checkpoint.found(folder)[0].unlink()
+    state.write_bytes(kept)  # lost again: newest state 5
+    assert tiny.call("--resume", folder).exit_code == 0
+    same_run(folder, unbroken)
+
+
+def test_what_a_state_says_was_written_is_what_was_written(tiny):
+    unbroken = tiny.run()
+    folder, config = fresh(tiny.folder / "stopped", unbroken)
+    interrupted(folder, config, 3)
+    interrupted(folder, config, 1)
+    for name, size in checkpoint.load(checkpoint.found(folder)[0])["written"].items():
+        lines = (folder / name).read_bytes()[:size].decode().splitlines()
+        assert "interrupted" not in lines[-1], name  # that line is for the console; a continued run goes on without it
+        assert size <= (folder / name).stat().st_size, name
+
+
+# --- killed ----------------------------------------------------------------------------------------------------------
+
+# Importing torch takes seconds, so one process imports it and forks the runs that are killed.
+KILLER = """
+    import os, random, signal, sys, time
+    from pathlib import Path
+    import torch, torch._dynamo, train, training.loop, training.trainer
+    torch.optim.Adam([torch.zeros(1)])
+    start, resume, folder, seed = sys.argv[1].split("\\n"), sys.argv[2].split("\\n"), Path(sys.argv[3]), sys.argv[4]
+    random.seed(seed)
+    kills = 0
+    for attempt in range(40):
+        again = any(folder.glob("training-state-*.pt"))
+        child = os.fork()
+        if child == 0:
+            train.main(resume if again else start)
+        until = time.monotonic() + random.uniform(0.2, 2.0)
+        ended = (0, 0)
+        while ended[0] == 0 and (time.monotonic() < until or not any(folder.glob("training-state-*.pt"))):
+            time.sleep(0.002)
+            ended = os.waitpid(child, os.WNOHANG)
+        if ended[0] == 0:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+        else:
+            print("kills", kills)
+            sys.exit(os.waitstatus_to_exitcode(ended[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_and_continued_is_the_unbroken_run(tiny):
+    arguments = ("--kimg", 0.24, "--aug", "ada", "--p", 0.2, "--cond", "--mirror", "-o", "augment.kimg=0.5")
+    unbroken = tiny.run(*arguments, data=tiny.labelled)
+    start = tiny.new(*arguments, data=tiny.labelled, outdir="killed")
+    folder = tiny.folder / "killed" / unbroken.name
+    seed = str(time.time_ns())
+    command = [sys.executable, "-c", textwrap.dedent(KILLER), "\n".join(start), f"--resume={folder}", folder, seed]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, (seed, done.stderr)
+    assert int(re.search(r"kills (\d+)", done.stdout)[1]) > 0, seed
+    same_run(folder, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_process_group_saves_a_state_first(tiny, number):
+    """As from a terminal, systemd, Slurm or torchrun: the processes that read images receive it as well."""
+    process = tiny.process(*tiny.new("--kimg", 20, "--tick", 0.08, "--snap", 1000, "--workers", 1))
+    for line in process.stdout:
+        if line.startswith("kimg"):
+            break
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    assert process.returncode == 128 + number, err
+    (folder,) = tiny.runs()
+    assert "interrupted at" in out
+    assert len(checkpoint.found(folder)) == 1
+
+
+# --- damaged ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(tiny):
+    """(unbroken run, a run with the states of the steps 4 and 5)."""
+    unbroken = tiny.run()
+    folder, config = fresh(tiny.folder / "stopped", unbroken)
+    interrupted(folder, config, 5)
+    assert [int(p.stem[-9:]) for p in checkpoint.found(folder)] == [5, 4]
+    return unbroken, folder
+
+
+DAMAGE = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "garbage": lambda data: bytes(range(256)) * 40,
+    "a stray pickle": lambda data: b"0" + data[:20],
+    "its end is missing": lambda data: data[:-1],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_broken_newest_state_is_named_and_the_one_before_is_used(tiny, stopped, damage):
+    unbroken, folder = stopped
+    newest, before = checkpoint.found(folder)
+    newest.write_bytes(DAMAGE[damage](newest.read_bytes()))
+    result = tiny.call("--resume", folder)
+    assert result.exit_code == 0, result.output
+    assert re.search(rf"passed over: .*{newest.name} is not an intact", result.output)
+    assert f"from {before.name}" in result.output
+    same_run(folder, unbroken)
+
+
+def test_a_state_with_a_flipped_bit_is_broken(tiny, stopped):
+    unbroken, folder = stopped
+    newest, before = checkpoint.found(folder)
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 4
+    newest.write_bytes(data)
+    result = tiny.call("--resume", folder)
+    assert f"from {before.name}" in result.output
+    same_run(folder, unbroken)
+
+
+def test_broken_bytes_are_always_a_sentence(tmp_path):
+    path = tmp_path / "training-state-1.pt"
+    dice = random.Random(0)
+    for i in range(300):
+        path.write_bytes((b"\x80\x02" if i % 2 else b"") + dice.randbytes(dice.randrange(1, 60)))
+        with pytest.raises(ValueError, match="is not an intact training state"):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"G": 3}], ids=str)
+def test_a_file_of_torch_that_is_no_state_is_a_sentence(tiny, stopped, content):
+    _, folder = stopped
+    for path in checkpoint.found(folder):
+        torch.save(content, path)
+    result = tiny.call("--resume", folder)
+    assert result.exit_code == 2, result.exception
+    assert "intact" in result.output
+
+
+def test_when_all_states_are_broken_the_run_ends_with_a_sentence_and_nothing_is_harmed(tiny, stopped):
+    _, folder = stopped
+    for path in checkpoint.found(folder):
+        path.write_bytes(path.read_bytes()[:1000])
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    result = tiny.call("--resume", folder)
+    assert result.exit_code == 2
+    assert re.search(r"Error: no training state in .* is intact; .*--init-from", result.output)
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_code_in_a_state_is_refused_and_not_run(tiny, stopped):
+    _, folder = stopped
+    trap = folder / "trap"
+
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (trap,)
+
+    for path in checkpoint.found(folder):
+        torch.save({"step": Trap()}, path)
+    assert tiny.call("--resume", folder).exit_code == 2
+    assert not trap.exists()
+
+
+# --- what lies in the directory --------------------------------------------------------------------------------------
+
+
+def test_only_the_last_two_states_are_kept_and_they_hold_only_plain_values(tiny):
+    folder = tiny.run()
+    states = sorted(folder.glob("training-state-*.pt"))
+    assert [p.name for p in states] == ["training-state-000000006.pt", "training-state-000000007.pt"]
+    for step, path in zip((6, 7), states, strict=True):
+        assert torch.load(path, weights_only=True)["step"] == step
+
+
+def test_a_finished_run_continued_does_nothing(tiny):
+    folder = tiny.run()
+    before = {p: p.read_bytes() for p in folder.iterdir() if p.suffix != ".yaml" and "events" not in p.name}
+    assert tiny.call("--resume", folder).exit_code == 0
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_continued_run_keeps_the_measurements_that_others_left_in_its_directory(tiny):
+    """calc_metrics.py appends to metric-<name>.jsonl beside the snapshot."""
+    folder = tiny.run("--kimg", 0.032)
+    line = '{"metric": "fid50k_full", "results": {"fid50k_full": 3.0}}\n'
+    (folder / "metric-fid50k_full.jsonl").write_text(line)
+    (folder / "notes.jsonl").write_text(line)
+    assert tiny.call("--resume", folder, "--kimg", 0.064).exit_code == 0
+    assert (folder / "metric-fid50k_full.jsonl").read_text() == line
+    assert (folder / "notes.jsonl").read_text() == line
+
+
+def test_a_longer_run_is_a_shorter_one_continued(tiny):
+    """At multiples of the tick, where the shorter run reports as the longer one does."""
+    longer = tiny.run("--kimg", 0.064, outdir="longer")
+    shorter = tiny.run("--kimg", 0.032)
+    result = tiny.call("--resume", shorter, "--kimg", 0.064)
+    assert result.exit_code == 0, result.output
+    equal(final_state(shorter), final_state(longer))
+    assert stats(shorter) == stats(longer)
+    settings = merge(read_yaml(longer / "options.yaml"), {})
+    assert read_yaml(shorter / "options.yaml") == settings
+
+
+def test_two_equal_runs_write_equal_snapshots_byte_for_byte(tiny):
+    a, b = tiny.run(), tiny.run()
+    for i in range(3):
+        name = "network-snapshot-000000.safetensors"
+        assert (a / name).read_bytes() == (b / name).read_bytes(), f"comparison {i}"
+        b = tiny.run()

@@ -1,0 +1,217 @@
+"""Laws of snapshots: what was saved is loaded, and a file that is no snapshot is one sentence."""
+
+import json
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dnnlib.console import UserError
+from training.networks import Generator, GeneratorConfig
+from training.snapshot import FORMAT, load_generator, save_generator
+
+SETTINGS = {
+    "img_resolution": 16,
+    "z_dim": 8,
+    "w_dim": 8,
+    "mapping_layers": 1,
+    "channel_base": 64,
+    "channel_max": 8,
+    "biline_channels": 4,
+    "thickness": 2,
+}
+
+
+def generator_of(**settings) -> Generator:
+    torch.manual_seed(0)
+    G = Generator(GeneratorConfig(**SETTINGS, **settings))
+    G.mapping.w_avg.normal_()
+    return G
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"c_dim": 3}, {"img_channels": 1}, {"architecture": "orig"}, {"decoders": False}, {"coords": "centers"}],
+    ids=str,
+)
+def test_a_generator_loaded_is_the_generator_saved(tmp_path, settings):
+    G, path = generator_of(**settings).requires_grad_(False), tmp_path / "network.safetensors"
+    save_generator(G, path)
+    loaded = load_generator(path)
+    assert loaded.config == G.config
+    assert list(loaded.state_dict()) == list(G.state_dict())
+    for name, tensor in G.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    z, c = torch.randn(2, 8), torch.eye(3)[:2] if settings.get("c_dim") else None
+    assert torch.equal(loaded(z, c), G(z, c))
+
+
+def test_the_header_of_a_snapshot_holds_the_config(tmp_path):
+    G, path = generator_of(), tmp_path / "network.safetensors"
+    save_generator(G, path)
+    with safe_open(path, "pt") as file:
+        text = " ".join(file.metadata().values())
+    for key, value in G.config.model_dump().items():
+        assert f'"{key}":{json.dumps(value)}' in text.replace(": ", ":").replace('\\"', '"')
+
+
+def test_equal_generators_are_equal_files(tmp_path):
+    G = generator_of()
+    files = set()
+    for i in range(8):
+        save_generator(G, tmp_path / f"{i}.safetensors")
+        files.add((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(files) == 1
+
+
+def test_a_snapshot_overwrites_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "deep" / "network.safetensors"
+    save_generator(generator_of(c_dim=2), path)
+    save_generator(generator_of(), path)
+    assert load_generator(path).config.c_dim == 0
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+# --- files that are no snapshots -------------------------------------------------------------------------------------
+
+
+def rewrite(path: Path, change) -> None:
+    """The snapshot again, after `change(tensors, metadata)`."""
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+def with_config(**changes):
+    def change(tensors, metadata):
+        (key,) = [k for k, v in metadata.items() if v.startswith("{")]
+        metadata[key] = json.dumps(json.loads(metadata[key]) | changes)
+
+    return change
+
+
+def with_header(text: str):
+    def change(tensors, metadata):
+        (key,) = [k for k, v in metadata.items() if v.startswith("{")]
+        metadata[key] = text
+
+    return change
+
+
+def truncate(share: float):
+    return lambda path: path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+HARM = {
+    "empty": (lambda path: path.write_bytes(b""), "is not an intact safetensors file"),
+    "garbage": (lambda path: path.write_bytes(b"\xff" * 999), "is not an intact safetensors file"),
+    "truncated in its header": (truncate(0.1), "is not an intact safetensors file"),
+    "truncated in its tensors": (truncate(0.9), "is not an intact safetensors file"),
+    "longer than its header says": (lambda path: path.open("ab").write(b"x" * 9), "is not an intact safetensors file"),
+    "a picture": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 99), "is not an intact safetensors"),
+    "other tensors": (lambda path: save_file({"a": torch.ones(3)}, path), "no CREPS generator"),
+    "a network of another project": (
+        lambda path: save_file({"a": torch.ones(3)}, path, {"format": "pt"}),
+        "no CREPS generator",
+    ),
+    "a tensor is missing": (
+        lambda path: rewrite(path, lambda t, m: t.pop("mapping.w_avg")),
+        "do not fit its config: mapping.w_avg",
+    ),
+    "a tensor is extra": (
+        lambda path: rewrite(path, lambda t, m: t.update(extra=torch.ones(1))),
+        "do not fit its config: extra",
+    ),
+    "a tensor has another shape": (
+        lambda path: rewrite(path, lambda t, m: t.update({"mapping.w_avg": torch.ones(9)})),
+        "do not fit its config: mapping.w_avg",
+    ),
+    "its config is wider": (lambda path: rewrite(path, with_config(w_dim=16)), "do not fit its config: .* and .* more"),
+    "its config has an unknown key": (lambda path: rewrite(path, with_config(w_dmi=8)), "did you mean w_dim"),
+    "its config has a wrong value": (lambda path: rewrite(path, with_config(z_dim=-1)), "z_dim=-1"),
+    "its config is no JSON": (lambda path: rewrite(path, with_header("{")), "config"),
+    "its config is a list": (lambda path: rewrite(path, with_header("[]")), "config"),
+    "its config asks for a vast network": (
+        lambda path: rewrite(path, with_config(w_dim=10**12)),
+        "do not fit its config",
+    ),
+    "its config asks for a vast number of layers": (
+        lambda path: rewrite(path, with_config(img_resolution=2**60)),
+        "config",
+    ),
+}
+
+
+@pytest.mark.parametrize(("harm", "words"), HARM.values(), ids=HARM)
+def test_a_file_that_is_no_snapshot_is_one_sentence(tmp_path, harm, words):
+    path = tmp_path / "network.safetensors"
+    save_generator(generator_of(), path)
+    harm(path)
+    with pytest.raises(UserError, match=words) as error:
+        load_generator(path)
+    assert str(path) in error.value.message
+    assert len(error.value.message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["missing.safetensors", "."])
+def test_what_is_no_file_is_one_sentence(tmp_path, name):
+    with pytest.raises(UserError, match=r"does not exist|is a folder|is a directory|no file"):
+        load_generator(tmp_path / name)
+
+
+def test_a_half_precision_copy_is_loaded_or_refused_but_not_mixed(tmp_path):
+    path = tmp_path / "network.safetensors"
+    save_generator(generator_of(), path)
+    rewrite(path, lambda tensors, _: tensors.update({n: t.half() for n, t in tensors.items()}))
+    try:
+        loaded = load_generator(path)
+    except UserError:
+        return
+    assert loaded(torch.randn(1, 8)).isfinite().all()
+
+
+# --- saving fails ----------------------------------------------------------------------------------------------------
+
+
+def test_saving_below_a_file_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot write .*network"):
+        save_generator(generator_of(), tmp_path / "file" / "network.safetensors")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_when_the_disk_is_full_the_old_snapshot_stays_and_nothing_half_written(tmp_path):
+    """A limit on the size of files stands for the full disk: it holds for root as well."""
+    path = tmp_path / "network.safetensors"
+    save_generator(generator_of(), path)
+    before = path.read_bytes()
+    limit = resource.RLIM_INFINITY
+    script = f"""
+        import resource, signal, torch
+        from training.snapshot import load_generator, save_generator
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        G = load_generator({str(path)!r})
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2}, {limit}))
+        save_generator(G, {str(path)!r})
+    """
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=root)
+    assert done.returncode != 0
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_format_is_named(tmp_path):
+    save_generator(generator_of(), tmp_path / "x.safetensors")
+    assert FORMAT.encode() in (tmp_path / "x.safetensors").read_bytes()[:4096]

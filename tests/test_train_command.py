@@ -1,0 +1,465 @@
+"""Laws of train.py: what it says, what it makes, and that a mistake is one sentence that harms nothing."""
+
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from torch_utils import checkpoint
+from training.snapshot import load_generator
+
+FLAGS = """
+outdir cfg data gpus batch gamma cond mirror resume batch-gpu aug p target augpipe cbase cmax glr dlr map-depth
+mbstd-group desc metrics kimg tick snap seed fp32 workers dry-run init-from
+"""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_help_names_every_flag(tiny):
+    result = tiny.call("--help")
+    assert result.exit_code == 0
+    for flag in FLAGS.split():
+        assert re.search(rf"--{flag}\b", result.output), flag
+    assert max(map(len, result.output.splitlines())) <= 110
+
+
+def test_a_dry_run_prints_the_settings_and_makes_nothing(tiny):
+    before = files(tiny.folder)
+    result = tiny.call(*tiny.new("--dry-run"))
+    assert result.exit_code == 0
+    settings = yaml.safe_load(result.output)
+    assert settings["train"]["batch"] == 8
+    assert settings["G"]["img_resolution"] == 8
+    assert settings["loss"]["r1_gamma"] > 0
+    assert files(tiny.folder) == before
+    assert not tiny.runs()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--cond",), {"data.cond": True, "G.c_dim": 3, "D.c_dim": 3}),
+        (("--mirror",), {"data.mirror": True}),
+        (("--batch", 16, "--batch-gpu", 4), {"train.batch": 16, "train.batch_gpu": 4}),
+        (("--gamma", 7), {"loss.r1_gamma": 7}),
+        (("--cbase", 128, "--cmax", 16), {"D.channel_base": 128, "G.channel_base": 256, "G.channel_max": 32}),
+        (("--map-depth", 2), {"G.mapping_layers": 2, "D.mapping_layers": 1}),
+        (("--mbstd-group", 2), {"D.mbstd_group": 2}),
+        (("--glr", 0.01, "--dlr", 0.02), {"optim.g_lr": 0.01, "optim.d_lr": 0.02}),
+        (("--aug", "noaug"), {"augment.mode": "none"}),
+        (("--aug", "fixed", "--p", 0.3), {"augment.mode": "fixed", "augment.p": 0.3}),
+        (("--aug", "ada", "--target", 0.7), {"augment.mode": "ada", "augment.target": 0.7}),
+        (("--augpipe", "blit"), {"augment.pipe": "blit"}),
+        (("--kimg", 1.5, "--tick", 0.5, "--snap", 3), {"train.kimg": 1.5, "train.tick": 0.5, "train.snap": 3}),
+        (("--seed", 5), {"train.seed": 5}),
+        (("--fp32",), {"train.precision": "float32"}),
+        (("--workers", 2), {"data.workers": 2}),
+        (("--metrics", "none"), {"metrics": []}),
+        (("-o", "optim.beta1=0.5", "-o", "G.bandwidth=3"), {"optim.beta1": 0.5, "G.bandwidth": 3}),
+        (("--batch", 16, "-o", "train.batch=4"), {"train.batch": 4}),
+    ],
+    ids=str,
+)
+def test_a_flag_sets_its_setting_over_the_recipe_and_o_over_both(tiny, arguments, expected):
+    result = tiny.call(*tiny.new("--dry-run", *arguments, data=tiny.labelled))
+    assert result.exit_code == 0, result.output
+    settings = yaml.safe_load(result.output)
+    for dotted, value in expected.items():
+        part = settings
+        for key in dotted.split("."):
+            part = part[key]
+        assert part == value, dotted
+
+
+# --- a run directory -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_holds_what_people_of_stylegan_look_for(tiny):
+    folder = tiny.run("--desc", "a/strange desc!", "--cond", data=tiny.labelled)
+    assert folder.name == "00000-tiny-labelled-a_strange_desc_"
+    names = {p.name for p in folder.iterdir()}
+    assert {"options.yaml", "log.txt", "stats.jsonl", "reals.png", "fakes000000.png"} <= names
+    for pattern in ("events*", "network-snapshot-*.safetensors", "training-state-*.pt"):
+        assert list(folder.glob(pattern)), pattern
+    assert not [name for name in names if name.startswith(".")]
+    for name in ("reals.png", "fakes000000.png"):
+        assert Image.open(folder / name).size == (12 * 8, 8 * 8)
+    assert load_generator(folder / "network-snapshot-000000.safetensors").config.c_dim == 3
+    lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    assert [line["Progress/kimg"] for line in lines] == [0.016, 0.032, 0.048, 0.056]
+    for key in ("Loss/G/loss", "Loss/D/loss", "Loss/scores/fake", "Loss/scores/real", "Loss/signs/real"):
+        assert lines[0][key]["num"] == 16, key
+    assert lines[0]["Loss/r1_penalty"]["num"] == 8
+    events = EventAccumulator(str(folder)).Reload()
+    assert [e.step for e in events.Scalars("Progress/kimg")] == [2, 4, 6, 7]
+
+
+def test_the_next_run_has_the_next_number_whatever_else_lies_there(tiny):
+    (tiny.folder / "runs").mkdir()
+    (tiny.folder / "runs" / "notes").mkdir()
+    (tiny.folder / "runs" / "00041-old").mkdir()
+    assert tiny.run().name == "00042-tiny-images"
+    assert tiny.run().name == "00043-tiny-images"
+
+
+def test_the_weights_reported_are_those_of_the_average(tiny):
+    folder = tiny.run()
+    state = checkpoint.load(checkpoint.found(folder)[0])
+    snapshot = load_generator(folder / "network-snapshot-000000.safetensors").state_dict()
+    assert snapshot.keys() == state["G_ema"].keys()
+    for name, tensor in snapshot.items():
+        assert torch.equal(tensor, state["G_ema"][name]), name
+
+
+def test_labels_that_are_ignored_are_mentioned(tiny):
+    assert "add --cond" in tiny.call(*tiny.new("--kimg", 0.008, data=tiny.labelled)).output
+    assert "add --cond" not in tiny.call(*tiny.new("--kimg", 0.008, "--cond", data=tiny.labelled)).output
+
+
+# --- beginning from other weights ------------------------------------------------------------------------------------
+
+
+def test_a_run_begins_from_a_snapshot(tiny):
+    old = tiny.run()
+    snapshot = old / "network-snapshot-000000.safetensors"
+    result = tiny.call(*tiny.new("--init-from", snapshot, "--kimg", 0.008, "--glr", 1e-12))
+    assert result.exit_code == 0, result.output
+    total = len(load_generator(snapshot).state_dict())
+    assert f"G: {total} of {total} tensors from {snapshot}" in result.output
+    assert f"G_ema: {total} of {total} tensors" in result.output
+    assert "D: begins from new weights" in result.output
+    (new,) = tiny.runs() - {old}
+    state, weights = checkpoint.load(checkpoint.found(new)[0]), load_generator(snapshot).state_dict()
+    for name, tensor in state["G"].items():
+        if "w_avg" not in name:
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-6, atol=1e-6)
+    assert yaml.safe_load((new / "options.yaml").read_text())["augment"]["kimg"] == 100
+
+
+def test_a_run_begins_from_a_training_state_with_its_discriminator(tiny):
+    old = tiny.run()
+    path = checkpoint.found(old)[0]
+    result = tiny.call(*tiny.new("--init-from", path, "--kimg", 0.008, "--glr", 1e-12, "--dlr", 1e-12))
+    assert result.exit_code == 0, result.output
+    (new,) = tiny.runs() - {old}
+    saved, state = checkpoint.load(path), checkpoint.load(checkpoint.found(new)[0])
+    assert state["step"] == 1
+    for network in ("G", "D"):
+        for name, tensor in state[network].items():
+            if "w_avg" not in name:
+                torch.testing.assert_close(tensor, saved[network][name], rtol=1e-6, atol=1e-6)
+        assert f"{network}: {len(saved[network])} of {len(saved[network])} tensors" in result.output
+
+
+def test_a_larger_network_takes_what_fits_and_says_what_does_not(tiny):
+    old = tiny.run()
+    path = checkpoint.found(old)[0]
+    large = tiny.images("large", size=(16, 16))
+    result = tiny.call(*tiny.new("--init-from", path, "--kimg", 0.008, data=large))
+    assert result.exit_code == 0, result.output
+    report = re.search(r"^G: (\d+) of (\d+) tensors .*; fresh: (.*)$", result.output, re.MULTILINE)
+    assert 0 < int(report[1]) < int(report[2])
+    assert "synthesis.lines.blocks.2" in report[3]
+    assert "synthesis.lines.blocks.1" not in report[3]
+    assert re.search(r"^D: .*; fresh: .*blocks\.16", result.output, re.MULTILINE)
+
+
+def test_an_equally_deep_network_at_twice_the_size_takes_the_whole_generator(tiny):
+    """As the published 1024² models begin from 512²: the lines are simply twice as long."""
+    old = tiny.run()
+    large = tiny.images("large", size=(16, 16))
+    snapshot = old / "network-snapshot-000000.safetensors"
+    arguments = ("--init-from", snapshot, "--kimg", 0.008, "-o", "G.depth=2")
+    result = tiny.call(*tiny.new(*arguments, data=large))
+    assert result.exit_code == 0, result.output
+    report = re.search(r"^G: (\d+) of (\d+) tensors", result.output, re.MULTILINE)
+    assert report[1] == report[2]
+
+
+# --- continuing with other settings ----------------------------------------------------------------------------------
+
+
+def test_a_run_is_continued_with_another_length_and_the_options_say_so(tiny):
+    folder = tiny.run("--kimg", 0.016)
+    result = tiny.call("--resume", folder, "--kimg", 0.032, "--snap", 7, "--workers", 1)
+    assert result.exit_code == 0, result.output
+    assert checkpoint.load(checkpoint.found(folder)[0])["step"] == 4
+    options = yaml.safe_load((folder / "options.yaml").read_text())
+    assert (options["train"]["kimg"], options["train"]["snap"], options["data"]["workers"]) == (0.032, 7, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--cbase", 128),
+        ("-o", "G.w_dim=16"),
+        ("--batch", 16),
+        ("--seed", 1),
+        ("--gamma", 3),
+        ("--glr", 0.1),
+        ("--mirror",),
+        ("--aug", "ada"),
+        ("-o", "train.precision=float64"),
+    ],
+    ids=str,
+)
+def test_what_a_continued_run_depends_on_cannot_change(tiny, change):
+    folder = tiny.run("--kimg", 0.016)
+    before = files(folder)
+    result = tiny.call("--resume", folder, *change)
+    assert result.exit_code == 2
+    assert re.search(r"Error: --resume continues the same run, but \S+=\S+ \(was \S+\).*--init-from", result.output)
+    assert files(folder) == before
+
+
+def test_a_run_is_continued_on_a_moved_archive_but_not_on_another(tiny):
+    folder = tiny.run("--kimg", 0.016)
+    moved = tiny.archive.rename(tiny.folder / "moved")
+    assert tiny.call("--resume", folder).exit_code == 2
+    assert tiny.call("--resume", folder, "--data", moved).exit_code == 0
+    result = tiny.call("--resume", folder, "--data", tiny.images("large", size=(16, 16)))
+    assert result.exit_code == 2
+    assert "not the archive" in result.output
+
+
+# --- torchrun --------------------------------------------------------------------------------------------------------
+
+
+def test_gpus_must_agree_with_torchrun(tiny, monkeypatch):
+    for name, value in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    result = tiny.call(*tiny.new("--gpus", 3))
+    assert result.exit_code == 2
+    assert "--gpus=3, but torchrun started 2 processes" in result.output
+    assert tiny.call(*tiny.new("--gpus", 2, "-n")).exit_code == 0
+
+
+def test_a_stray_local_rank_is_no_torchrun(tiny, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    result = tiny.call(*tiny.new("-n"))
+    assert result.exit_code in (0, 2), result.exception
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def yaml_file(text: str):
+    def prepare(tiny):
+        (tiny.folder / "mine.yaml").write_text(text)
+        return [*tiny.new(), "--cfg", tiny.folder / "mine.yaml"]
+
+    return prepare
+
+
+def data(make):
+    def prepare(tiny):
+        path = make(tiny)
+        return tiny.new(data=path)
+
+    return prepare
+
+
+def extra(*arguments):
+    return lambda tiny: tiny.new(*arguments)
+
+
+def written(tiny, name: str, content: bytes | str) -> Path:
+    path = tiny.folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def empty_folder(tiny) -> Path:
+    (tiny.folder / "empty").mkdir()
+    return tiny.folder / "empty"
+
+
+def empty_zip(tiny) -> Path:
+    zipfile.ZipFile(tiny.folder / "empty.zip", "w").close()
+    return tiny.folder / "empty.zip"
+
+
+def mixed_sizes(tiny) -> Path:
+    folder = tiny.images("mixed")
+    Image.new("RGB", (16, 16)).save(folder / "005.png")
+    return folder
+
+
+def labels_for_half(tiny) -> Path:
+    folder = tiny.images("half")
+    (folder / "dataset.json").write_text(json.dumps({"labels": [["000.png", 1]]}))
+    return folder
+
+
+def run_without_states(tiny) -> list:
+    folder = tiny.run("--kimg", 0.008)
+    for path in checkpoint.found(folder):
+        path.unlink()
+    return ["--resume", folder]
+
+
+def run_with_broken_options(text: str):
+    def prepare(tiny):
+        folder = tiny.run("--kimg", 0.008)
+        (folder / "options.yaml").write_text(text)
+        return ["--resume", folder]
+
+    return prepare
+
+
+def foreign_weights(tiny) -> list:
+    path = tiny.folder / "foreign.pt"
+    torch.save({"format": checkpoint.FORMAT, "G": {"a": torch.ones(3)}, "D": {}}, path)
+    return tiny.new("--init-from", path)
+
+
+def list_of_weights(tiny) -> list:
+    path = tiny.folder / "list.pt"
+    torch.save([torch.ones(3)], path)
+    return tiny.new("--init-from", path)
+
+
+MISTAKES = {
+    # options
+    "nothing": (lambda tiny: [], "needs --outdir, --cfg, --data"),
+    "no outdir": (lambda tiny: tiny.new()[2:], "needs --outdir"),
+    "no recipe": (lambda tiny: tiny.new()[:2] + tiny.new()[4:], "needs --cfg"),
+    "no data": (lambda tiny: tiny.new()[:4], "needs --data"),
+    "an unknown option": (extra("--gama", 1), "--gama.*--gamma"),
+    "an unknown recipe": (extra("--cfg", "ffhq521"), "ffhq521.*did you mean ffhq512"),
+    "a missing recipe file": (extra("--cfg", "none.yaml"), "none.yaml does not exist"),
+    "a word for a number": (extra("--batch", "many"), "--batch"),
+    "batch 0": (extra("--batch", 0), "--batch"),
+    "a negative gamma": (extra("--gamma", -1), "--gamma"),
+    "gamma is no number": (extra("--gamma", "nan"), "r1_gamma=nan"),
+    "endless": (extra("--kimg", "inf"), "kimg=inf"),
+    "p above 1": (extra("--p", 1.5), "--p"),
+    "an unknown augmentation": (extra("--aug", "adda"), "adda"),
+    "an unknown metric": (extra("--metrics", "fid50"), "fid50"),
+    "an unknown metric by -o": (extra("-o", "metrics=[fid50]"), "fid50"),
+    "batch not dividing": (extra("--batch", 9, "--gpus", 2), "--batch=9 does not divide over 2 processes; try 8"),
+    "batch-gpu not dividing": (extra("--batch-gpu", 3), "--batch-gpu=3 does not divide the 8 images.*try 2"),
+    "minibatch groups": (extra("--batch", 6), "minibatch-std groups of 4.*--mbstd-group=3"),
+    "channels": (extra("--cbase", 4), "channel_base=4"),
+    "an odd width": (extra("-o", "G.channel_max=7"), "channel_max=7.*even channel_max"),
+    # -o
+    "-o without a value": (extra("-o", "train.batch"), "train.batch.*key.sub=value"),
+    "-o without a key": (extra("-o", "=3"), "=3.*key.sub=value"),
+    "-o with broken YAML": (extra("-o", "train.batch=["), "train.batch="),
+    "-o of an unknown key": (extra("-o", "train.bach=3"), "no setting train.bach; did you mean batch"),
+    "-o of an unknown section": (extra("-o", "trian.batch=3"), "no setting trian; did you mean train"),
+    "-o of a wrong type": (extra("-o", "train.kimg=[1]"), "train.kimg"),
+    "-o of a wrong choice": (extra("-o", "train.precision=16"), "train.precision=16.*'bfloat16'"),
+    "-o of a section": (extra("-o", "G=5"), "G"),
+    "-o of an empty section": (extra("-o", "train="), "train"),
+    "-o of data": (extra("-o", "data=5"), "data"),
+    "-o of a path that is a number": (extra("-o", "data.path=5"), "data.path"),
+    "-o of channels": (extra("-o", "G.img_channels=[1]"), "channels"),
+    "-o of a batch that is no number": (extra("-o", "train.batch=abc"), r"tiny\.yaml: train\.batch='abc'[^;]*$"),
+    # recipes
+    "broken YAML": (yaml_file("G: ["), "mine.yaml is not valid YAML"),
+    "a list for a recipe": (yaml_file("- 1"), "mine.yaml must hold settings"),
+    "an unknown key in a recipe": (
+        yaml_file("train: {batch: 8, kimgs: 3}"),
+        "no setting train.kimgs; did you mean kimg",
+    ),
+    "a number for a key in a recipe": (yaml_file("1: 2\ntrain: {batch: 8}"), "1"),
+    "a recipe without a batch": (yaml_file("train: {kimg: 1}"), r"mine\.yaml: train\.batch is missing$"),
+    "a recipe of another size": (yaml_file("G: {img_resolution: 16}\ntrain: {batch: 8}"), "of 16 pixels.*holds 8x8"),
+    # data
+    "no archive": (data(lambda tiny: tiny.folder / "none.zip"), "none.zip does not exist"),
+    "an empty folder": (data(empty_folder), "holds no images"),
+    "an empty archive": (data(empty_zip), "holds no images"),
+    "a broken archive": (data(lambda tiny: written(tiny, "broken.zip", b"PK\x03\x04" * 9)), "broken.zip"),
+    "a broken image": (data(lambda tiny: written(tiny, "pictures/0.png", b"x").parent), "0.png cannot be read"),
+    "rectangles": (data(lambda tiny: tiny.images("wide", size=(16, 8))), "16x8 images.*squares"),
+    "no power of two": (data(lambda tiny: tiny.images("odd", size=(12, 12))), "12x12 images.*power of two"),
+    "images too small": (data(lambda tiny: tiny.images("small", size=(4, 4))), "4x4 images.*8 at least"),
+    "no labels": (extra("--cond"), "holds no labels"),
+    "labels for half": (lambda tiny: tiny.new("--cond", data=labels_for_half(tiny)), "dataset.json"),
+    # directories
+    "outdir is a file": (
+        lambda tiny: tiny.new("--outdir", written(tiny, "taken", "mine")),
+        "cannot make a run directory in .*taken",
+    ),
+    "outdir is below a file": (
+        lambda tiny: tiny.new("--outdir", written(tiny, "taken", "mine") / "runs"),
+        "cannot make a run directory in .*taken",
+    ),
+    "a description too long": (extra("--desc", "x" * 300), "cannot make a run directory"),
+    # continuing
+    "resume a file": (lambda tiny: ["--resume", tiny.recipe], "is a file; give a run directory.*--init-from"),
+    "resume nothing": (lambda tiny: ["--resume", tiny.folder / "none"], "none"),
+    "resume an empty folder": (lambda tiny: ["--resume", empty_folder(tiny)], "not a run directory.*options.yaml"),
+    "resume without a state": (run_without_states, "holds no training-state"),
+    "resume with broken options": (run_with_broken_options("G: ["), "options.yaml is not valid YAML"),
+    "resume with empty options": (run_with_broken_options(""), "options.yaml"),
+    "resume and init-from": (lambda tiny: ["--resume", "x", "--init-from", "y"], "--resume.*--init-from"),
+    # beginning from
+    "init-from nothing": (extra("--init-from", "none.safetensors"), "none.safetensors does not exist"),
+    "init-from a folder": (lambda tiny: tiny.new("--init-from", empty_folder(tiny)), "empty"),
+    "init-from garbage": (
+        lambda tiny: tiny.new("--init-from", written(tiny, "x.safetensors", b"x" * 99)),
+        "x.safetensors is not an intact",
+    ),
+    "init-from a broken state": (
+        lambda tiny: tiny.new("--init-from", written(tiny, "x.pt", b"x" * 99)),
+        "x.pt is not an intact",
+    ),
+    "init-from what does not fit": (foreign_weights, "nothing in .*foreign.pt fits"),
+    "init-from no state": (list_of_weights, "list.pt"),
+}
+
+
+@pytest.mark.parametrize(("prepare", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_sentence_and_harms_nothing(tiny, prepare, words):
+    arguments = prepare(tiny)
+    before = files(tiny.folder)
+    result = tiny.call(*arguments)
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert "Traceback" not in result.output
+    (sentence,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert re.search(words, sentence), sentence
+    assert files(tiny.folder) == before
+    assert not list((tiny.folder / "runs").glob("*")) or "--resume" in map(str, arguments)
+
+
+def test_a_section_left_empty_in_a_recipe_is_the_defaults(tiny):
+    recipe = written(tiny, "mine.yaml", "G:\ntrain: {batch: 8}")
+    result = tiny.call("--outdir", tiny.folder / "runs", "--cfg", recipe, "--data", tiny.archive, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load(result.output)["G"]["channel_base"] == 65536
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_of_another_size_ends_the_run_with_its_name(tiny, workers):
+    """It is found when its turn comes: looking at all of a million images first would take an hour."""
+    result = tiny.call(*tiny.new("--workers", workers, data=mixed_sizes(tiny)))
+    assert result.exit_code == 2, result.exception
+    assert re.search(r"Error: .*005\.png is 16x16, but the first image is 8x8", result.output)
+
+
+@pytest.mark.slow
+def test_as_a_process_a_mistake_is_one_sentence_on_stderr(tiny):
+    process = tiny.process(*tiny.new(data=tiny.folder / "none"))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert out == ""
+    assert err.strip().splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in err
+    assert not os.path.exists(tiny.folder / "runs")

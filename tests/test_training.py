@@ -1,0 +1,402 @@
+"""Laws of the training step: each phase against plain autograd over the whole batch, and what a bad step may harm."""
+
+import copy
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import RECIPE
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dnnlib.config import merge, nested
+from dnnlib.console import UserError
+from torch_utils import checkpoint
+from torch_utils.distributed import Processes
+from torch_utils.randomness import generator
+from training import ema
+from training.augment import augment, draw
+from training.config import resolve
+from training.data import ImageArchive
+from training.memory import expected_bytes, parameters, saved_bytes
+from training.report import duration, grid_shape, tile, to_uint8
+from training.trainer import Trainer, new_state
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def prepare(tiny, **settings):
+    """(config, images, state, trainer) in float64; `settings` are dotted keys with __ for the dot."""
+    nest = merge(RECIPE, {"data": {"path": str(tiny.labelled)}, "train": {"precision": "float64"}})
+    for key, value in settings.items():
+        nest = merge(nest, nested(key.replace("__", "."), value))
+    data = nest["data"]
+    images = ImageArchive(data["path"], use_labels=data.get("cond", False), mirror=data.get("mirror", False))
+    config = resolve(nest, images, "test")
+    state = new_state(config, ALONE.device)
+    return config, images, state, Trainer(config, state, images, ALONE)
+
+
+def batch_of(images, step: int, size: int):
+    pictures, labels = zip(*(images[(step * size + i) % len(images)] for i in range(size)), strict=True)
+    return torch.stack(pictures), torch.stack(labels)
+
+
+class Straightforward:
+    """The four phases of StyleGAN2-ADA with CREPS' schedule, without rounds, processes or statistics."""
+
+    def __init__(self, config, images, state):
+        self.config, self.images = config, images
+        self.G, self.D, self.average = (copy.deepcopy(n) for n in (state.G, state.D, state.G_ema))
+        self.G_opt = self.adam(self.G, config.optim.g_lr, config.loss.pl_weight, config.loss.pl_interval)
+        self.D_opt = self.adam(self.D, config.optim.d_lr, config.loss.r1_gamma, config.loss.r1_interval)
+        self.p, self.a, self.signs = config.augment.p, 0.0, []
+
+    def adam(self, network, lr, weight, interval):
+        k = interval / (interval + 1) if weight else 1
+        o = self.config.optim
+        return torch.optim.Adam(network.parameters(), lr=lr * k, betas=(o.beta1**k, o.beta2**k), eps=o.eps)
+
+    def random(self, step, purpose):
+        return generator(self.config.train.seed, step, purpose)
+
+    def latents(self, step, purpose, count):
+        random = self.random(step, purpose)
+        z = torch.randn(count, self.config.G.z_dim, generator=random).double()
+        chosen = torch.randint(len(self.images), [count], generator=random)
+        return z, torch.stack([self.images.label(int(i)) for i in chosen]).double()
+
+    def augmented(self, x, step, purpose):
+        draws = draw(
+            self.config.augment,
+            len(x),
+            self.p,
+            image_shape=self.config.G.img_shape,
+            generator=self.random(step, f"{purpose} augmentation"),
+        )
+        return augment(x, draws)
+
+    def descend(self, network, optimizer, loss):
+        """One Adam step on the network alone."""
+        weights = list(network.parameters())
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        optimizer.step()
+
+    def step(self, s, real, c):
+        config, n = self.config, len(real)
+        real, c = real.double() / 127.5 - 1, c.double()
+        for network in (self.G, self.D):
+            network.requires_grad_(True)
+
+        z, labels = self.latents(s, "generator", n)
+        ws = self.G.mapping(z, labels)
+        logits = self.D(self.augmented(self.G.synthesis(ws), s, "generator"), labels)
+        self.descend(self.G, self.G_opt, torch.log1p(torch.exp(-logits)).mean())
+        decay = config.train.w_avg_decay
+        self.G.mapping.w_avg.copy_(decay * self.G.mapping.w_avg + (1 - decay) * ws[:, 0].detach().mean(0))
+
+        if config.loss.pl_weight and s % config.loss.pl_interval == 0:
+            z, labels = self.latents(s, "path", n // 2)
+            ws = self.G.mapping(z, labels)
+            image = self.G.synthesis(ws)
+            noise = [
+                torch.randn(image.shape[1:], generator=self.random(s, f"path noise {i}"), dtype=torch.float64)
+                for i in range(n // 2)
+            ]
+            y = (image * torch.stack(noise)).sum() / math.sqrt(image.shape[2] * image.shape[3])
+            (g,) = torch.autograd.grad(y, ws, create_graph=True)
+            lengths = g.pow(2).sum(2).mean(1).sqrt()
+            a = self.a + config.loss.pl_decay * (lengths.mean() - self.a)
+            penalty = (lengths - a).pow(2).mean()
+            self.descend(self.G, self.G_opt, penalty * config.loss.pl_weight * config.loss.pl_interval)
+            self.a = float(a)
+
+        z, labels = self.latents(s, "critic", n)
+        fake = self.augmented(self.G(z, labels).detach(), s, "critic")
+        on_real = self.D(self.augmented(real, s, "critic real"), c)
+        loss = F.softplus(self.D(fake, labels)).mean() + F.softplus(-on_real).mean()
+        self.descend(self.D, self.D_opt, loss)
+        self.signs.append(on_real.detach().sign().mean().item())
+
+        if config.loss.r1_gamma and s % config.loss.r1_interval == 0:
+            x = real.clone().requires_grad_()
+            (g,) = torch.autograd.grad(self.D(self.augmented(x, s, "r1"), c).sum(), x, create_graph=True)
+            penalty = g.pow(2).flatten(1).sum(1).mean() * config.loss.r1_gamma / 2
+            self.descend(self.D, self.D_opt, penalty * config.loss.r1_interval)
+
+        if (s + 1) % 4 == 0:
+            if config.augment.mode == "ada":
+                direction = np.sign(np.mean(self.signs) - config.augment.target)
+                self.p = float(np.clip(self.p + direction * 4 * n / (config.augment.kimg * 1000), 0, 1))
+            self.signs = []
+
+        half_life = config.train.ema_kimg * 1000
+        if config.train.ema_rampup is not None:
+            half_life = min(half_life, (s + 1) * n * config.train.ema_rampup)
+        keep = 0.5 ** (n / half_life)
+        with torch.no_grad():
+            for average, own in zip(self.average.state_dict().items(), self.G.state_dict().items(), strict=True):
+                buffer = "w_avg" in own[0] or "freqs" in own[0]
+                average[1].copy_(own[1] if buffer else keep * average[1] + (1 - keep) * own[1])
+
+
+SETTINGS = {
+    "plain": {},
+    "labels, mirror, fixed augmentation": {
+        "data__cond": True,
+        "data__mirror": True,
+        "augment__mode": "fixed",
+        "augment__p": 0.6,
+    },
+    "ada from a half": {"augment__mode": "ada", "augment__p": 0.5, "augment__kimg": 0.2, "augment__target": 0.0},
+    "ada down to nothing": {"augment__mode": "ada", "augment__p": 0.1, "augment__kimg": 0.1, "augment__target": 1.0},
+    "accumulated": {"train__batch_gpu": 4, "augment__mode": "fixed", "augment__p": 0.3},
+    "no lazy terms": {"loss__r1_gamma": 0.0, "loss__pl_weight": 0.0},
+    "other rates": {
+        "optim__g_lr": 0.01,
+        "optim__d_lr": 0.005,
+        "optim__beta1": 0.5,
+        "loss__r1_gamma": 3.0,
+        "loss__pl_weight": 0.7,
+        "loss__pl_decay": 0.3,
+        "train__ema_rampup": None,
+        "train__ema_kimg": 0.02,
+        "train__w_avg_decay": 0.9,
+    },
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_four_phases_are_those_of_plain_autograd(tiny, settings):
+    config, images, state, trainer = prepare(tiny, **settings)
+    plain = Straightforward(config, images, state)
+    start = plain.p
+    for s in range(9):
+        real, c = batch_of(images, s, config.train.batch)
+        plain.step(s, real, c)
+        trainer.step(real, c)
+        for network, expected in ((state.G, plain.G), (state.D, plain.D), (state.G_ema, plain.average)):
+            for (name, got), want in zip(network.state_dict().items(), expected.state_dict().values(), strict=True):
+                np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10, err_msg=f"step {s}, {name}")
+        assert float(state.pl_mean) == pytest.approx(plain.a, rel=1e-9)
+        assert state.augment_p == pytest.approx(plain.p, rel=1e-12)
+    assert state.step == 9
+    assert (state.augment_p != start) == (config.augment.mode == "ada")
+
+
+def test_the_state_before_the_first_step_depends_on_the_seed_alone(tiny):
+    before = torch.random.get_rng_state()
+    a, b, other = (prepare(tiny, train__seed=seed)[2] for seed in (3, 3, 4))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(a.D.epilogue.out.weight, b.D.epilogue.out.weight)
+    assert not torch.equal(a.D.epilogue.out.weight, other.D.epilogue.out.weight)
+    for (name, weight), average in zip(a.G.state_dict().items(), a.G_ema.state_dict().values(), strict=True):
+        assert torch.equal(weight, average), name
+
+
+def test_a_state_restored_is_the_state_saved(tiny, tmp_path):
+    config, images, state, trainer = prepare(tiny, augment__mode="ada", augment__p=0.5)
+    for s in range(3):
+        trainer.step(*batch_of(images, s, 8))
+    checkpoint.save(state.state_dict(), tmp_path, 3)
+    other = new_state(config, ALONE.device)
+    other.load_state_dict(checkpoint.load(checkpoint.found(tmp_path)[0]), ALONE)
+    for s in range(3, 6):
+        trainer.step(*batch_of(images, s, 8))
+        Trainer(config, other, images, ALONE).step(*batch_of(images, s, 8))
+    assert bytes_of(other.state_dict()) == bytes_of(state.state_dict())
+    assert other.stats.collect(ALONE) == state.stats.collect(ALONE)
+
+
+# --- steps that are not finite ---------------------------------------------------------------------------------------
+
+
+def bytes_of(nest):
+    """A nest with tensors as bytes, in which NaN equals NaN."""
+    if isinstance(nest, torch.Tensor):
+        return nest.numpy().tobytes()
+    if isinstance(nest, dict):
+        return {key: bytes_of(value) for key, value in nest.items()}
+    return [bytes_of(v) for v in nest] if isinstance(nest, (list, tuple)) else nest
+
+
+BAD = {
+    "a weight of G is NaN": lambda s: s.G.synthesis.lines.input.weight.data.fill_(math.nan),
+    "a weight of D is infinite": lambda s: s.D.epilogue.out.weight.data.fill_(math.inf),
+    "a weight of D is NaN": lambda s: s.D.from_rgb.weight.data.fill_(math.nan),
+}
+
+
+@pytest.mark.parametrize("harm", BAD.values(), ids=BAD)
+def test_gradients_that_are_not_finite_change_nothing_but_the_count(tiny, harm):
+    _, images, state, trainer = prepare(tiny, augment__mode="ada", augment__p=0.5)
+    for s in range(2):  # moments, pl_mean and w_avg are no longer zero
+        trainer.step(*batch_of(images, s, 8))
+    harm(state)
+    g_is_whole = all(p.isfinite().all() for p in state.G.parameters())
+    kept = {n: bytes_of(v) for n, v in state.state_dict().items() if n in ("D", "D_opt", "augment_p")}
+    if g_is_whole:  # the path length asks D nothing: it goes on
+        state.G_opt.param_groups[0]["lr"] = 0.0
+    else:
+        kept |= {n: bytes_of(v) for n, v in state.state_dict().items() if n in ("G", "G_opt", "pl_mean")}
+    w_avg = state.G.mapping.w_avg.clone()
+    weights = bytes_of(state.G.state_dict())
+    trainer.step(*batch_of(images, 2, 8))
+    assert {n: bytes_of(state.state_dict()[n]) for n in kept} == kept
+    assert bytes_of(state.G.state_dict()) == weights
+    assert torch.equal(state.G.mapping.w_avg, w_avg)
+    summary = state.stats.collect(ALONE)
+    assert summary["Progress/bad_gradients_D"]["mean"] * summary["Progress/bad_gradients_D"]["num"] == 1
+    assert summary["Progress/bad_gradients_G"]["mean"] > 0
+    assert 0 <= state.augment_p <= 1
+
+
+def test_after_a_finite_step_the_count_begins_again(tiny):
+    _, images, state, trainer = prepare(tiny)
+    good = state.D.epilogue.out.weight.data.clone()
+    state.D.epilogue.out.weight.data.fill_(math.nan)
+    trainer.step(*batch_of(images, 0, 8))
+    assert state.bad_steps["D loss"] > 0
+    state.D.epilogue.out.weight.data.copy_(good)
+    trainer.step(*batch_of(images, 1, 8))
+    assert state.bad_steps["G loss"] == state.bad_steps["D loss"] == 0
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_a_sentence(tiny):
+    _, images, state, trainer = prepare(tiny, train__max_bad_steps=3, loss__pl_weight=0.0, loss__r1_gamma=0.0)
+    state.D.epilogue.out.weight.data.fill_(math.nan)
+    trainer.step(*batch_of(images, 0, 8))
+    trainer.step(*batch_of(images, 1, 8))
+    with pytest.raises(
+        UserError, match=r"gradients of G \(loss\) were not finite in 3 updates in a row.*step 2.*--glr"
+    ):
+        trainer.step(*batch_of(images, 2, 8))
+
+
+def test_a_huge_finite_gradient_does_not_stop_a_weight_for_ever(tiny):
+    """In float32 the square of 1e20 is infinite, and Adam divides by its root from then on."""
+    _, images, state, trainer = prepare(tiny, train__precision="float32", loss__pl_weight=0.0, loss__r1_gamma=0.0)
+    trainer.step(*batch_of(images, 0, 8))
+    for p in state.D.parameters():
+        p.grad = torch.full_like(p, 1e20)
+    trainer._update("D", "loss")
+    before = [p.clone() for p in state.D.parameters()]
+    for s in range(1, 4):
+        trainer.step(*batch_of(images, s, 8))
+    assert any(not torch.equal(a, b) for a, b in zip(before, state.D.parameters(), strict=True))
+
+
+def test_a_diverged_run_says_so_and_ends_with_exit_code_2(tiny):
+    folder = tiny.run("--kimg", 0.032, "-o", "train.max_bad_steps=4")
+    path = checkpoint.found(folder)[0]
+    state = checkpoint.load(path)
+    state["D"]["epilogue.out.weight"].fill_(math.nan)
+    torch.save(state, path)
+    result = tiny.call("--resume", folder, "--kimg", 0.2)
+    assert result.exit_code == 2
+    assert re.search(r"Error: the gradients of . \(.*\) were not finite in 4 updates in a row", result.output)
+    log = (folder / "log.txt").read_text()
+    assert re.search(r"gradients not finite, updates skipped [1-9]", log)
+    for line in (folder / "stats.jsonl").read_text().splitlines():
+        assert json.loads(line)["Progress/kimg"] > 0
+
+
+# --- the average -----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 64), st.floats(0.1, 100))
+def test_after_its_half_life_half_of_the_old_average_is_left(batch, kimg):
+    steps = kimg * 1000 / batch
+    assert ema.decay(batch, 10**9, kimg) ** steps == pytest.approx(0.5, rel=1e-6)
+
+
+def test_an_early_average_forgets_faster():
+    """At 640 images a rampup of 5 % makes the half-life 32 images: one step of 32 keeps a half."""
+    assert ema.decay(32, 640, 10.0, 0.05) == pytest.approx(0.5)
+    assert ema.decay(32, 1280, 10.0, 0.05) == pytest.approx(0.5**0.5)
+    assert ema.decay(32, 640, 10.0, None) == pytest.approx(0.5 ** (32 / 10000))
+    assert ema.decay(32, 0, 10.0) == 0
+    assert ema.decay(32, 640, 0.0) == 0
+
+
+@given(st.floats(0, 1))
+def test_an_average_moves_by_the_share_it_does_not_keep_and_buffers_are_copied(keep):
+    average, model = torch.nn.BatchNorm1d(2).double(), torch.nn.BatchNorm1d(2).double()
+    model.weight.data.copy_(torch.tensor([3.0, -5.0]))
+    model.running_mean.fill_(7)
+    ema.track(average, model, keep)
+    expected = [keep * 1 + (1 - keep) * 3, keep * 1 + (1 - keep) * -5]
+    assert average.weight.tolist() == pytest.approx(expected, abs=1e-12)
+    assert average.running_mean.tolist() == [7, 7]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_bytes_are_those_that_the_backward_pass_needs():
+    """Both factors of a product are kept, a shared one once, the result of a tanh, and nothing of a sum."""
+    x, y = torch.zeros(100, requires_grad=True), torch.zeros(100, requires_grad=True)
+    assert saved_bytes(lambda: x * y) == 2 * 400
+    assert saved_bytes(lambda: x * x) == 400
+    assert saved_bytes(lambda: (x + y).sum()) == 0
+    assert saved_bytes(lambda: torch.tanh(x)) == 400
+    assert saved_bytes(lambda: torch.tanh(x) * y) == 2 * 400
+
+
+def test_expected_memory_grows_with_the_images_and_begins_with_the_parameters(tiny):
+    config, _, state, _ = prepare(tiny)
+    fixed = 4 * (5 * parameters(state.G) + 4 * parameters(state.D))
+    one, four, eight = (expected_bytes(config, n) for n in (1, 4, 8))
+    assert fixed < one < four < eight
+    with_images = [n - fixed for n in (four, eight)]
+    assert 1.3 < with_images[1] / with_images[0] <= 2
+
+
+# --- words and pictures ----------------------------------------------------------------------------------------------
+
+
+def test_to_uint8_is_that_of_stylegan():
+    values = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0, -1.0 + 1 / 127.5])
+    assert to_uint8(values).tolist() == [0, 0, 128, 255, 255, 1]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((8, 8), (8, 12)), ((256, 256), (4, 7)), ((512, 512), (3, 4)), ((1024, 1024), (3, 4)), ((128, 1024), (8, 4))],
+)
+def test_a_grid_fills_a_screen(size, expected):
+    assert grid_shape(*size) == expected
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 3, 4]), st.integers(1, 4), st.integers(1, 4))
+def test_a_tile_of_a_grid_is_its_picture(rows, columns, channels, height, width):
+    shape = (rows * columns, channels, height, width)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator(0, 0, "tiles"))
+    grid = tile(images, rows)
+    assert grid.shape == (rows * height, columns * width, channels)
+    for i, image in enumerate(images):
+        r, c = divmod(i, columns)
+        window = grid[r * height : (r + 1) * height, c * width : (c + 1) * width]
+        assert np.array_equal(window, image.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m 00s"),
+        (185, "3m 05s"),
+        (3599.9, "1h 00m"),
+        (3720, "1h 02m"),
+        (183600, "2d 03h"),
+    ],
+)
+def test_durations_are_written_as_people_write_them(seconds, text):
+    assert duration(seconds) == text
