@@ -19,7 +19,7 @@ demo: .venv/ready
 		--transform=random-crops --crops=300
 	$(BIN)/python train.py --outdir=out/demo --cfg=demo --data=out/demo/photos.zip --mirror
 	cp out/demo/00000-demo-photos/reals.png out/demo/00000-demo-photos/fakes*.png out/demo
-	$(BIN)/python docs/figures.py --network=$$(ls out/demo/00000-demo-photos/network-snapshot-*.safetensors | tail -n 1) \
+	$(BIN)/python -m docs.figures --network=$$(ls out/demo/00000-demo-photos/network-snapshot-*.safetensors | tail -n 1) \
 		--seed=0 --out=out/demo/scales.png
 	@echo "Look at out/demo: reals.png, fakes*.png and scales.png"
 
