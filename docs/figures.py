@@ -1,4 +1,4 @@
-"""Makes the figures of the documentation from any trained network; `make demo` ends with it: python -m docs.figures --help"""
+"""Makes the figures of the documentation from any trained network: python -m docs.figures --help"""
 
 from pathlib import Path
 
