@@ -115,7 +115,7 @@ class Straightforward:
             a = self.a + config.loss.pl_decay * (lengths.mean() - self.a)
             penalty = (lengths - a).pow(2).mean()
             self.descend(self.G, self.G_opt, penalty * config.loss.pl_weight * config.loss.pl_interval)
-            self.a = float(a)
+            self.a = float(a.detach())
 
         z, labels = self.latents(s, "critic", n)
         fake = self.augmented(self.G(z, labels).detach(), s, "critic")
