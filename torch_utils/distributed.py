@@ -55,6 +55,8 @@ def processes() -> Iterator[Processes]:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32; speed comes from bfloat16
     elif "OMP_NUM_THREADS" not in os.environ:
         # Processes that share the cores get equal parts; more threads than cores would only wait for each other.
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
