@@ -12,7 +12,7 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# Ten minutes on two cores: photographs → archive → training → pictures at three sizes.
+# About eight minutes on two cores: photographs → archive → training → pictures at three sizes.
 demo: .venv/ready
 	rm -rf out/demo
 	$(BIN)/python dataset_tool.py --source=skimage-photos --dest=out/demo/photos.zip --resolution=64x64 \

@@ -13,9 +13,9 @@ import rendering
 from dnnlib.config import nearest
 from dnnlib.console import UserError, progress
 from metrics import METRICS
+from torch_utils.pictures import to_uint8
 from torch_utils.randomness import generator
 from training.networks import Generator
-from training.report import to_uint8
 from training.snapshot import load_generator
 
 
@@ -77,11 +77,16 @@ def main(network, metrics, num):
     names = known_metrics(metrics)
     G = load_generator(network, "cuda" if torch.cuda.is_available() else "cpu")
     for name in names:
-        line = {**evaluate(G, name, num), "network": Path(network).name}
+        path = Path(network).parent / f"metric-{name}.jsonl"
+        try:
+            file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (before the measuring, which takes minutes)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; copy the network to a folder of yours") from error
+        with file:
+            line = {**evaluate(G, name, num), "network": Path(network).name}
+            file.write(json.dumps(line) + "\n")
         mean, error = line["results"].values()
         click.echo(f"{name} {mean:.3f} ± {error:.3f} ({num} pictures, {line['total_time']:.0f} s)")
-        with open(Path(network).parent / f"metric-{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

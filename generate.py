@@ -1,5 +1,6 @@
 """Render pictures of a trained generator, at any size."""
 
+import math
 import re
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from PIL import Image
 import rendering
 from dnnlib.console import UserError, progress
 from dnnlib.files import atomic_write
+from torch_utils.pictures import to_uint8
 from training.networks import Generator
-from training.report import to_uint8
 from training.snapshot import load_generator
 
 MAX_PIXELS = 2**30  # an RGB picture is held whole, 3 GiB at this size
+MAX_POSITIONS = 2**16  # so are its lines: 2 GiB in each layer of the paper's widths
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -36,6 +38,8 @@ def picture_size(G: Generator, scale: float | None, size: str | None) -> tuple[i
     """(height, width) from --scale or --size, by default the size trained at. Raises UserError."""
     if scale and size:
         raise UserError("--scale and --size both set the size; give one of them")
+    if scale is not None and not math.isfinite(scale):
+        raise UserError(f"--scale={scale}: give a finite number, for example 2")
     height, width = G.config.img_shape
     if size:
         match = re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", size)
@@ -44,8 +48,11 @@ def picture_size(G: Generator, scale: float | None, size: str | None) -> tuple[i
         width, height = int(match[1]), int(match[2])
     elif scale:
         width, height = round(width * scale), round(height * scale)
-    if not 1 <= width * height <= MAX_PIXELS:
-        raise UserError(f"a picture of {width}x{height} pixels; from 1 to {MAX_PIXELS:,} pixels can be rendered")
+    if not 1 <= width * height <= MAX_PIXELS or width + height > MAX_POSITIONS:
+        raise UserError(
+            f"a picture of {width}x{height} pixels cannot be rendered; it may have up to {MAX_PIXELS:,} pixels, and "
+            f"width and height together up to {MAX_POSITIONS:,}"
+        )
     return height, width
 
 
@@ -88,6 +95,8 @@ def main(network, seeds, trunc, number, scale, size, outdir):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     G = load_generator(network, device)
     seeds = parse_seeds(seeds)
+    if not math.isfinite(trunc):
+        raise UserError(f"--trunc={trunc}: give a finite number, for example 0.7")
     height, width = picture_size(G, scale, size)
     c = label(G, number)
     for seed in progress(seeds, desc=f"{width}x{height}"):

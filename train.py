@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 import click
+import torch
 import yaml
 
 from calc_metrics import evaluate, known_metrics
 from dnnlib.config import Config, build, merge, nearest, nested, override, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
+from torch_utils.distributed import launched, processes
 from training.config import RunConfig, resolve
 from training.data import ImageArchive
 
@@ -44,12 +46,18 @@ FLAGS = {
     "tick": lambda v: {"train.tick": v},
     "snap": lambda v: {"train.snap": v},
     "seed": lambda v: {"train.seed": v},
-    "fp32": lambda v: {"train.precision": "float32"} if v else {},
+    "fp32": lambda v: {"train.precision": "float32" if v else "auto"},
     "metrics": lambda v: {"metrics": list(known_metrics(v))},
 }
 
 # What may change when a run is continued: nothing that the networks, the data order or the randomness depend on.
 CHANGEABLE = {"data.path", "data.workers", "train.batch_gpu", "train.kimg", "train.tick", "train.snap", "metrics"}
+
+
+def switch(name: str, text: str):
+    """An option that is on by its name alone, and takes 1/0, true/false, yes/no as StyleGAN2-ADA's do."""
+    text += "  [default: no]"
+    return click.option(name, type=bool, is_flag=False, flag_value="true", metavar="[BOOL]", help=text)
 
 
 @click.command(context_settings={"max_content_width": 110})
@@ -61,14 +69,22 @@ CHANGEABLE = {"data.path", "data.workers", "train.batch_gpu", "train.kimg", "tra
 @click.option(
     "--gpus", type=click.IntRange(min=1), help="Processes to start, one per GPU (or sharing the CPU).  [default: 1]"
 )
-@click.option("--batch", type=click.IntRange(min=1), help="Images per step, all processes together.")
-@click.option("--batch-gpu", type=click.IntRange(min=1), help="Images per process at a time; the rest is accumulated.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), help="Images per step, all processes together.  [default: the recipe's]"
+)
+@click.option(
+    "--batch-gpu",
+    type=click.IntRange(min=1),
+    help="Images per process at a time, the rest accumulated.  [default: all]",
+)
 @click.option("--gamma", type=click.FloatRange(min=0), help="R1 weight.  [default: from size and batch]")
-@click.option("--cond/--no-cond", default=None, help="Train on the archive's labels.  [default: no]")
-@click.option("--mirror/--no-mirror", default=None, help="Also show every image mirrored.  [default: no]")
+@switch("--cond", "Train on the archive's labels.")
+@switch("--mirror", "Also show every image mirrored.")
 @click.option("--resume", metavar="RUN_DIR", help="Continue the run in this directory from its newest intact state.")
 @click.option("--init-from", metavar="FILE", help="Start a new run from the weights in a snapshot or training state.")
-@click.option("--aug", type=click.Choice(["noaug", "ada", "fixed"]), help="Augmentation.  [default: ada]")
+@click.option(
+    "--aug", type=click.Choice(["noaug", "ada", "fixed"]), help="Augmentation.  [default: the recipe's, else ada]"
+)
 @click.option("--p", type=click.FloatRange(0, 1), help="Strength of --aug=fixed, or where ada begins.  [default: 0]")
 @click.option("--target", type=click.FloatRange(-1, 1), help="What ada steers the sign of D(real) to.  [default: 0.6]")
 @click.option(
@@ -90,7 +106,7 @@ CHANGEABLE = {"data.path", "data.workers", "train.batch_gpu", "train.kimg", "tra
 )
 @click.option("--snap", type=click.IntRange(min=1), help="Ticks between snapshots.  [default: 50]")
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and latents.  [default: 0]")
-@click.option("--fp32/--no-fp32", default=None, help="No mixed precision, even on a GPU.  [default: no]")
+@switch("--fp32", "float32 even on GPUs, which mix it with bfloat16.")
 @click.option("--workers", type=click.IntRange(min=0), help="Reading processes per training process.  [default: 3]")
 @click.option("--metrics", metavar="A,B|none", help="Measured at every snapshot.  [default: none]")
 @click.option("--desc", metavar="TEXT", help="Added to the name of the run directory.")
@@ -122,7 +138,7 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
                 raise UserError(f"--init-from: {init_from} does not exist; give a network-snapshot-*.safetensors")
         config = resolve(settings, open_images(settings), f"--cfg={cfg}")
 
-    under_torchrun = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+    under_torchrun = launched()
     world = int(os.environ["WORLD_SIZE"]) if under_torchrun else gpus or 1
     if under_torchrun and gpus not in (None, world):
         raise UserError(f"--gpus={gpus}, but torchrun started {world} processes; leave --gpus out under torchrun")
@@ -212,7 +228,6 @@ def to_yaml(config: RunConfig) -> str:
 
 def launch(world: int, task: tuple) -> int:
     """Starts `world` processes with torch's elastic launcher. Returns the exit code."""
-    import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -224,6 +239,8 @@ def launch(world: int, task: tuple) -> int:
         click.echo(f"no GPU found: {world} processes share the CPU")
     # This process only waits from here on, and its log would repeat in many lines what our own sentence says.
     logging.disable(logging.CRITICAL)
+    # How long a stopped process may take to end its step and save the state, in seconds, before it is killed.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -251,17 +268,19 @@ def work_and_exit(*task) -> None:
 
 def work(config_json: str, outdir: str | None, cfg: str | None, desc: str | None, resume, init_from) -> int:
     """One process of a run: 0 when the schedule is done, 128 + signal when interrupted, 2 after a user's mistake."""
-    from torch_utils.distributed import processes
-
+    config = RunConfig.model_validate_json(config_json)
     try:
-        config = RunConfig.model_validate_json(config_json)
         with processes() as procs:
             return run(config, procs, outdir, cfg, desc, resume, init_from)
+    except torch.OutOfMemoryError:
+        at_a_time = config.train.batch_gpu or "all"
+        mistake = UserError(f"the GPU's memory is full; give a smaller --batch-gpu ({at_a_time} images at a time now)")
     except UserError as error:
-        # A mistake that every process finds is said once: the launcher ends the others while they hold back.
-        time.sleep(min(int(os.environ.get("RANK", 0)), 1))
-        error.show()
-        sys.exit(error.exit_code)
+        mistake = error
+    # One that every process finds is said once: the launcher ends the others while they hold back.
+    time.sleep(min(int(os.environ.get("RANK", 0)), 1))
+    mistake.show()
+    sys.exit(mistake.exit_code)
 
 
 def run(config, procs, outdir, cfg, desc, resume, init_from) -> int:

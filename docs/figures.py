@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 import rendering
 from dnnlib.files import atomic_write
 from generate import label, latent
-from training.report import to_uint8
+from torch_utils.pictures import to_uint8
 from training.snapshot import load_generator
 
 GAP = 8

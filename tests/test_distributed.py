@@ -98,6 +98,36 @@ def test_two_processes_stopped_by_a_signal_save_a_state_and_end_soon(tiny):
 
 
 @pytest.mark.slow
+def test_two_processes_stopped_and_continued_by_two_equal_one(tiny):
+    """The counts of both survive: what ada adjusts by, and the statistics of the report under way."""
+    arguments = (
+        "-o",
+        "train.precision=float64",
+        "-o",
+        "augment.kimg=0.5",
+        "--aug",
+        "ada",
+        "--kimg",
+        0.4,
+        "--tick",
+        0.08,
+    )
+    one = tiny.run(*arguments, outdir="one")
+    process = tiny.process(*tiny.new(*arguments, "--gpus", 2, outdir="two"))
+    for line in process.stdout:
+        if line.startswith("kimg"):
+            break
+    os.kill(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    (two,) = tiny.runs("two")
+    process = tiny.process("--resume", two, "--gpus", 2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    close(one, two, without=PER_PROCESS)
+
+
+@pytest.mark.slow
 def test_torchrun_stopped_by_a_signal_saves_a_state_although_its_readers_receive_it_as_well(tiny):
     """torchrun signals the process group of each of its processes."""
     arguments = tiny.new("--kimg", 20, "--tick", 0.08, "--snap", 1000, "--workers", 1)

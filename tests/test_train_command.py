@@ -439,6 +439,13 @@ def test_a_mistake_is_one_sentence_and_harms_nothing(tiny, prepare, words):
     assert not list((tiny.folder / "runs").glob("*")) or "--resume" in map(str, arguments)
 
 
+@pytest.mark.parametrize(("text", "mirror"), [("--mirror", True), ("--mirror=1", True), ("--mirror=false", False)])
+def test_switches_are_typed_as_stylegan_users_type_them(tiny, text, mirror):
+    result = tiny.call(*tiny.new(text, "--dry-run"))
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load(result.output)["data"]["mirror"] is mirror
+
+
 def test_a_section_left_empty_in_a_recipe_is_the_defaults(tiny):
     recipe = written(tiny, "mine.yaml", "G:\ntrain: {batch: 8}")
     result = tiny.call("--outdir", tiny.folder / "runs", "--cfg", recipe, "--data", tiny.archive, "--dry-run")

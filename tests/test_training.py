@@ -17,13 +17,14 @@ from dnnlib.config import merge, nested
 from dnnlib.console import UserError
 from torch_utils import checkpoint
 from torch_utils.distributed import Processes
+from torch_utils.pictures import to_uint8
 from torch_utils.randomness import generator
 from training import ema
 from training.augment import augment, draw
 from training.config import resolve
 from training.data import ImageArchive
 from training.memory import expected_bytes, parameters, saved_bytes
-from training.report import duration, grid_shape, tile, to_uint8
+from training.report import duration, grid_shape, tile
 from training.trainer import Trainer, new_state
 
 ALONE = Processes(0, 1, torch.device("cpu"))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from dnnlib.console import UserError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -43,17 +45,25 @@ class Processes:
         return box[0]
 
 
+def launched() -> bool:
+    """Whether torchrun, or our own use of its launcher, started this process."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 @contextlib.contextmanager
 def processes() -> Iterator[Processes]:
-    """Joins the group that torchrun's environment names (none: a single process) and leaves it at the end.
+    """Joins the group that torchrun's environment names (none: a single process) and leaves it after a clean end.
 
-    nccl with one GPU per process where there are GPUs, gloo on CPUs.
+    nccl with one GPU per process where there are GPUs, gloo on CPUs. Raises UserError when there are too few GPUs.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
+    rank, world, local_rank = (
+        (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if launched() else (0, 1, 0)
+    )
+    gpus = torch.cuda.device_count()
+    if gpus and local_rank >= gpus:
+        raise UserError(f"there are more processes than the {gpus} GPUs of this machine; use --nproc-per-node={gpus}")
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    if gpus:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32; speed comes from bfloat16
@@ -64,10 +74,7 @@ def processes() -> Iterator[Processes]:
     if world > 1:
         # The others wait while the first process measures a snapshot; a dead one is the launcher's to notice.
         patience = datetime.timedelta(hours=6)
-        backend = "nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, timeout=patience, device_id=device if on_gpu else None)
-    try:
-        yield Processes(rank, world, device)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+        dist.init_process_group("nccl" if gpus else "gloo", timeout=patience, device_id=device if gpus else None)
+    yield Processes(rank, world, device)
+    if world > 1:  # not after an error: nccl would wait for the others, who wait for us
+        dist.destroy_process_group()

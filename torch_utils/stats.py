@@ -15,7 +15,7 @@ class Stats:
     def report(self, name: str, values: torch.Tensor) -> None:
         """Adds all elements of `values`."""
         x = values.detach().double().flatten()
-        moments = torch.stack([x.new_tensor(x.numel()), x.sum(), x.square().sum()])
+        moments = torch.stack([x.new_full((), x.numel()), x.sum(), x.square().sum()])
         self.moments[name] = self.moments[name] + moments if name in self.moments else moments
 
     def collect(self, procs: Processes) -> dict[str, dict[str, float]]:

@@ -16,8 +16,8 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
 
+from dnnlib.config import Config
 from dnnlib.console import UserError
 
 # The twelve taps of the symlet with six vanishing moments (Daubechies, "Ten Lectures on Wavelets", 1992, table 6.3).
@@ -42,10 +42,8 @@ CENTRE = 5
 MARGIN = 3
 
 
-class AugmentConfig(BaseModel):
+class AugmentConfig(Config):
     """Which transformations are in use: pixel blitting (b), general geometry (g), colour (c), or several of them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     pipe: Literal["blit", "geom", "color", "bg", "bgc"] = "bgc"
 

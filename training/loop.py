@@ -16,12 +16,13 @@ import torch
 from dnnlib.console import UserError
 from torch_utils import checkpoint
 from torch_utils.distributed import Processes
+from torch_utils.pictures import to_uint8
 from torch_utils.randomness import generator
 from training.config import RunConfig
 from training.data import ImageArchive, batches
 from training.memory import GIB, expected_bytes, parameters
 from training.networks import Generator
-from training.report import RunLog, SilentLog, duration, grid_shape, tile, to_uint8
+from training.report import RunLog, SilentLog, duration, grid_shape, tile
 from training.snapshot import save_generator
 from training.trainer import Trainer, TrainState
 

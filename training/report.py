@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -32,9 +31,7 @@ class RunLog:
         for path in folder.glob("metric-*.jsonl"):
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             with atomic_write(path) as temporary:
-                temporary.write_text(
-                    "".join(x for x in lines if json.loads(x).get("step", 0) <= step), encoding="utf-8"
-                )
+                temporary.write_text("".join(x for x in lines if _belongs(x, step)), encoding="utf-8")
         self.events = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def print(self, line: str) -> None:
@@ -49,7 +46,7 @@ class RunLog:
         self.events.flush()
 
     def metric(self, record: dict, step: int) -> None:
-        """One measurement, as metrics.METRICS gives it, as a line of metric-<name>.jsonl and in TensorBoard."""
+        """One measurement, as calc_metrics.evaluate gives it, as a line of metric-<name>.jsonl and in TensorBoard."""
         self._append(f"metric-{record['metric']}.jsonl", json.dumps(record))
         for name, value in record["results"].items():
             self.events.add_scalar(f"Metrics/{name}", value, step)
@@ -73,6 +70,14 @@ class RunLog:
             file.write(line + "\n")
 
 
+def _belongs(line: str, step: int) -> bool:
+    """Whether a measurement is whole and of no later step; a crash may have left half a line."""
+    try:
+        return json.loads(line).get("step", 0) <= step
+    except (ValueError, AttributeError):
+        return False
+
+
 class SilentLog:
     """The twin that the other processes hold."""
 
@@ -88,11 +93,6 @@ class SilentLog:
         return {}
 
     def close(self) -> None: ...
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[…] in [-1,1] -> uint8, as StyleGAN does it: 127.5·x + 128, clamped and truncated."""
-    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def grid_shape(height: int, width: int) -> tuple[int, int]:

@@ -31,7 +31,8 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give a network-snapshot-*.safetensors of a training run")
+        what = "is no file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}; give a network-snapshot-*.safetensors of a training run")
     try:
         with safe_open(path, "pt", device="cpu") as file:
             metadata = file.metadata() or {}

@@ -156,7 +156,8 @@ class Trainer:
     def step(self, real: Tensor, c: Tensor) -> None:
         """real uint8 [n,C,H,W] and labels [n,c_dim]: this process's share of the batch."""
         s, loss = self.state, self.config.loss
-        real = real.to(self.procs.device, self.dtype) / 127.5 - 1
+        # To the device first: a quarter of the bytes, and from pinned memory.
+        real = real.to(self.procs.device, non_blocking=True).to(self.dtype) / 127.5 - 1
         c = c.to(self.procs.device, self.dtype)
         self._generator()
         if loss.pl_weight and s.step % loss.pl_interval == 0:
@@ -195,9 +196,12 @@ class Trainer:
         count = max(self.config.train.batch // 2, self.procs.world)  # half a batch, as released
         mine = slice(self.procs.rank, None, self.procs.world)
 
-        def lengths(z: Tensor, c: Tensor, noise: Tensor) -> Tensor:
+        def synthesis(ws: Tensor) -> Tensor:
             with self._autocast():
-                return losses.path_lengths(s.G.synthesis, s.G.mapping(z, c), noise)
+                return s.G.synthesis(ws)
+
+        def lengths(z: Tensor, c: Tensor, noise: Tensor) -> Tensor:
+            return losses.path_lengths(synthesis, s.G.mapping(z, c), noise)
 
         def weigh(measured: list[Tensor]) -> tuple[list[Tensor], Tensor]:
             """The gradient of the penalty by the lengths of this process, and the running mean after this step."""
@@ -217,7 +221,7 @@ class Trainer:
         ]
         noise = self._deal(torch.stack(noise).to(self.procs.device))
         # With odd numbers the last rounds may have nothing to do.
-        shares = [(z, c, n) for (z, c, _), n in zip(self._fakes("path", count), noise, strict=True) if len(z)]
+        shares = [(z, c, n) for (z, c), n in zip(self._latents("path", count), noise, strict=True) if len(z)]
         # The penalty compares each length with a mean over the whole batch. With several rounds the lengths are
         # measured first and computed again one round at a time, so that only one round's graph is ever held.
         if len(shares) == 1:
@@ -245,7 +249,7 @@ class Trainer:
                 real_logits = s.D(augment(x, x_draws), x_c)
             loss = losses.critic(real_logits, fake_logits)
             (loss.mean() / self.rounds).backward()
-            s.signs += torch.stack([real_logits.detach().sign().sum(), real_logits.new_tensor(len(x))])
+            s.signs += torch.stack([real_logits.detach().sign().sum(), real_logits.new_full((), len(x))])
             s.stats.report("Loss/D/loss", loss)
             s.stats.report("Loss/scores/fake", fake_logits)
             s.stats.report("Loss/scores/real", real_logits)
@@ -260,8 +264,12 @@ class Trainer:
         s.D.requires_grad_(True)
         draws = self._draws("r1", self.config.train.batch)
         for x, x_c, x_draws in zip(self._deal(real), self._deal(c), draws, strict=True):
-            with self._autocast():
-                penalty = losses.r1(lambda x, x_c=x_c, x_draws=x_draws: s.D(augment(x, x_draws), x_c), x)
+
+            def judge(x, x_c=x_c, x_draws=x_draws):
+                with self._autocast():
+                    return s.D(augment(x, x_draws), x_c)
+
+            penalty = losses.r1(judge, x)
             (penalty.mean() * (loss.r1_gamma / 2 * loss.r1_interval / self.rounds)).backward()
             s.stats.report("Loss/r1_penalty", penalty)
         self._update("D", "R1")
@@ -286,7 +294,13 @@ class Trainer:
         return self._deal(draws[self.procs.rank :: self.procs.world])
 
     def _fakes(self, purpose: str, count: int) -> list[tuple[Tensor, Tensor, Draws]]:
-        """z [N,z_dim], c [N,c_dim] and augmentations of `count` fakes: this process's share, by rounds.
+        """z [N,z_dim], c [N,c_dim] and augmentations of `count` fakes: this process's share, by rounds."""
+        return [
+            (*zc, draws) for zc, draws in zip(self._latents(purpose, count), self._draws(purpose, count), strict=True)
+        ]
+
+    def _latents(self, purpose: str, count: int) -> list[tuple[Tensor, Tensor]]:
+        """z [N,z_dim] and c [N,c_dim] of `count` fakes: this process's share, by rounds.
 
         The labels are those of images drawn at random, so that they are as frequent as in the archive.
         """
@@ -295,7 +309,7 @@ class Trainer:
         labels = [self.images.label(i) for i in torch.randint(len(self.images), [count], generator=random).tolist()]
         mine = slice(self.procs.rank, None, self.procs.world)
         z, c = (x[mine].to(self.procs.device, self.dtype) for x in (z, torch.stack(labels)))
-        return list(zip(self._deal(z), self._deal(c), self._draws(purpose, count), strict=True))
+        return list(zip(self._deal(z), self._deal(c), strict=True))
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.procs.device.type, dtype=self.half or torch.bfloat16, enabled=self.half is not None)
@@ -311,7 +325,7 @@ class Trainer:
         flat = self.procs.mean_(torch.cat([g.flatten() for g in gradients]))
         # The squares too: one that overflows would make Adam's second moment infinite, and freeze its weight for ever.
         finite = bool(flat.square().sum().isfinite())
-        s.stats.report(f"Progress/bad_gradients_{name}", flat.new_tensor(float(not finite)))
+        s.stats.report(f"Progress/bad_gradients_{name}", flat.new_full((), float(not finite)))
         if finite:
             s.bad_steps[f"{name} {term}"] = 0
             for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
@@ -323,7 +337,8 @@ class Trainer:
             if bad >= self.config.train.max_bad_steps:
                 raise UserError(
                     f"the gradients of {name} ({term}) were not finite in {bad} updates in a row, up to step {s.step}; "
-                    f"the run has diverged: go back to an earlier state, and lower --{name.lower()}lr or raise --gamma"
+                    f"the run has diverged; begin a new one with --init-from an earlier training-state-*.pt, and lower "
+                    f"--{name.lower()}lr"
                 )
         optimizer.zero_grad(set_to_none=True)
         return finite
@@ -344,5 +359,6 @@ def half_precision(config: RunConfig, device: torch.device) -> torch.dtype | Non
     """The type that autocast mixes with float32 on `device`, or None."""
     precision = config.train.precision
     if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if has_it else "float32"
     return torch.bfloat16 if precision == "bfloat16" else None

@@ -57,12 +57,12 @@ def generator_from_official(tensors: dict[str, Tensor], config: dict) -> Generat
     }
     # The released input is [C,1,2D] with rows first on the last axis; ours is [rows or columns, D, C].
     arrange = {
-        "synthesis.b4.input.freqs": lambda t: t.view(channels // 2, thickness).T,
-        "synthesis.b4.input.weight": lambda t: t.view(channels, 2, thickness).permute(1, 2, 0),
+        "synthesis.b4.input.freqs": lambda t: t.reshape(channels // 2, thickness).T,
+        "synthesis.b4.input.weight": lambda t: t.reshape(channels, 2, thickness).permute(1, 2, 0),
         "synthesis.b4.input.affine.weight": lambda t: (
-            t.view(channels, 2, thickness, -1).permute(1, 2, 0, 3).flatten(0, 2)
+            t.reshape(channels, 2, thickness, -1).permute(1, 2, 0, 3).flatten(0, 2)
         ),
-        "synthesis.b4.input.affine.bias": lambda t: t.view(channels, 2, thickness).permute(1, 2, 0).flatten(),
+        "synthesis.b4.input.affine.bias": lambda t: t.reshape(channels, 2, thickness).permute(1, 2, 0).flatten(),
     }
     return _load(G, tensors, names, tuple(unused), released_shapes, arrange)
 
