@@ -127,14 +127,18 @@ def test_classes_differ(networks, tmp_path):
         (["--network", "plain", "--seeds", "0", "--size", "99999x99999"], ["99999x99999"]),
         (["--network", "plain", "--seeds", "0", "--size", "8x8", "--scale", "2"], ["--scale", "--size", "one of them"]),
         (["--network", "plain", "--seeds", "0", "--scale", "-1"], ["--scale"]),
+        (["--network", "plain", "--seeds", "0", "--scale", "inf"], ["--scale=inf", "finite"]),
+        (["--network", "plain", "--seeds", "0", "--size", "1x70000"], ["1x70000", "65,536"]),
         (["--network", "plain", "--seeds", "0", "--trunc", "much"], ["--trunc"]),
+        (["--network", "plain", "--seeds", "0", "--trunc", "nan"], ["--trunc=nan", "finite"]),
+        (["--network", "", "--seeds", "0"], ["is no file"]),
     ],
 )
 def test_a_wrong_call_is_a_sentence_and_writes_nothing(networks, tmp_path, options, words):
     options = list(options)
     name = options[1]
     if not name.endswith(".safetensors"):
-        options[1] = str(networks / f"{name}.safetensors")
+        options[1] = str(networks / f"{name}.safetensors" if name else networks)
     result = run(*options, "--outdir", tmp_path / "out")
     assert result.exit_code == 2
     for word in words:
