@@ -30,8 +30,8 @@ class Lines(NamedTuple):
 class FourierInput(nn.Module):
     """rows [H], cols [W], w [N,w_dim] -> [N,(H+W)·D,C]: sines and cosines of the positions, scaled by the style.
 
-    Paper section 3.2. The phases are computed in the dtype of the positions: float32 as released, float64 where
-    neighbouring positions lie closer than float32 can tell (1e-7 of the picture).
+    Paper section 3.2. The phases are computed in the wider dtype of positions and weights: float32 as released, float64
+    where neighbouring positions lie closer than float32 can tell (1e-7 of the picture).
     """
 
     def __init__(self, channels: int, thickness: int, w_dim: int, bandwidth: float):
@@ -44,7 +44,8 @@ class FourierInput(nn.Module):
     def features(self, positions: Tensor) -> Tensor:
         """[R] -> [R,D,C] in the dtype of the weights."""
         # The order of these products is the released one: phases reach 300, and another rounding shows in the picture.
-        phase = positions[:, None, None] * self.freqs.to(positions.dtype) * (2 * math.pi)
+        dtype = torch.promote_types(positions.dtype, self.weight.dtype)
+        phase = positions.to(dtype)[:, None, None] * self.freqs.to(dtype) * (2 * math.pi)
         return torch.cat([phase.sin(), (phase + math.pi / 2).sin()], dim=-1).to(self.weight.dtype)
 
     def forward(self, rows: Tensor, cols: Tensor, w: Tensor) -> Tensor:
