@@ -80,8 +80,16 @@ def switch(name: str, text: str):
 @click.option("--gamma", type=click.FloatRange(min=0), help="R1 weight.  [default: from size and batch]")
 @switch("--cond", "Train on the archive's labels.")
 @switch("--mirror", "Also show every image mirrored.")
-@click.option("--resume", metavar="RUN_DIR", help="Continue the run in this directory from its newest intact state.")
-@click.option("--init-from", metavar="FILE", help="Start a new run from the weights in a snapshot or training state.")
+@click.option(
+    "--resume",
+    metavar="RUN_DIR",
+    help="Continue the run in this directory from its newest intact state. With a file: the same as --init-from.",
+)
+@click.option(
+    "--init-from",
+    metavar="FILE",
+    help="Start a new run from the weights in a snapshot, a training state or a released .pkl.",
+)
 @click.option(
     "--aug", type=click.Choice(["noaug", "ada", "fixed"]), help="Augmentation.  [default: the recipe's, else ada]"
 )
@@ -123,9 +131,11 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
     On several machines, start the same command with torchrun on each.
     """
     settings = command_settings(cfg, flags, overrides)
+    if resume and init_from:
+        raise UserError("--resume continues a run and --init-from begins one; give one of them")
+    if resume and Path(resume).is_file():  # as people of StyleGAN begin a new run from old weights
+        resume, init_from = None, resume
     if resume:
-        if init_from:
-            raise UserError("--resume continues a run and --init-from begins one; give one of them")
         config = continued(Path(resume), settings)
     else:
         path = settings.get("data", {}).get("path")
@@ -135,7 +145,10 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
         if init_from:
             settings = merge(nested("augment.kimg", 100.0), settings)
             if not Path(init_from).is_file():
-                raise UserError(f"--init-from: {init_from} does not exist; give a network-snapshot-*.safetensors")
+                raise UserError(
+                    f"--init-from: {init_from} does not exist; give a network-snapshot-*.safetensors, a "
+                    "training-state-*.pt or a released .pkl"
+                )
         config = resolve(settings, open_images(settings), f"--cfg={cfg}")
 
     under_torchrun = launched()
@@ -191,10 +204,8 @@ def open_images(settings: dict) -> ImageArchive:
 
 def continued(folder: Path, changes: dict) -> RunConfig:
     """The config of the run in `folder` with the allowed `changes`. Raises UserError for others."""
-    if folder.is_file():
-        raise UserError(
-            f"--resume={folder} is a file; give a run directory, or start a new run with --init-from={folder}"
-        )
+    if not folder.exists():
+        raise UserError(f"--resume={folder} does not exist; give a run directory, or a file of weights to begin from")
     saved = folder / "options.yaml"
     if not saved.is_file():
         raise UserError(f"--resume={folder} is not a run directory: it has no options.yaml")

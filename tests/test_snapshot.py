@@ -149,6 +149,11 @@ HARM = {
         lambda path: rewrite(path, with_config(img_resolution=2**60)),
         "config",
     ),
+    "its config asks for an endless mapping": (
+        lambda path: rewrite(path, with_config(mapping_layers=10**9)),
+        "mapping_layers=1000000000",
+    ),
+    "its config asks for an endless depth": (lambda path: rewrite(path, with_config(depth=10**9)), "depth=1000000000"),
 }
 
 
@@ -163,7 +168,7 @@ def test_a_file_that_is_no_snapshot_is_one_sentence(tmp_path, harm, words):
     assert len(error.value.message.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["missing.safetensors", "."])
+@pytest.mark.parametrize("name", ["missing.safetensors", "missing.pkl", "."])
 def test_what_is_no_file_is_one_sentence(tmp_path, name):
     with pytest.raises(UserError, match=r"does not exist|is a folder|is a directory|no file"):
         load_generator(tmp_path / name)

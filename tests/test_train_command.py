@@ -403,8 +403,9 @@ MISTAKES = {
     ),
     "a description too long": (extra("--desc", "x" * 300), "cannot make a run directory"),
     # continuing
-    "resume a file": (lambda tiny: ["--resume", tiny.recipe], "is a file; give a run directory.*--init-from"),
-    "resume nothing": (lambda tiny: ["--resume", tiny.folder / "none"], "none"),
+    "resume a file alone": (lambda tiny: ["--resume", tiny.recipe], "a new run needs --outdir.*--resume=RUN_DIR"),
+    "resume a file of no weights": (lambda tiny: tiny.new("--resume", tiny.recipe), "tiny.yaml is not an intact"),
+    "resume nothing": (lambda tiny: ["--resume", tiny.folder / "none"], "none does not exist; give a run directory"),
     "resume an empty folder": (lambda tiny: ["--resume", empty_folder(tiny)], "not a run directory.*options.yaml"),
     "resume without a state": (run_without_states, "holds no training-state"),
     "resume with broken options": (run_with_broken_options("G: ["), "options.yaml is not valid YAML"),

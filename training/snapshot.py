@@ -12,6 +12,7 @@ from dnnlib.config import build
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from training.networks import Generator, GeneratorConfig
+from training.networks.released import load_released
 
 FORMAT = "creps-generator-1"
 
@@ -25,14 +26,16 @@ def save_generator(G: Generator, path: str | os.PathLike) -> None:
 
 
 def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:
-    """The generator in `path`, in eval mode and without gradients.
+    """The generator in `path`, in eval mode and without gradients: of a `.pkl` that the authors released, its G_ema.
 
-    Raises UserError when the file is missing, broken, or not a generator written by `save_generator`.
+    Raises UserError when the file is missing, broken, or neither that nor a generator written by `save_generator`.
     """
     path = Path(path)
     if not path.is_file():
         what = "is no file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}; give a network-snapshot-*.safetensors of a training run")
+        raise UserError(f"{path} {what}; give a network-snapshot-*.safetensors of a training run or a released .pkl")
+    if path.suffix == ".pkl":
+        return load_released(path, ("G_ema",))["G_ema"].to(device)
     try:
         with safe_open(path, "pt", device="cpu") as file:
             metadata = file.metadata() or {}

@@ -25,6 +25,7 @@ from training.augment import Draws, adjust, augment, draw
 from training.config import RunConfig
 from training.data import ImageArchive
 from training.networks import Discriminator, Generator
+from training.networks.released import load_released
 from training.snapshot import load_generator
 
 ADA_INTERVAL = 4  # steps between adjustments of p (ADA paper, section 3.1)
@@ -106,13 +107,16 @@ def new_state(config: RunConfig, device: torch.device) -> TrainState:
 
 
 def initialise(state: TrainState, path: str) -> list[str]:
-    """Gives `state` the weights in a snapshot (G and its average) or a training state (G, its average and D).
+    """Gives `state` the weights in a snapshot (G and its average), or in a training state or released .pkl (D as well).
 
     Tensors of the same name and shape are taken. Returns a report, line by line; raises UserError when nothing fits.
     """
     if path.endswith(".pt"):
         saved = checkpoint.load(Path(path))
         sources = {name: saved.get(name, {}) for name in ("G", "G_ema", "D")}
+    elif path.endswith(".pkl"):
+        networks = load_released(path)
+        sources = {name: network.state_dict() for name, network in ({"G": networks["G_ema"]} | networks).items()}
     else:
         weights = load_generator(path).state_dict()
         sources = {"G": weights, "G_ema": weights}
@@ -132,7 +136,7 @@ def initialise(state: TrainState, path: str) -> list[str]:
     if not taken:
         raise UserError(f"nothing in {path} fits these networks; check --cfg, --cbase and --cmax against its config")
     if "D" not in sources:
-        report.append("D: begins from new weights, for a snapshot holds none")
+        report.append(f"D: begins from new weights, for {path} holds none")
     return report
 
 

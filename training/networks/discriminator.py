@@ -25,7 +25,7 @@ class DiscriminatorConfig(Config):
     channel_base: int = Field(32768, ge=1, description="resolution R has min(channel_base / R, channel_max) channels")
     channel_max: int = Field(512, ge=1)
     mbstd_group: int = Field(4, ge=1, description="images per group of the minibatch standard deviation, at most")
-    mapping_layers: int = Field(8, ge=0, description="layers of the label's mapping, when conditional")
+    mapping_layers: int = Field(8, ge=0, le=64, description="layers of the label's mapping, when conditional")
 
     @model_validator(mode="after")
     def _buildable(self):

@@ -21,11 +21,11 @@ class GeneratorConfig(Config):
 
     img_resolution: int = Field(512, ge=1, description="side of the square it is trained at, in pixels")
     img_channels: int = Field(3, ge=1, description="1 grey, 3 RGB, 4 RGBA")
-    depth: int | None = Field(None, ge=2, description="blocks; by default log2(img_resolution) − 1")
+    depth: int | None = Field(None, ge=2, le=64, description="blocks; by default log2(img_resolution) − 1")
     z_dim: int = Field(512, ge=1)
     c_dim: int = Field(0, ge=0, description="label numbers per image; 0 is unconditional")
     w_dim: int = Field(512, ge=1)
-    mapping_layers: int = Field(8, ge=1)
+    mapping_layers: int = Field(8, ge=1, le=64)
     channel_base: int = Field(65536, ge=1, description="block k = 4, 8, … is min(channel_base / k, channel_max) wide")
     channel_max: int = Field(1024, ge=2)
     biline_channels: int = Field(32, ge=1, description="channels of the summed lines and of the pixel features")

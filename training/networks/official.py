@@ -8,9 +8,12 @@ bandwidth, architecture, mbstd_group_size. Missing entries take the published va
 import torch
 from torch import Tensor, nn
 
+from dnnlib.config import Config, build
 from dnnlib.console import UserError
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
 from training.networks.generator import Generator, GeneratorConfig
+
+MOST_PROBLEMS = 12  # that one sentence lists
 
 
 def generator_from_official(tensors: dict[str, Tensor], config: dict) -> Generator:
@@ -21,8 +24,7 @@ def generator_from_official(tensors: dict[str, Tensor], config: dict) -> Generat
     of block 8 (with architecture "orig", the decoders of all blocks). Raises UserError that lists missing, unexpected
     and misshapen tensors.
     """
-    taken = {ours: config[theirs] for theirs, ours in _GENERATOR_SETTINGS.items() if theirs in config}
-    G = Generator(GeneratorConfig(**taken, coords="endpoints"))
+    G = _outline(Generator, GeneratorConfig, _GENERATOR_SETTINGS, config | {"coords": "endpoints"})
     c = G.config
     blocks = [4 << i for i in range(c.num_blocks)]
 
@@ -69,8 +71,7 @@ def generator_from_official(tensors: dict[str, Tensor], config: dict) -> Generat
 
 def discriminator_from_official(tensors: dict[str, Tensor], config: dict) -> Discriminator:
     """The released discriminator as our module, in eval mode. `tensors` and errors as for `generator_from_official`."""
-    taken = {ours: config[theirs] for theirs, ours in _DISCRIMINATOR_SETTINGS.items() if theirs in config}
-    D = Discriminator(DiscriminatorConfig(**taken))
+    D = _outline(Discriminator, DiscriminatorConfig, _DISCRIMINATOR_SETTINGS, config)
     c = D.config
     names = {}
     for resolution in D.blocks:
@@ -97,8 +98,20 @@ _SHARED_SETTINGS = ["c_dim", "img_resolution", "img_channels", "channel_base", "
 _GENERATOR_SETTINGS = {
     name: name
     for name in [*_SHARED_SETTINGS, "z_dim", "w_dim", "mapping_layers", "biline_channels", "bandwidth", "architecture"]
-} | {"rank": "thickness"}
+} | {"rank": "thickness", "coords": "coords"}
 _DISCRIMINATOR_SETTINGS = {name: name for name in _SHARED_SETTINGS} | {"mbstd_group_size": "mbstd_group"}
+
+
+def _outline(kind: type[nn.Module], config_kind: type[Config], names: dict[str, str], config: dict) -> nn.Module:
+    """The network of these settings without memory for its weights: those of a bad file may ask for vast ones."""
+    taken = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    what = f"the settings of the released {kind.__name__.lower()}"
+    settings = build(config_kind, taken, what)
+    try:
+        with torch.device("meta"):
+            return kind(settings)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes that do not fit into 64 bits
+        raise UserError(f"{what} are no sizes that a network can have: {settings!r}") from error
 
 
 def _parameters(theirs: str, ours: str) -> dict[str, str]:
@@ -128,9 +141,13 @@ def _load(module: nn.Module, tensors, names, unused=(), released_shapes=None, ar
             if tuple(tensors[theirs].shape) != expected:
                 problems.append(f"{theirs} is {list(tensors[theirs].shape)} instead of {list(expected)}")
     if problems:
+        more = len(problems) - MOST_PROBLEMS
+        problems = problems[:MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
         raise UserError(
             f"the tensors do not fit the released {type(module).__name__.lower()} of this config: "
             + "; ".join(problems)
         )
-    module.load_state_dict({ours: arrange.get(t, lambda x: x)(tensors[t]) for t, ours in names.items()})
+    arranged = {ours: arrange.get(t, lambda x: x)(tensors[t]) for t, ours in names.items()}
+    copies = {ours: t.to(state[ours].dtype, copy=True).contiguous() for ours, t in arranged.items()}
+    module.load_state_dict(copies, assign=True)
     return module.eval().requires_grad_(False)
