@@ -1,36 +1,125 @@
-"""Pictures of any size from a trained generator."""
+"""Any size, any window, any transform: a generator's pictures as functions of position.
+
+picture = rendering.render(G, ws, (2160, 4096))
+for box, part in rendering.tiles(G, ws, (65536, 65536)): ...
+colours = rendering.render_points(G, ws, x, y)
+"""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from training.networks import Generator, positions
+from rendering.engine import Plan, paint, paint_points
+from rendering.grid import Box, Field, lens, perspective, rotation, shear, translation, view, zoom
+from training.networks import Generator
 
-STRIP_PIXELS = 2**16  # at a time: about 100 MB of features with the paper's widths
+__all__ = [
+    "Box", "Plan", "lens", "paint", "perspective", "plan", "render", "render_points", "rotation", "shear", "tiles",
+    "translation", "zoom",
+]  # fmt: skip
 
 
-@torch.no_grad()
-def strips(G: Generator, ws: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-    """Yields (rows of the picture, [N,C,rows,W]) from top to bottom: all of a picture of `size` = (height, width).
+def plan(
+    G: Generator,
+    size: tuple[int, int] | None = None,
+    *,
+    window: tuple[float, float, float, float] | None = None,
+    fit: str = "crop",
+    transform: Tensor | Field | None = None,
+    supersample: int = 1,
+    exact: bool = False,
+    tile: int | None = None,
+) -> Plan:
+    """What is painted where; `paint(G, ws, plan)` does it. The arguments are those of `tiles`."""
+    places = view(
+        G.config.coords,
+        size or G.config.img_shape,
+        window=window,
+        fit=fit,
+        transform=transform,
+        supersample=supersample,
+    )
+    return Plan.of(G, places, exact, tile)
 
-    The unit square is mapped onto the whole picture, whatever its proportions. The strips equal G.synthesis, in less
-    memory. Colours about [-1,1]. ws [N,num_ws,w_dim]. Raises ValueError for an empty size.
+
+def tiles(
+    G: Generator,
+    ws: Tensor,
+    size: tuple[int, int] | None = None,
+    *,
+    window: tuple[float, float, float, float] | None = None,
+    fit: str = "crop",
+    transform: Tensor | Field | None = None,
+    supersample: int = 1,
+    exact: bool = False,
+    dtype: torch.dtype | None = None,
+    tile: int | None = None,
+) -> Iterator[tuple[Box, Tensor]]:
+    """Yields (box, colours [N,C,h,w] about [-1,1]) until the picture is complete; memory does not grow with it.
+
+    ws [N,num_ws,w_dim]: N pictures at once.
+    size: (height, width) in pixels, by default that trained at.
+    window: (x0, y0, x1, y1) in sides of the square trained at, by default all of it, (0, 0, 1, 1).
+    fit: what happens when the window has another shape than the size. "crop" shows the largest part of it with that
+        shape, "extend" all of it and more around, "stretch" makes pixels oblong.
+    transform: a matrix [3,3] that moves the picture about its centre (`rotation`, `zoom`, … and their products with @),
+        or a function x, y -> x, y, float64 [h,w] each: where the colour of each place comes from (`lens`, …).
+    supersample: K takes K² samples of each pixel and averages them.
+    exact: concerns transforms that are no matter of rows and columns. False interpolates between dense samples of the
+        lines, at an error that docs/rendering.md gives; True computes every pixel's own lines, which takes some
+        hundred times as long.
+    dtype: of the matrix products, by default that of G; torch.bfloat16, float16 (GPUs) or float64.
+    tile: its side in pixels, by default what suits the device.
+    Raises ValueError, with a sentence, for arguments out of range.
     """
-    height, width = size
-    if height < 1 or width < 1:
-        raise ValueError(f"a picture of {width}x{height} has no pixels")
-    rows, cols = (positions(n, G.config.coords, ws.dtype).to(ws.device) for n in size)
-    lines = G.synthesis.lines(ws, rows, cols)
-    step = max(1, STRIP_PIXELS // (width * len(ws)))
-    for top in range(0, height, step):
-        part = slice(top, min(top + step, height))
-        yield part, G.synthesis.pixels(lines.window(part, slice(None)), ws[:, -1])
+    arranged = plan(
+        G, size, window=window, fit=fit, transform=transform, supersample=supersample, exact=exact, tile=tile
+    )
+    return paint(G, ws, arranged, dtype=dtype)
 
 
-def render(G: Generator, ws: Tensor, size: tuple[int, int]) -> Tensor:
-    """[N,num_ws,w_dim] -> [N,C,H,W] with `size` = (H, W), colours about [-1,1]. As `strips`, put together."""
-    image = ws.new_empty(len(ws), G.config.img_channels, *size)
-    for rows, part in strips(G, ws, size):
-        image[:, :, rows] = part
+def render(
+    G: Generator,
+    ws: Tensor,
+    size: tuple[int, int] | None = None,
+    *,
+    window: tuple[float, float, float, float] | None = None,
+    fit: str = "crop",
+    transform: Tensor | Field | None = None,
+    supersample: int = 1,
+    exact: bool = False,
+    dtype: torch.dtype | None = None,
+    tile: int | None = None,
+) -> Tensor:
+    """[N,C,H,W] with colours about [-1,1], on the device of ws. The arguments and errors are those of `tiles`."""
+    arranged = plan(
+        G, size, window=window, fit=fit, transform=transform, supersample=supersample, exact=exact, tile=tile
+    )
+    image = None
+    for box, colours in paint(G, ws, arranged, dtype=dtype):
+        if image is None:
+            image = colours.new_empty(*colours.shape[:2], *arranged.view.size)
+        rows, cols = box.slices
+        image[:, :, rows, cols] = colours
     return image
+
+
+def render_points(
+    G: Generator, ws: Tensor, x: Tensor, y: Tensor, *, exact: bool = True, dtype: torch.dtype | None = None
+) -> Tensor:
+    """[N,num_ws,w_dim], x and y float [...] -> [N,C,...]: colours about [-1,1] of single points.
+
+    x runs to the right and y down, in sides of the square trained at: [0,1] is that square, and numbers beyond continue
+    it. Points that share a position on a line share its cost. `exact` and `dtype` as in `tiles`. Memory, besides x, y
+    and the result, is bounded. Raises ValueError for other shapes.
+    """
+    if x.shape != y.shape or not (x.is_floating_point() and y.is_floating_point()) or not x.numel():
+        raise ValueError(
+            f"x and y must be float tensors of one shape, not empty; got {x.dtype} {list(x.shape)} and {y.dtype} "
+            f"{list(y.shape)}"
+        )
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("x and y lead to positions that are not finite; keep all of them finite")
+    places = [t.double().flatten().to(ws.device) for t in (x, y)]
+    return paint_points(G, ws, *places, exact=exact, dtype=dtype).view(len(ws), -1, *x.shape)

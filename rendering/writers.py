@@ -150,8 +150,8 @@ def encode_png(image, target: Path) -> None:
 
 
 def encode_webp(image, target: Path) -> None:
-    # For sharing: a photograph of 512² takes 80 kB (39 dB) and as PNG 455 kB. Lossless WebP would take 341 kB, ten times
-    # PNG's time, and 25 bytes of memory per pixel.
+    # For sharing: a photograph of 512² takes 80 kB (39 dB) and as PNG 455 kB. Lossless WebP would take 341 kB, ten
+    # times PNG's time, and 25 bytes of memory per pixel.
     image.webpsave(str(target), Q=95, keep="none")
 
 

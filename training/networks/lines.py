@@ -7,6 +7,7 @@ one tensor [N,(H+W)·D,C] through the layers, and any set of positions can be co
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,8 @@ class Lines(NamedTuple):
 class FourierInput(nn.Module):
     """rows [H], cols [W], w [N,w_dim] -> [N,(H+W)·D,C]: sines and cosines of the positions, scaled by the style.
 
-    Paper section 3.2. The phases are computed in the wider dtype of positions and weights: float32 as released, float64
-    where neighbouring positions lie closer than float32 can tell (1e-7 of the picture).
+    Paper section 3.2. Positions in float32 give phases in float32, as released. Positions in float64 give them to 1e-7
+    of a cycle however far apart or close together they lie, and the rest goes on in the dtype of the weights.
     """
 
     def __init__(self, channels: int, thickness: int, w_dim: int, bandwidth: float):
@@ -45,13 +46,20 @@ class FourierInput(nn.Module):
         """[R] -> [R,D,C] in the dtype of the weights."""
         # The order of these products is the released one: phases reach 300, and another rounding shows in the picture.
         dtype = torch.promote_types(positions.dtype, self.weight.dtype)
-        phase = positions.to(dtype)[:, None, None] * self.freqs.to(dtype) * (2 * math.pi)
-        return torch.cat([phase.sin(), (phase + math.pi / 2).sin()], dim=-1).to(self.weight.dtype)
+        turns = positions.to(dtype)[:, None, None] * self.freqs.to(dtype)
+        if dtype != self.weight.dtype:
+            turns = (turns - turns.round()).to(self.weight.dtype)  # whole cycles go while all digits are there
+        phase = turns * (2 * math.pi)
+        return torch.cat([phase.sin(), (phase + math.pi / 2).sin()], dim=-1)
+
+    def scale(self, w: Tensor) -> Tensor:
+        """w [N,w_dim] -> [N,2,D,C]: the factors of the features of rows and of columns."""
+        with full_precision(w):
+            style = self.affine(w).unflatten(1, (2, *self.shape))
+        return self.weight * style / math.sqrt(self.shape[1])
 
     def forward(self, rows: Tensor, cols: Tensor, w: Tensor) -> Tensor:
-        with full_precision(w):
-            style = self.affine(w).unflatten(1, (2, *self.shape))  # [N,2,D,C]
-        scale = self.weight * style / math.sqrt(self.shape[1])
+        scale = self.scale(w)
         lines = [self.features(t) * scale[:, axis, None] for axis, t in enumerate((rows, cols))]
         return torch.cat(lines, dim=1).flatten(1, 2)
 
@@ -83,17 +91,23 @@ class LineSynthesis(nn.Module):
             block = LineBlock(widths[max(i - 1, 0)], width, line_channels, w_dim, num_layers=min(i, 1) + 1, head=head)
             self.blocks.append(block)
 
-    def forward(self, ws: Tensor, rows: Tensor, cols: Tensor) -> Lines:
-        x = self.input(rows, cols, ws[:, 0])
-        total, sums = None, []
+    def styled(self) -> Iterator[tuple[list[tuple[SynthesisLayer, int]], tuple[Head, int] | None]]:
+        """Block by block: its layers and its head, if any, each with the number of the style in ws that it reads."""
         for i, block in enumerate(self.blocks):
             # As released: the first two blocks both start at ws[1], each later one two further on, and a head reads the
             # style after its block's last layer, which is the first style of the next block.
             first = max(2 * i - 1, 1)
-            for j, layer in enumerate(block.layers):
-                x = layer(x, ws[:, first + j])
-            if block.head is not None:
-                y = block.head(x, ws[:, first + len(block.layers)])
+            layers = [(layer, first + j) for j, layer in enumerate(block.layers)]
+            yield layers, None if block.head is None else (block.head, first + len(layers))
+
+    def forward(self, ws: Tensor, rows: Tensor, cols: Tensor) -> Lines:
+        x = self.input(rows, cols, ws[:, 0])
+        total, sums = None, []
+        for layers, head in self.styled():
+            for layer, style in layers:
+                x = layer(x, ws[:, style])
+            if head is not None:
+                y = head[0](x, ws[:, head[1]])
                 total = y if total is None else total + y
                 sums.append(total)
         lines = torch.stack(sums).unflatten(2, (-1, self.thickness))
