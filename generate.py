@@ -1,23 +1,33 @@
-"""Render pictures of a trained generator, at any size."""
+"""Render pictures and films of a trained generator: any size, any window, any transform."""
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
 import torch
-from PIL import Image
+from scipy.interpolate import CubicSpline
+from torch import Tensor
 
 import rendering
 from dnnlib.console import UserError, progress
-from dnnlib.files import atomic_write
+from dnnlib.files import sha256
+from rendering.grid import FITS
+from rendering.video import Film
+from rendering.writers import FORMATS, SUFFIXES, Canvas, check_format, guess_format
+from torch_utils.distributed import Processes, processes
 from torch_utils.pictures import to_uint8
 from training.networks import Generator
-from training.snapshot import load_generator
+from training.snapshot import load_generator, save_generator
 
-MAX_PIXELS = 2**30  # an RGB picture is held whole, 3 GiB at this size
-MAX_POSITIONS = 2**16  # so are its lines: 2 GiB in each layer of the paper's widths
+MAX_SIDE = 10**7  # pixels; a square of it would take 300 TB
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+# Who: latents, labels, styles.
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -34,79 +44,407 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def picture_size(G: Generator, scale: float | None, size: str | None) -> tuple[int, int]:
-    """(height, width) from --scale or --size, by default the size trained at. Raises UserError."""
+def latent(G: Generator, seed: int) -> Tensor:
+    """[1,z_dim]: the latent that StyleGAN's tools give this seed."""
+    return torch.from_numpy(np.random.RandomState(seed).randn(1, G.config.z_dim)).float()
+
+
+def label(G: Generator, text: str | int | None) -> Tensor:
+    """[1,c_dim]: class "2", or the blend "2:0.3+5:0.7" of classes; equal parts without numbers. Raises UserError."""
+    c_dim = G.config.c_dim
+    if text is None:
+        if c_dim:
+            raise UserError(
+                f"the network is conditional; choose one of its {c_dim} classes with --class=0 to {c_dim - 1}"
+            )
+        return torch.zeros(1, 0)
+    c = torch.zeros(1, c_dim)
+    for part in str(text).split("+"):
+        match = re.fullmatch(r"\s*(\d{1,9})(?::([0-9.]{1,12}))?\s*", part)
+        weight = number(match[2] or "1") if match else None
+        if weight is None:
+            raise UserError(f"--class={text}: cannot read {part!r}; write a class, or a blend such as 2:0.3+5:0.7")
+        if int(match[1]) >= c_dim:
+            known = f"it has classes 0 to {c_dim - 1}" if c_dim else "the network has no classes; leave it out"
+            raise UserError(f"--class={text}: {known}")
+        c[0, int(match[1])] += weight
+    if not c.sum() > 0:
+        raise UserError(f"--class={text}: the parts of the blend are all 0; make one of them larger")
+    return c / c.sum()
+
+
+def number(text: str) -> float | None:
+    """A finite number, or None."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+class Styles(NamedTuple):
+    """How seeds become styles: truncation, classes, mixing."""
+
+    trunc: float
+    cutoff: int | None
+    classes: list[str | None]  # of the first seed, of the second, …; then again from the start
+    mix: list[str]  # "SEED:LAYERS"
+
+    def of(self, G: Generator, seeds: list[int], device: torch.device) -> Tensor:
+        """[len(seeds),num_ws,w_dim]. Raises UserError."""
+        count = G.config.num_ws
+        if self.cutoff is not None and self.cutoff > count:
+            raise UserError(f"--trunc-cutoff={self.cutoff}: the network has {count} styles; choose 0 to {count}")
+        mixed = [(text, *self.parse_mix(text, count)) for text in self.mix]
+
+        def styles(seed: int, c: Tensor) -> Tensor:
+            return G.mapping(latent(G, seed).to(device), c.to(device), self.trunc, self.cutoff)
+
+        result = []
+        with torch.no_grad():
+            for i, seed in enumerate(seeds):
+                c = label(G, self.classes[i % len(self.classes)])
+                ws = styles(seed, c)
+                for _, other, layers in mixed:
+                    ws[:, layers] = styles(other, c)[:, layers]
+                result.append(ws)
+        return torch.cat(result)
+
+    @staticmethod
+    def parse_mix(text: str, count: int) -> tuple[int, list[int]]:
+        match = re.fullmatch(r"(\d{1,10}):([\d,\-]+)", text)
+        if not match:
+            raise UserError(f"--mix={text}: write a seed and the styles taken from it, for example 7:4-8")
+        layers = parse_seeds(match[2])
+        if max(layers) >= count:
+            raise UserError(f"--mix={text}: the network has styles 0 to {count - 1}")
+        return parse_seeds(match[1])[0], layers
+
+
+# Where: the camera, which stands still in a picture and follows paths in a film.
+
+
+def parse_path(option: str, text: str, count: int, example: str) -> list[tuple[float, ...]]:
+    """Numbers "a,b,…" (`count` of them), or the path "a,b:c,d:…". Raises UserError."""
+    path = []
+    for stop in text.split(":"):
+        values = [number(part) for part in stop.split(",")]
+        if len(values) != count or None in values:
+            raise UserError(f"--{option}={text}: cannot read {stop!r}; write for example --{option}={example}")
+        path.append(tuple(values))
+    return path
+
+
+def along(path: list[tuple[float, ...]], t: float, between: Callable) -> tuple[float, ...]:
+    """The point of `path` at t in [0,1], each leg taking the same time; between(a, b, t) on a leg."""
+    leg = min(int(t * (len(path) - 1)), len(path) - 2)
+    return path[0] if len(path) == 1 else between(path[leg], path[leg + 1], t * (len(path) - 1) - leg)
+
+
+def linear(a: tuple[float, ...], b: tuple[float, ...], t: float) -> tuple[float, ...]:
+    return tuple(x + (y - x) * t for x, y in zip(a, b, strict=True))
+
+
+def geometric(a: tuple[float, ...], b: tuple[float, ...], t: float) -> tuple[float, ...]:
+    return tuple(x * (y / x) ** t for x, y in zip(a, b, strict=True))
+
+
+def approach(a: tuple[float, ...], b: tuple[float, ...], t: float) -> tuple[float, ...]:
+    """From window to window at a constant rate of zoom, about the point that both have in the same place."""
+    edges = []
+    for low, high in ((0, 2), (1, 3)):
+        before, after = a[high] - a[low], b[high] - b[low]
+        now = before * (after / before) ** t
+        done = t if math.isclose(before, after) else (before - now) / (before - after)
+        middle = (a[low] + a[high]) / 2 * (1 - done) + (b[low] + b[high]) / 2 * done
+        edges.append((middle - now / 2, middle + now / 2))
+    return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
+
+
+class Camera(NamedTuple):
+    """Paths of the window and of the transforms."""
+
+    window: list[tuple[float, ...]]
+    translate: list[tuple[float, ...]]
+    rotate: list[tuple[float, ...]]
+    zoom: list[tuple[float, ...]]
+
+    @classmethod
+    def parse(cls, window: str | None, translate: str | None, rotate: str | None, zoom: str | None) -> "Camera":
+        """From the options of these names. Raises UserError."""
+        camera = cls(
+            parse_path("window", window or "0,0,1,1", 4, "0.25,0.25,0.5,0.5"),
+            parse_path("translate", translate or "0,0", 2, "0.3,0"),
+            parse_path("rotate", rotate or "0", 1, "30"),
+            parse_path("zoom", zoom or "1", 1, "2"),
+        )
+        for x0, y0, x1, y1 in camera.window:
+            if not (x0 < x1 and y0 < y1):
+                raise UserError(f"--window={window}: give left,top,right,bottom with left < right and top < bottom")
+        if min(factor for (factor,) in camera.zoom) <= 0:
+            raise UserError(f"--zoom={zoom}: give a factor above 0, for example 2")
+        return camera
+
+    @property
+    def moves(self) -> bool:
+        return any(len(path) > 1 for path in self)
+
+    @property
+    def closes(self) -> bool:
+        """Whether the last picture of the path looks like the first: full turns, and the rest in its old place."""
+        turns = (self.rotate[-1][0] - self.rotate[0][0]) % 360 == 0
+        return self.moves and turns and all(path[0] == path[-1] for path in (self.window, self.translate, self.zoom))
+
+    def at(self, t: float) -> dict:
+        """The arguments `window` and `transform` of rendering.plan at t in [0,1]."""
+        window = along(self.window, t, approach)
+        (x, y), (degrees,) = along(self.translate, t, linear), along(self.rotate, t, linear)
+        (factor,) = along(self.zoom, t, geometric)
+        move = rendering.translation(x, y) @ rendering.rotation(degrees) @ rendering.zoom(factor)
+        return {"window": window, "transform": None if torch.equal(move, rendering.zoom(1)) else move}
+
+
+def picture_size(G: Generator, scale: float | None, size: str | None, window: tuple[float, ...]) -> tuple[int, int]:
+    """(height, width) from --size or --scale; by default as many pixels along the longer side as it was trained at.
+
+    Raises UserError.
+    """
     if scale and size:
         raise UserError("--scale and --size both set the size; give one of them")
     if scale is not None and not math.isfinite(scale):
         raise UserError(f"--scale={scale}: give a finite number, for example 2")
-    height, width = G.config.img_shape
     if size:
         match = re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", size)
         if not match:
             raise UserError(f"--size={size}: write width x height in pixels, for example 1024x768")
         width, height = int(match[1]), int(match[2])
-    elif scale:
-        width, height = round(width * scale), round(height * scale)
-    if not 1 <= width * height <= MAX_PIXELS or width + height > MAX_POSITIONS:
+    else:
+        wide, high = window[2] - window[0], window[3] - window[1]
+        scale = scale or 1 / max(wide, high)
+        height, width = (
+            round(side * part * scale) for side, part in zip(G.config.img_shape, (high, wide), strict=True)
+        )
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise UserError(
-            f"a picture of {width}x{height} pixels cannot be rendered; it may have up to {MAX_PIXELS:,} pixels, and "
-            f"width and height together up to {MAX_POSITIONS:,}"
+            f"a picture of {width}x{height} pixels cannot be written; it may have 1 to {MAX_SIDE:,} per side, "
+            "so choose another --size or --scale"
         )
     return height, width
 
 
-def latent(G: Generator, seed: int) -> torch.Tensor:
-    """[1,z_dim]: the latent that StyleGAN's tools give this seed."""
-    return torch.from_numpy(np.random.RandomState(seed).randn(1, G.config.z_dim)).float()
+# What: pictures and films.
 
 
-def label(G: Generator, number: int | None) -> torch.Tensor:
-    """[1,c_dim]: one-hot for class `number`. Raises UserError when the network has no such class."""
-    c_dim = G.config.c_dim
-    if c_dim and number is None:
-        raise UserError(f"the network is conditional; choose one of its {c_dim} classes with --class=0 to {c_dim - 1}")
-    if number is not None and number >= c_dim:
-        known = f"it has classes 0 to {c_dim - 1}" if c_dim else "the network has no classes; leave it out"
-        raise UserError(f"--class={number}: {known}")
-    c = torch.zeros(1, c_dim)
-    if c_dim:
-        c[0, number] = 1
-    return c
+class Job(NamedTuple):
+    """What all pictures of one call have in common."""
+
+    G: Generator
+    dtype: torch.dtype
+    geometry: dict  # arguments of rendering.plan: size, fit, supersample, exact, tile
+    settings: dict  # plain values, which --resume compares
+    resume: bool
+
+    def plan(self, camera: Camera, t: float) -> rendering.Plan:
+        try:
+            return rendering.plan(self.G, **self.geometry, **camera.at(t))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def paint(self, ws: Tensor, plan: rendering.Plan, only=None):
+        """Yields (box, uint8 [h,w,C]) of ws [num_ws,w_dim]."""
+        for box, pixels in rendering.paint(self.G, ws[None], plan, dtype=self.dtype, only=only, finish=to_uint8):
+            yield box, pixels[0].movedim(0, -1).cpu().numpy()
 
 
-@click.command(context_settings={"max_content_width": 110})
-@click.option("--network", metavar="FILE", required=True, help="A network-snapshot-*.safetensors.")
-@click.option("--seeds", metavar="0-3,7", required=True, help="One picture for each seed.")
+def write_pictures(
+    job: Job, group: Processes, work: dict[int, tuple], camera: Camera, outdir: Path, format: str | None
+) -> None:
+    """The pictures of `work`, seed -> class and styles [num_ws,w_dim], as seed0000.png … in `outdir`."""
+    height, width = size = job.geometry["size"]
+    format = format or guess_format(size)
+    check_format(format, size, job.G.config.img_channels)
+    plan = job.plan(camera, 0)
+    seeds = list(work)
+    if len(seeds) >= group.world:  # a picture each, or else a part of each picture
+        seeds, group = seeds[group.rank :: group.world], Processes(0, 1, group.device)
+    total = len(seeds) * height * width // group.world
+    with progress(None, desc=f"{width}x{height}", total=total, unit="px", scale=True) as bar:
+        for seed in seeds:
+            path = outdir / f"seed{seed:04d}{SUFFIXES[format]}"
+            kind, ws = work[seed]
+            settings = job.settings | {"seed": seed, "class": kind, "camera": camera, "tile": plan.tile}
+            write_picture(job, group, ws, plan, path, format, settings, bar)
+
+
+def write_picture(
+    job: Job, group: Processes, ws: Tensor, plan: rendering.Plan, path: Path, format: str, settings: dict, bar
+) -> None:
+    """Renders ws [num_ws,w_dim] into the file `path`, each process of the group a part of the tiles."""
+    known = {
+        "size": plan.view.size,
+        "channels": job.G.config.img_channels,
+        "tiles": plan.tiles,
+        "job": settings,
+        "format": format,
+    }
+    if group.is_first:
+        canvas = Canvas.create(path, resume=job.resume, **known)
+    missing = group.share(np.flatnonzero(~canvas.done) if group.is_first else None)
+    if not group.is_first:
+        canvas = Canvas(path, **known)
+    mine = np.zeros(plan.tiles, bool)
+    mine[np.array_split(missing, group.world)[group.rank]] = True
+    bar.update((plan.tiles - len(missing)) * plan.tile**2 // group.world)
+    with canvas:
+        for box, pixels in job.paint(ws, plan, only=mine):
+            canvas.write(plan.number(box), *box.slices, pixels)
+            bar.update(pixels.shape[0] * pixels.shape[1])
+    group.wait()  # until all have closed the canvas
+    if group.is_first:
+        canvas.finish()
+
+
+def write_film(job: Job, group: Processes, ws: Tensor, camera: Camera, frames: int, path: Path, fps: float) -> None:
+    """The film of ws [K,num_ws,w_dim] in a loop through K styles, with the camera on its way, into `path`."""
+    loops = len(ws) > 1 or camera.closes
+    times = [i / (frames if loops else max(frames - 1, 1)) for i in range(frames)]
+    known = {
+        "size": job.geometry["size"],
+        "channels": job.G.config.img_channels,
+        "frames": frames,
+        "fps": fps,
+        "job": job.settings | {"frames": frames},
+    }
+    if group.is_first:
+        film = Film.create(path, resume=job.resume, **known)
+    missing = group.share(film.missing if group.is_first else None)
+    if not group.is_first:
+        film = Film(path, **known)
+    keys = np.concatenate([ws.cpu().double().numpy(), ws[:1].cpu().double().numpy()])
+    walk = CubicSpline(np.linspace(0, 1, len(keys)), keys, bc_type="periodic")
+    for index in progress(missing[group.rank :: group.world], desc=path.name, unit="frame"):
+        t = times[index]
+        plan = job.plan(camera, t)
+        frame = np.empty((*plan.view.size, job.G.config.img_channels), np.uint8)
+        for box, pixels in job.paint(torch.from_numpy(walk(t)).to(ws), plan):
+            frame[box.slices] = pixels
+        film.write(index, frame)
+    group.wait()  # until all frames are there
+    if group.is_first:
+        film.finish()
+
+
+@click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
+@click.option("--network", metavar="FILE", help="A network-snapshot-*.safetensors, or a released .pkl.")
+@click.option("--seeds", metavar="0-3,7", help="One picture for each seed; the stations of a film.")
+@click.option("--outdir", metavar="DIR", help="Where seed0000.png … are written.")
 @click.option(
     "--trunc", type=float, default=1, show_default=True, help="Truncation ψ: 1 is the full variety, 0 the average."
 )
-@click.option("--class", "number", type=click.IntRange(min=0), help="Class of a conditional network.")
-@click.option("--scale", type=click.FloatRange(min=0, min_open=True), help="Times the size trained at.")
-@click.option("--size", metavar="WxH", help="Size in pixels; the picture is stretched to it.")
-@click.option("--outdir", metavar="DIR", required=True, help="Where seed0000.png … are written.")
-def main(network, seeds, trunc, number, scale, size, outdir):
-    """Render pictures of a trained generator, at any size.
+@click.option("--trunc-cutoff", type=click.IntRange(min=0), help="Truncate so many styles only.  [default: all]")
+@click.option(
+    "--class", "classes", metavar="C[,C…]", help="Classes of the seeds, in turn: 2, or a blend such as 2:0.3+5:0.7."
+)
+@click.option("--mix", multiple=True, metavar="SEED:STYLES", help="Take these styles from another seed, e.g. 7:4-8.")
+@click.option("--size", metavar="WxH", help="Size in pixels.  [default: that trained at]")
+@click.option("--scale", type=click.FloatRange(min=0, min_open=True), help="Size as a multiple of that trained at.")
+@click.option(
+    "--fit",
+    type=click.Choice(list(FITS)),
+    default="crop",
+    show_default=True,
+    help="When shapes differ: show less, show more, or oblong pixels.",
+)
+@click.option("--window", metavar="X0,Y0,X1,Y1", help="Part of the picture to show, in fractions: 0,0,1,1 is all.")
+@click.option("--translate", metavar="X,Y", help="Move the picture right and down, in its sides.")
+@click.option("--rotate", metavar="DEGREES", help="Turn the picture counter-clockwise.")
+@click.option("--zoom", metavar="FACTOR", help="Magnify the picture about its centre.")
+@click.option("--exact", is_flag=True, help="Compute rotated pixels exactly, some hundred times slower.")
+@click.option(
+    "--supersample", type=click.IntRange(1, 64), default=1, show_default=True, help="K² samples averaged per pixel."
+)
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the matrix products."
+)
+@click.option("--tile", type=click.IntRange(1, 2**14), help="Side of a tile in pixels.  [default: by device]")
+@click.option("--format", type=click.Choice(list(FORMATS)), help="Of pictures.  [default: png, tiff for large ones]")
+@click.option("--resume", is_flag=True, help="Go on with what an interrupted call has left.")
+@click.option(
+    "--video", metavar="FILE.mp4", help="A film through the seeds; A:B makes a path of --window, --zoom, …, e.g. 1:50."
+)
+@click.option("--w-frames", type=click.IntRange(min=1), default=60, show_default=True, help="Frames for each seed.")
+@click.option("--fps", type=click.FloatRange(min=0, min_open=True), default=30, show_default=True)
+@click.pass_context
+def main(context, network, seeds, outdir, trunc, trunc_cutoff, classes, mix, video, w_frames, fps, **options):
+    """Render pictures and films of a trained generator.
 
     \b
     python generate.py --network=net.safetensors --seeds=0-7 --outdir=out
-    python generate.py --network=net.safetensors --seeds=3 --trunc=0.7 --size=4096x2160 --outdir=out
+    python generate.py --network=net.safetensors --seeds=3 --size=3840x2160 --trunc=0.7 --outdir=out
+    python generate.py --network=net.safetensors --seeds=3 --scale=64 --window=0.3,0.3,0.4,0.4 --outdir=out
+    python generate.py --network=net.safetensors --seeds=3 --size=40000x40000 --format=dzi --outdir=out
+    python generate.py --network=net.safetensors --seeds=0-3 --zoom=1:8 --video=out/walk.mp4
+
+    With several GPUs or machines, start the same command with torchrun: the files are the same.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    G = load_generator(network, device)
-    seeds = parse_seeds(seeds)
+    if context.invoked_subcommand:
+        return
+    for name, value in {"network": network, "seeds": seeds}.items():
+        if not value:
+            raise UserError(f"--{name} is missing; see generate.py --help")
+    if bool(outdir) == bool(video):
+        raise UserError("give either --outdir, for pictures, or --video, for a film")
     if not math.isfinite(trunc):
         raise UserError(f"--trunc={trunc}: give a finite number, for example 0.7")
-    height, width = picture_size(G, scale, size)
-    c = label(G, number)
-    for seed in progress(seeds, desc=f"{width}x{height}"):
-        with torch.no_grad():
-            ws = G.mapping(latent(G, seed).to(device), c.to(device), truncation_psi=trunc)
-        picture = np.empty((height, width, G.config.img_channels), np.uint8)
-        for rows, strip in rendering.strips(G, ws, (height, width)):
-            picture[rows] = to_uint8(strip[0]).movedim(0, -1).cpu().numpy()
-        with atomic_write(Path(outdir) / f"seed{seed:04d}.png") as temporary:
-            Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(temporary)
+    camera = Camera.parse(*(options[name] for name in ("window", "translate", "rotate", "zoom")))
+    numbers = parse_seeds(seeds)
+    styles = Styles(trunc, trunc_cutoff, classes.split(",") if classes else [None], list(mix))
+    if video and not (camera.moves or len(numbers) > 1):
+        raise UserError("the film would stand still; give several --seeds, or a path, for example --zoom=1:50")
+    if video and not video.endswith(".mp4"):
+        raise UserError(f"--video={video}: films are MP4 files; choose a name that ends in .mp4")
+    if not video and camera.moves:
+        raise UserError("a path A:B is for films; add --video, or give single values")
+    geometry = {name: options[name] for name in ("fit", "supersample", "exact", "tile")}
+    try:
+        with processes() as group:
+            G = load_generator(network, group.device)
+            size = picture_size(G, options["scale"], options["size"], camera.window[0])
+            if options["dtype"] == "fp16" and group.device.type == "cpu":
+                raise UserError("--dtype=fp16 is for GPUs; use bf16 or fp32 on a CPU")
+            settings = {
+                "network": sha256(network),
+                "size": size,
+                **geometry,
+                "dtype": options["dtype"],
+                "device": group.device.type,
+                "truncation": (styles.trunc, styles.cutoff),
+                "mix": styles.mix,
+            }
+            ws = styles.of(G, numbers, group.device)
+            job = Job(G, DTYPES[options["dtype"]], {"size": size, **geometry}, settings, options["resume"])
+            if video:
+                job.settings.update(seeds=numbers, classes=styles.classes, camera=camera)
+                write_film(job, group, ws, camera, w_frames * len(numbers), Path(video), fps)
+            else:
+                work = {seed: (styles.classes[i % len(styles.classes)], ws[i]) for i, seed in enumerate(numbers)}
+                write_pictures(job, group, work, camera, Path(outdir), options["format"])
+    except KeyboardInterrupt:
+        click.echo("Interrupted; the same command with --resume goes on.", err=True)
+        context.exit(130)
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("dest", type=click.Path(path_type=Path))
+def convert(source, dest):
+    """Turn a released .pkl (SOURCE) into a .safetensors file (DEST) that holds its averaged generator."""
+    if dest.suffix != ".safetensors":
+        raise UserError(f"{dest}: choose a name that ends in .safetensors")
+    G = load_generator(source)
+    save_generator(G, dest)
+    height, width = G.config.img_shape
+    click.echo(f"{dest}: a generator of {width}x{height}, {sum(p.numel() for p in G.parameters()):,} parameters")
 
 
 if __name__ == "__main__":

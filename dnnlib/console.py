@@ -13,6 +13,6 @@ class UserError(click.ClickException, ValueError):
     exit_code = 2
 
 
-def progress(iterable, *, desc: str, total: int | None = None, unit: str = "img") -> tqdm:
-    """`iterable` behind a bar with rate and ETA on stderr; silent when stderr is no terminal."""
-    return tqdm(iterable, desc=desc, total=total, unit=unit, dynamic_ncols=True, disable=None)
+def progress(iterable, *, desc: str, total: int | None = None, unit: str = "img", scale: bool = False) -> tqdm:
+    """`iterable` behind a bar with rate and ETA on stderr; silent when stderr is no terminal. `scale`: 3M for 3e6."""
+    return tqdm(iterable, desc=desc, total=total, unit=unit, unit_scale=scale, dynamic_ncols=True, disable=None)

@@ -5,49 +5,78 @@ from pathlib import Path
 import click
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 import rendering
 from dnnlib.files import atomic_write
 from generate import label, latent
 from torch_utils.pictures import to_uint8
+from training.networks import Generator
 from training.snapshot import load_generator
 
 GAP = 8
+CAPTION = 20
 
 
-def beside(pictures: list[Image.Image], captions: list[str]) -> Image.Image:
-    """One picture with the given ones in a row, each under its caption."""
-    top = 20
-    width = sum(p.width for p in pictures) + GAP * (len(pictures) + 1)
-    sheet = Image.new("RGB", (width, max(p.height for p in pictures) + top + GAP), "white")
-    draw, left = ImageDraw.Draw(sheet), GAP
-    for picture, caption in zip(pictures, captions, strict=True):
-        draw.text((left, 4), caption, fill="black")
-        sheet.paste(picture, (left, top))
-        left += picture.width + GAP
-    return sheet
+def picture(G: Generator, ws: Tensor, size: tuple[int, int], **options) -> Image.Image:
+    image = to_uint8(rendering.render(G, ws, size, **options)[0]).movedim(0, -1)
+    return Image.fromarray((image.squeeze(2) if image.shape[2] == 1 else image).numpy())
+
+
+def sheet(rows: list[dict[str, Image.Image]]) -> Image.Image:
+    """Rows of pictures, each under its caption."""
+    width = max(sum(p.width + GAP for p in row.values()) for row in rows) + GAP
+    height = sum(max(p.height for p in row.values()) + CAPTION + GAP for row in rows)
+    page = Image.new("RGB", (width, height), "white")
+    draw, top = ImageDraw.Draw(page), 0
+    for row in rows:
+        left = GAP
+        for caption, image in row.items():
+            draw.text((left, top + 4), caption, fill="black")
+            page.paste(image, (left, top + CAPTION))
+            left += image.width + GAP
+        top += max(p.height for p in row.values()) + CAPTION + GAP
+    return page
+
+
+def scales(G: Generator, ws: Tensor) -> Image.Image:
+    """×1, ×2 and ×4, beside a Lanczos enlargement of ×1."""
+    height, width = G.config.img_shape
+    row = {f"x{k}": picture(G, ws, (k * height, k * width)) for k in (1, 2, 4)}
+    return sheet([row | {"x1 enlarged (Lanczos)": row["x1"].resize(row["x4"].size, Image.Resampling.LANCZOS)}])
+
+
+def views(G: Generator, ws: Tensor) -> Image.Image:
+    """×1, a window of ×8, turned pictures and a panorama, all of one seed."""
+    side = 4 * G.config.img_resolution
+    square = (side, side)
+    top = {
+        "x1": picture(G, ws, G.config.img_shape),
+        "window 0.3,0.2,0.8,0.7 of x8": picture(G, ws, square, window=(0.3, 0.2, 0.8, 0.7)),
+        "x4, rotated by 30 degrees": picture(G, ws, square, transform=rendering.rotation(30)),
+        "x4, through a lens": picture(G, ws, square, transform=rendering.lens(-0.8)),
+    }
+    wide = {"3:1, --fit=extend": picture(G, ws, (side, 3 * side), fit="extend")}
+    return sheet([top, wide])
+
+
+FIGURES = {"scales": scales, "views": views}
 
 
 @click.command()
 @click.option("--network", metavar="FILE", required=True)
+@click.option("--figure", type=click.Choice(list(FIGURES)), default="scales", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--class", "number", type=click.IntRange(min=0))
+@click.option("--class", "kind", metavar="C")
 @click.option("--trunc", type=float, default=1, show_default=True)
 @click.option("--out", metavar="PNG", required=True)
-def main(network, seed, number, trunc, out):
-    """One seed at ×1, ×2 and ×4, beside a Lanczos enlargement of ×1."""
+def main(network, figure, seed, kind, trunc, out):
+    """One seed of a network: at several scales, or in several views."""
     G = load_generator(network)
     with torch.no_grad():
-        ws = G.mapping(latent(G, seed), label(G, number), truncation_psi=trunc)
-    height, width = G.config.img_shape
-    sizes = [(k * height, k * width) for k in (1, 2, 4)]
-    pictures = [
-        Image.fromarray(to_uint8(rendering.render(G, ws, size)[0]).movedim(0, -1).squeeze(2).numpy()) for size in sizes
-    ]
-    lanczos = pictures[0].resize(pictures[-1].size, Image.Resampling.LANCZOS)
+        ws = G.mapping(latent(G, seed), label(G, kind), truncation_psi=trunc)
     with atomic_write(Path(out)) as temporary:
-        captions = ["x1", "x2", "x4", "x1 enlarged (Lanczos)"]
-        beside([*pictures, lanczos], captions).save(temporary)
+        FIGURES[figure](G, ws).save(temporary)
 
 
 if __name__ == "__main__":

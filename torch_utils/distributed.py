@@ -37,6 +37,10 @@ class Processes:
         """Whether `flag` is set in any process."""
         return bool(self.sum_(torch.tensor(float(flag), device=self.device)))
 
+    def wait(self) -> None:
+        """Until every process has come here."""
+        self.any(False)
+
     def share(self, value: object) -> object:
         """The first process's value, in every process."""
         box = [value]
