@@ -1,9 +1,9 @@
 # make demo  the whole job on photographs that come with scikit-image, in minutes, without a GPU
-# make test  the test suite      make lint  format and lint
+# make test  the test suite      make lint  format and lint      make bench  measure the rendering engine (an hour)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 # The environment is made once and again whenever the pinned list changes.
 .venv/ready: requirements.txt
@@ -29,6 +29,9 @@ test: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks.rendering
 
 clean:
 	rm -rf .venv out

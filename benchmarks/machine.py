@@ -1,0 +1,59 @@
+"""What a measurement was taken on, and how fast it multiplies matrices."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def describe() -> dict:
+    """Processor, cores, memory and versions, as plain values."""
+    cpu = platform.processor() or platform.machine()
+    flags: set[str] = set()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        fields = {name.strip(): value.strip() for name, value in fields.items()}
+        cpu = f"{fields.get('model name', cpu)} (family {fields.get('cpu family')}, model {fields.get('model')})"
+        flags = set(fields.get("flags", "").split())
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "features": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile"}),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process in MiB. (getrusage would tell the parent's, if that was larger.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def interleaved(tasks: dict[str, Callable], rounds: int, sync: Callable = lambda: None) -> dict[str, list[float]]:
+    """Seconds of each task in each of `rounds` rounds, after one round to warm up. Tasks take turns within a round."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for i in range(rounds + 1):
+        for name, task in tasks.items():
+            sync()
+            start = time.perf_counter()
+            task()
+            sync()
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+    """FLOP/s of [2048,1024] @ [1024,1024], the median of 15."""
+    a, b = torch.randn(2048, 1024, device=device, dtype=dtype), torch.randn(1024, 1024, device=device, dtype=dtype)
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    (seconds,) = interleaved({"product": lambda: a @ b}, 15, sync).values()
+    return 2 * 2048 * 1024 * 1024 / statistics.median(seconds)

@@ -1,0 +1,185 @@
+"""The rendering engine against plain whole-picture synthesis: python -m benchmarks.rendering --help
+
+Network: the paper's 512² one with random weights; times do not depend on them. All methods take turns in one process;
+peak memory is that of fresh processes. FLOPs are those of the matrix products: 2 for each multiplication and addition.
+"""
+
+import copy
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+import rendering
+from benchmarks.machine import describe, interleaved, matmul_rate, peak_mib
+from dnnlib.files import atomic_write
+from training.networks import Generator, GeneratorConfig, positions
+
+PLAIN_LIMIT = 2048**2 * 2  # pixels at once: a hidden layer of 128 channels takes 4 GiB there, and plain needs several
+
+
+def network() -> Generator:
+    torch.manual_seed(0)
+    return Generator(GeneratorConfig()).eval().requires_grad_(False)
+
+
+def styles(G: Generator, batch: int) -> torch.Tensor:
+    return G.mapping(torch.randn(batch, G.config.z_dim, generator=torch.Generator().manual_seed(1)))
+
+
+def plain(G: Generator, ws: torch.Tensor, size: int) -> torch.Tensor:
+    t = positions(size, G.config.coords, torch.float64)
+    return G.synthesis(ws, rows=t, cols=t)
+
+
+METHODS = {
+    "plain": plain,
+    "engine fp32": lambda G, ws, size: rendering.render(G, ws, (size, size)),
+    "engine bf16": lambda G, ws, size: rendering.render(G, ws, (size, size), dtype=torch.bfloat16),
+}
+
+
+def flops(G: Generator, size: int) -> dict[str, float]:
+    """Of the matrix products of one picture, in its two stages."""
+    modules = {name: m for name, m in G.synthesis.named_modules() if hasattr(m, "weight") and "affine" not in name}
+    per = {
+        stage: sum(2 * m.weight.numel() for name, m in modules.items() if name.startswith(stage) and m.weight.ndim == 2)
+        for stage in ("lines", "pixels")
+    }
+    fusion = 2 * G.config.num_fusions * G.config.biline_channels * G.config.thickness
+    return {"lines": per["lines"] * 2 * size * G.config.thickness, "pixels": (per["pixels"] + fusion) * size**2}
+
+
+def memory(method: str, size: int, batch: int) -> float:
+    """Peak resident MiB of a fresh process that renders once."""
+    command = [sys.executable, "-m", "benchmarks.rendering", "--once", method, str(size), str(batch)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def errors(G: Generator, ws: torch.Tensor, size: int) -> dict:
+    """Against plain synthesis in float64: the largest difference over the largest value, and PSNR of colours in ±1."""
+    truth = plain(copy.deepcopy(G).double(), ws.double(), size)
+    result = {}
+    for name, method in METHODS.items():
+        difference = method(G, ws, size).double() - truth
+        squares = (method(G, ws, size).double().clamp(-1, 1) - truth.clamp(-1, 1)).square().mean()
+        result[name] = {
+            "relative": (difference.abs().max() / truth.abs().max()).item(),
+            "psnr_db": (10 * torch.log10(4 / squares)).item(),
+        }
+    return result
+
+
+def median(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def compare(G: Generator, size: int, batch: int, rounds: int, rates: dict[str, float]) -> dict:
+    ws = styles(G, batch)
+    methods = {n: m for n, m in METHODS.items() if n != "plain" or batch * size**2 <= PLAIN_LIMIT}
+    seconds = interleaved({n: lambda m=m: m(G, ws, size) for n, m in methods.items()}, rounds)
+    middle = median(seconds)
+    work = {stage: batch * amount for stage, amount in flops(G, size).items()}
+    result = {"size": size, "batch": batch, "seconds": seconds, "median": middle, "flop": work}
+    result["share of matmul rate"] = {
+        n: sum(work.values()) / s / rates["bf16" if "bf16" in n else "fp32"] for n, s in middle.items()
+    }
+    if "plain" in middle:
+        result["times faster"] = {n: middle["plain"] / s for n, s in middle.items()}
+    result["peak MiB"] = {n: memory(n, size, batch) for n in methods}
+    return result
+
+
+def turned(G: Generator, size: int, rounds: int) -> dict:
+    """Points: a rotation by interpolated lines against the upright picture, and its error against exact points."""
+    ws, matrix = styles(G, 1), rendering.rotation(30)
+    tasks = {
+        "upright": lambda: rendering.render(G, ws, (size, size)),
+        "rotated": lambda: rendering.render(G, ws, (size, size), transform=matrix),
+    }
+    seconds = interleaved(tasks, rounds)
+    arranged = rendering.plan(G, (size, size), transform=matrix)
+    places = [t.flatten()[:: size * size // 512] for t in arranged.view.points(arranged.whole)]
+    exact = rendering.render_points(G, ws, *places)
+    fast = rendering.render(G, ws, (size, size), transform=matrix).flatten(2)[..., :: size * size // 512]
+    squares = (exact.clamp(-1, 1) - fast.clamp(-1, 1)).square().mean()
+    return {"size": size, "median": median(seconds), "psnr_db": (10 * torch.log10(4 / squares)).item()}
+
+
+def draw(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for panel, key, title in zip(panels, ("median", "peak MiB"), ("seconds", "peak MiB"), strict=True):
+        for name in METHODS:
+            runs = [run for run in result["pictures"] if run["batch"] == 1 and name in run[key]]
+            panel.plot([run["size"] for run in runs], [run[key][name] for run in runs], "o-", label=name)
+        panel.set(xscale="log", yscale="log", xlabel="picture side, pixels", title=title)
+        sides = sorted({run["size"] for run in result["pictures"]})
+        panel.set_xticks(sides, [str(side) for side in sides])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    floor = [sum(r["flop"].values()) / result["matmul FLOP/s"]["fp32"] for r in result["pictures"] if r["batch"] == 1]
+    sides = [r["size"] for r in result["pictures"] if r["batch"] == 1]
+    panels[0].plot(sides, floor, "k--", lw=1, label="fp32 matrix products alone")
+    panels[0].legend()
+    machine = result["machine"]
+    figure.suptitle(
+        f"one picture, paper's widths · {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}"
+    )
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results/rendering.json", show_default=True)
+@click.option("--sizes", default="64,256,512,1024,2048", show_default=True)
+@click.option("--batches", default="1,4", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--once", nargs=3, hidden=True)
+def main(out, sizes, batches, rounds, once):
+    """Time, memory and error of the engine and of plain synthesis; writes JSON and a plot beside it."""
+    torch.set_grad_enabled(False)
+    G = network()
+    if once:
+        method, size, batch = once[0], int(once[1]), int(once[2])
+        METHODS[method](G, styles(G, batch), size)
+        click.echo(peak_mib())
+        return
+    result = {"machine": describe()}
+    result["matmul FLOP/s"] = {"fp32": matmul_rate(torch.float32), "bf16": matmul_rate(torch.bfloat16)}
+    click.echo(json.dumps(result, indent=1))
+    result["errors"] = {"256": errors(G, styles(G, 1), 256)}
+    click.echo(json.dumps(result["errors"]))
+    result["tiles"] = {
+        f"512x512, tile {tile}": value
+        for tile, value in median(
+            interleaved(
+                {t: lambda t=t: rendering.render(G, styles(G, 1), (512, 512), tile=t) for t in (16, 32, 64, 128, 256)},
+                rounds,
+            )
+        ).items()
+    }
+    click.echo(json.dumps(result["tiles"]))
+    result["rotation"] = turned(G, 512, rounds)
+    click.echo(json.dumps(result["rotation"]))
+    result["pictures"] = []
+    for batch in map(int, batches.split(",")):
+        for size in map(int, sizes.split(",")):
+            result["pictures"].append(compare(G, size, batch, rounds, result["matmul FLOP/s"]))
+            brief = ("size", "batch", "median", "times faster", "share of matmul rate", "peak MiB")
+            click.echo(json.dumps({key: value for key, value in result["pictures"][-1].items() if key in brief}))
+            with atomic_write(out) as temporary:
+                temporary.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
