@@ -37,16 +37,18 @@ def peak_mib() -> float:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def interleaved(tasks: dict[str, Callable], rounds: int, sync: Callable = lambda: None) -> dict[str, list[float]]:
-    """Seconds of each task in each of `rounds` rounds, after one round to warm up. Tasks take turns within a round."""
+def interleaved(
+    tasks: dict[str, Callable], rounds: int, sync: Callable = lambda: None, warm: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each task in each of `rounds` rounds, in which tasks take turns; before them, one round to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for i in range(rounds + 1):
+    for i in range(rounds + warm):
         for name, task in tasks.items():
             sync()
             start = time.perf_counter()
             task()
             sync()
-            if i:
+            if i or not warm:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 

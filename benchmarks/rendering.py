@@ -19,7 +19,7 @@ from benchmarks.machine import describe, interleaved, matmul_rate, peak_mib
 from dnnlib.files import atomic_write
 from training.networks import Generator, GeneratorConfig, positions
 
-PLAIN_LIMIT = 2048**2 * 2  # pixels at once: a hidden layer of 128 channels takes 4 GiB there, and plain needs several
+LIMIT = 2048**2  # pixels at once: plain synthesis keeps several layers of up to 128 channels, 2 GiB each there
 
 
 def network() -> Generator:
@@ -80,17 +80,16 @@ def median(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 def compare(G: Generator, size: int, batch: int, rounds: int, rates: dict[str, float]) -> dict:
     ws = styles(G, batch)
-    methods = {n: m for n, m in METHODS.items() if n != "plain" or batch * size**2 <= PLAIN_LIMIT}
-    seconds = interleaved({n: lambda m=m: m(G, ws, size) for n, m in methods.items()}, rounds)
+    # What takes minutes needs no warming up.
+    seconds = interleaved({n: lambda m=m: m(G, ws, size) for n, m in METHODS.items()}, rounds, warm=size <= 512)
     middle = median(seconds)
     work = {stage: batch * amount for stage, amount in flops(G, size).items()}
     result = {"size": size, "batch": batch, "seconds": seconds, "median": middle, "flop": work}
     result["share of matmul rate"] = {
         n: sum(work.values()) / s / rates["bf16" if "bf16" in n else "fp32"] for n, s in middle.items()
     }
-    if "plain" in middle:
-        result["times faster"] = {n: middle["plain"] / s for n, s in middle.items()}
-    result["peak MiB"] = {n: memory(n, size, batch) for n in methods}
+    result["times faster"] = {n: middle["plain"] / s for n, s in middle.items()}
+    result["peak MiB"] = {n: memory(n, size, batch) for n in METHODS}
     return result
 
 
@@ -171,14 +170,16 @@ def main(out, sizes, batches, rounds, once):
     result["rotation"] = turned(G, 512, rounds)
     click.echo(json.dumps(result["rotation"]))
     result["pictures"] = []
-    for batch in map(int, batches.split(",")):
-        for size in map(int, sizes.split(",")):
-            result["pictures"].append(compare(G, size, batch, rounds, result["matmul FLOP/s"]))
-            brief = ("size", "batch", "median", "times faster", "share of matmul rate", "peak MiB")
-            click.echo(json.dumps({key: value for key, value in result["pictures"][-1].items() if key in brief}))
-            with atomic_write(out) as temporary:
-                temporary.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, out.with_suffix(".png"))
+    runs = [(int(batch), int(size)) for batch in batches.split(",") for size in sizes.split(",")]
+    for batch, size in sorted(runs, key=lambda run: (run[0] * run[1] ** 2, run[0])):
+        if batch * size**2 > LIMIT:
+            continue
+        result["pictures"].append(compare(G, size, batch, rounds, result["matmul FLOP/s"]))
+        brief = ("size", "batch", "median", "times faster", "share of matmul rate", "peak MiB")
+        click.echo(json.dumps({key: value for key, value in result["pictures"][-1].items() if key in brief}))
+        with atomic_write(out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        draw(result, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

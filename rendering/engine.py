@@ -5,11 +5,13 @@ processor's cache. Blocks, pieces and tiles lie where the picture says, whoever 
 one thread. So the same numbers come out of any number of threads and processes, in any order, after any interruption.
 """
 
-import contextlib
 import copy
+import functools
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -111,10 +113,10 @@ def paint(
 
         yield from zip(wanted, imap(tile, wanted), strict=True)
 
-    with workers(ws.device) as imap:
-        made = painters(G, ws, dtype, imap)
-        for block in plan.whole.split(plan.block):
-            yield from tiles(block)
+    imap = workers(ws.device)
+    made = painters(G, ws, dtype, imap)
+    for block in plan.whole.split(plan.block):
+        yield from tiles(block)
 
 
 def painters(G: Generator, ws: Tensor, dtype: torch.dtype | None, imap: Callable) -> list[Painter]:
@@ -173,17 +175,17 @@ def paint_points(
     G: Generator, ws: Tensor, x: Tensor, y: Tensor, *, exact: bool, dtype: torch.dtype | None = None
 ) -> Tensor:
     """x, y float64 [P] -> [N,img_channels,P]. As `paint`, at points in any order."""
-    with workers(ws.device) as imap:
-        made = painters(G, ws, dtype, imap)
-        samples = [(None, None)] * len(made)
-        if not exact:
-            samples = sample(made, [points.Spread.of(y), points.Spread.of(x)], imap)
+    imap = workers(ws.device)
+    made = painters(G, ws, dtype, imap)
+    samples = [(None, None)] * len(made)
+    if not exact:
+        samples = sample(made, [points.Spread.of(y), points.Spread.of(x)], imap)
 
-        def part(places: tuple[Tensor, Tensor]) -> Tensor:
-            return torch.stack([points.colours(made[i], *places, samples[i]) for i in range(len(made))])
+    def part(places: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.stack([points.colours(made[i], *places, samples[i]) for i in range(len(made))])
 
-        count = POINTS_TILE[ws.device.type] ** 2
-        return torch.cat(list(imap(part, list(zip(x.split(count), y.split(count), strict=True)))), dim=2)
+    count = POINTS_TILE[ws.device.type] ** 2
+    return torch.cat(list(imap(part, list(zip(x.split(count), y.split(count), strict=True)))), dim=2)
 
 
 class Points:
@@ -229,27 +231,47 @@ def sample_piece(work: tuple[Painter, int, Tensor]) -> Tensor:
     return points.position_major(painter.line(axis, t.to(painter.device)))
 
 
-@contextlib.contextmanager
-def workers(device: torch.device) -> Iterator[Callable]:
-    """Yields imap(f, items): f of each item, in order, by as many threads as torch would use on a CPU."""
+def workers(device: torch.device) -> Callable:
+    """imap(f, items): f of each item, in order, by as many threads as torch would use on a CPU."""
     if device.type != "cpu":
-        yield map
-        return
+        return map
     count = torch.get_num_threads()
+    pool = threads(os.getpid(), count)
 
     def imap(f, items):
         running: deque = deque()
-        for item in items:
-            running.append(pool.submit(torch.no_grad()(f), item))
-            if len(running) > 2 * count:
+        try:
+            for item in items:
+                running.append(pool.submit(torch.no_grad()(f), item))
+                if len(running) > 2 * count:
+                    yield running.popleft().result()
+            while running:
                 yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+        finally:  # left early, or by an error
+            for task in running:
+                task.cancel()
+            wait(running)
 
-    # Each thread computes alone: matrices of a tile's size are too small to share.
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield imap
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(count)  # threads to come would take over the last setting
+    return imap
+
+
+@functools.lru_cache
+def threads(pid: int, count: int) -> ThreadPoolExecutor:
+    """`count` threads of process `pid` that compute alone: matrices of a tile's size are too small to share.
+
+    They are kept, for their libraries' buffers take longer to set up than a small picture takes.
+    """
+    before = torch.get_num_threads()
+    started = threading.Barrier(count + 1)
+
+    def alone():
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # makes it last: a thread's first operation takes over the process's setting
+        started.wait()
+
+    pool = ThreadPoolExecutor(count)
+    for _ in range(count):
+        pool.submit(alone)
+    started.wait()
+    torch.set_num_threads(before)  # for this thread and those to come
+    return pool

@@ -24,18 +24,19 @@ class Layer:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, w: Tensor | None = None):
         """`module`: EqualLinear, SynthesisLayer or Head; the last two with their style w [w_dim]."""
+        self.linear = isinstance(module, Head) or (isinstance(module, EqualLinear) and module.act == "linear")
+        gain = ACTIVATIONS["linear" if self.linear else "lrelu"].gain
         if isinstance(module, EqualLinear):
-            self.linear, self.clamp = module.act == "linear", None
-            weight, bias = module.weight * module.weight_gain, module.bias * module.bias_gain
+            self.clamp = None
+            weight, bias = module.weight * (module.weight_gain * gain), module.bias * (module.bias_gain * gain)
         else:
-            self.linear, self.clamp = isinstance(module, Head), CLAMP
-            weight, bias = module.weight * module.affine(w[None]), module.bias
+            self.clamp = CLAMP
+            weight, bias = module.weight * module.affine(w[None]), module.bias * gain
             if self.linear:
                 weight *= module.style_gain
-            else:
-                weight *= (torch.linalg.vector_norm(weight, dim=1, keepdim=True).square() + 1e-8).rsqrt()
-        gain = ACTIVATIONS["linear" if self.linear else "lrelu"].gain
-        self.weight, self.bias = weight.mul_(gain).to(dtype), (bias * gain).to(dtype)[:, None]
+            else:  # demodulation
+                weight *= gain * (torch.linalg.vector_norm(weight, dim=1, keepdim=True).square() + 1e-8).rsqrt()
+        self.weight, self.bias = weight.to(dtype), bias.to(dtype)[:, None]
 
     def __call__(self, x: Tensor) -> Tensor:
         y = torch.addmm(self.bias, self.weight, x)
@@ -55,7 +56,8 @@ class Painter:
         lines, pixels = G.synthesis.lines, G.synthesis.pixels
         self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
         self.device, self.thickness = w.device, lines.thickness
-        self.input, self.scale = lines.input, lines.input.scale(w[None, 0])[0]
+        self.input = lines.input
+        (self.scale,) = imap(lambda first: lines.input.scale(first[None])[0], [w[0]])
         blocks = list(lines.styled())
         decoders = [() if isinstance(d, nn.Identity) else tuple(d) for d in (*pixels.decoders, pixels.decoder_last)]
 
