@@ -1,7 +1,8 @@
 """The rendering engine against plain whole-picture synthesis: python -m benchmarks.rendering --help
 
-Network: the paper's 512² one with random weights; times do not depend on them. All methods take turns in one process;
-peak memory is that of fresh processes. FLOPs are those of the matrix products: 2 for each multiplication and addition.
+Network: the paper's 512² one with random weights; times do not depend on them. For each size the methods take turns in
+one fresh process, so that no size inherits the state of the allocator from another; peak memory is that of fresh
+processes too. FLOPs are those of the matrix products: 2 for each multiplication and addition.
 """
 
 import copy
@@ -54,10 +55,10 @@ def flops(G: Generator, size: int) -> dict[str, float]:
     return {"lines": per["lines"] * 2 * size * G.config.thickness, "pixels": (per["pixels"] + fusion) * size**2}
 
 
-def memory(method: str, size: int, batch: int) -> float:
-    """Peak resident MiB of a fresh process that renders once."""
-    command = [sys.executable, "-m", "benchmarks.rendering", "--once", method, str(size), str(batch)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def fresh(*arguments: object) -> dict | float:
+    """What a new process of this file prints, as JSON."""
+    command = [sys.executable, "-m", "benchmarks.rendering", *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def errors(G: Generator, ws: torch.Tensor, size: int) -> dict:
@@ -79,18 +80,21 @@ def median(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def compare(G: Generator, size: int, batch: int, rounds: int, rates: dict[str, float]) -> dict:
-    ws = styles(G, batch)
-    # What takes minutes needs no warming up.
-    seconds = interleaved({n: lambda m=m: m(G, ws, size) for n, m in METHODS.items()}, rounds, warm=size <= 512)
+    seconds = fresh("--turns", size, batch, rounds)
     middle = median(seconds)
     work = {stage: batch * amount for stage, amount in flops(G, size).items()}
-    result = {"size": size, "batch": batch, "seconds": seconds, "median": middle, "flop": work}
-    result["share of matmul rate"] = {
-        n: sum(work.values()) / s / rates["bf16" if "bf16" in n else "fp32"] for n, s in middle.items()
+    return {
+        "size": size,
+        "batch": batch,
+        "seconds": seconds,
+        "median": middle,
+        "times faster": {n: middle["plain"] / s for n, s in middle.items()},
+        "flop": work,
+        "share of matmul rate": {
+            n: sum(work.values()) / s / rates["bf16" if "bf16" in n else "fp32"] for n, s in middle.items()
+        },
+        "peak MiB": {n: fresh("--once", n, size, batch) for n in METHODS},
     }
-    result["times faster"] = {n: middle["plain"] / s for n, s in middle.items()}
-    result["peak MiB"] = {n: memory(n, size, batch) for n in METHODS}
-    return result
 
 
 def turned(G: Generator, size: int, rounds: int) -> dict:
@@ -143,7 +147,8 @@ def draw(result: dict, path: Path) -> None:
 @click.option("--batches", default="1,4", show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--once", nargs=3, hidden=True)
-def main(out, sizes, batches, rounds, once):
+@click.option("--turns", nargs=3, type=int, hidden=True)
+def main(out, sizes, batches, rounds, once, turns):
     """Time, memory and error of the engine and of plain synthesis; writes JSON and a plot beside it."""
     torch.set_grad_enabled(False)
     G = network()
@@ -151,6 +156,13 @@ def main(out, sizes, batches, rounds, once):
         method, size, batch = once[0], int(once[1]), int(once[2])
         METHODS[method](G, styles(G, batch), size)
         click.echo(peak_mib())
+        return
+    if turns:
+        size, batch, rounds = turns
+        ws = styles(G, batch)
+        tasks = {name: lambda m=method: m(G, ws, size) for name, method in METHODS.items()}
+        # What takes minutes needs no warming up.
+        click.echo(json.dumps(interleaved(tasks, rounds, warm=size <= 512)))
         return
     result = {"machine": describe()}
     result["matmul FLOP/s"] = {"fp32": matmul_rate(torch.float32), "bf16": matmul_rate(torch.bfloat16)}

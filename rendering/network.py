@@ -31,7 +31,7 @@ class Layer:
             weight, bias = module.weight * (module.weight_gain * gain), module.bias * (module.bias_gain * gain)
         else:
             self.clamp = CLAMP
-            weight, bias = module.weight * module.affine(w[None]), module.bias * gain
+            weight, bias = module.weight * style(module.affine, w), module.bias * gain
             if self.linear:
                 weight *= module.style_gain
             else:  # demodulation
@@ -43,6 +43,11 @@ class Layer:
         if not self.linear:
             F.leaky_relu_(y, 0.2)
         return y if self.clamp is None else y.clamp_(-self.clamp, self.clamp)
+
+
+def style(affine: EqualLinear, w: Tensor) -> Tensor:
+    """affine(w) for one w [w_dim] -> [I]. The gain goes to w: a scaled copy of the weights would cost more than all."""
+    return F.linear(w * affine.weight_gain, affine.weight, affine.bias * affine.bias_gain)
 
 
 class Painter:
@@ -57,7 +62,7 @@ class Painter:
         self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
         self.device, self.thickness = w.device, lines.thickness
         self.input = lines.input
-        (self.scale,) = imap(lambda first: lines.input.scale(first[None])[0], [w[0]])
+        (self.scale,) = imap(lambda first: lines.input.scale(style(lines.input.affine, first)[None])[0], [w[0]])
         blocks = list(lines.styled())
         decoders = [() if isinstance(d, nn.Identity) else tuple(d) for d in (*pixels.decoders, pixels.decoder_last)]
 

@@ -52,14 +52,13 @@ class FourierInput(nn.Module):
         phase = turns * (2 * math.pi)
         return torch.cat([phase.sin(), (phase + math.pi / 2).sin()], dim=-1)
 
-    def scale(self, w: Tensor) -> Tensor:
-        """w [N,w_dim] -> [N,2,D,C]: the factors of the features of rows and of columns."""
-        with full_precision(w):
-            style = self.affine(w).unflatten(1, (2, *self.shape))
-        return self.weight * style / math.sqrt(self.shape[1])
+    def scale(self, style: Tensor) -> Tensor:
+        """style [N,2·D·C] -> [N,2,D,C]: the factors of the features of rows and of columns."""
+        return self.weight * style.unflatten(1, (2, *self.shape)) / math.sqrt(self.shape[1])
 
     def forward(self, rows: Tensor, cols: Tensor, w: Tensor) -> Tensor:
-        scale = self.scale(w)
+        with full_precision(w):
+            scale = self.scale(self.affine(w))
         lines = [self.features(t) * scale[:, axis, None] for axis, t in enumerate((rows, cols))]
         return torch.cat(lines, dim=1).flatten(1, 2)
 
