@@ -1,0 +1,455 @@
+"""Detectors, the files their weights come from, and the cache of what they saw. No file of real weights is needed."""
+
+import contextlib
+import functools
+import io
+import os
+import shutil
+import types
+import urllib.error
+import urllib.request
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import Dataset
+from torch_fidelity import calculate_metrics
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torchvision.models import VisionTransformer
+from torchvision.transforms.functional import gaussian_blur, normalize
+
+from dnnlib.console import UserError
+from dnnlib.files import RemoteFile, locate, sha256
+from metrics import cache as statistics
+from metrics.cache import cache_key, cached_features, cached_moments, content_digest
+from metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
+from metrics.features import DETECTORS, Detector, DINOv2, dinov2, inception, load
+from metrics.moments import Moments
+
+INCEPTION, DINO = DETECTORS["inception"].weights, DETECTORS["dinov2"].weights
+
+
+class Untrained(FeatureExtractorInceptionV3):
+    """Inception with random weights that keep its features apart."""
+
+    def load_state_dict(self, state):
+        random = torch.Generator().manual_seed(0)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, generator=random)
+        nn.init.normal_(self.fc.weight, std=2, generator=random)
+        nn.init.normal_(self.fc.bias, generator=random)
+
+
+def inception_state():
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    return Untrained("inception", ["2048"], feature_extractor_weights_path=nothing).state_dict()
+
+
+def dino_state(seed=0, positions=26, dim=128, depth=2):
+    random = torch.Generator().manual_seed(seed)
+    shapes = {name: t.shape for name, t in DINOv2(dim, depth, positions).state_dict().items()}
+    std = {1: 0.5, 2: 0.05, 3: 0.05, 4: 0.05}  # by the number of dimensions
+    return {name: torch.randn(shape, generator=random) * std[len(shape)] for name, shape in shapes.items()}
+
+
+def crops(name, num, size=(64, 64), seed=0):
+    """uint8 [num,3,height,width] from a photograph of scikit-image."""
+    photograph = torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1)
+    random = np.random.default_rng(seed)
+    far = [have - want for have, want in zip(photograph.shape[1:], size, strict=True)]
+    return torch.stack([photograph[:, y : y + size[0], x : x + size[1]] for y, x in random.integers(0, far, (num, 2))])
+
+
+def moments(features):
+    result = Moments(features.shape[1])
+    result.update(features)
+    return result
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache directory."""
+    monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / INCEPTION.name
+    torch.save(inception_state(), path)
+    return path
+
+
+@pytest.fixture
+def dino_file(tmp_path):
+    path = tmp_path / DINO.name
+    torch.save(dino_state(), path)
+    return path
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("Network is unreachable")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+# --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+class Pictures(Dataset):
+    def __init__(self, pictures):
+        self.pictures = pictures
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, index):
+        return self.pictures[index]
+
+
+@pytest.mark.slow
+def test_photographs_give_the_numbers_of_torch_fidelity(inception_file):
+    fake, real = crops("astronaut", 10), crops("coffee", 8)
+    expected = calculate_metrics(
+        input1=Pictures(fake),
+        input2=Pictures(real),
+        **{"isc": True, "fid": True, "kid": True, "prc": True, "kid_subset_size": 6, "kid_subsets": 50},
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(inception_file),
+        **{"cuda": False, "batch_size": 5, "cache": False, "save_cpu_ram": True, "verbose": False},
+    )
+    detector = Detector("inception", inception_file, batch=7)
+    assert detector.name == f"inception-custom-{sha256(inception_file)[:8]}"
+    (fake_features, logits), (real_features, _) = detector(fake), detector(real)
+    assert fake_features.shape == (10, detector.num_features)
+
+    fid = frechet_distance(moments(fake_features), moments(real_features))
+    assert fid.mean == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
+    kid = kernel_distance(fake_features, real_features, subset_size=6, subsets=50)
+    assert kid.mean == pytest.approx(expected["kernel_inception_distance_mean"], abs=kid.standard_error)
+    assert inception_score(logits).mean == pytest.approx(expected["inception_score_mean"], rel=1e-3)
+    precision, recall = precision_recall(fake_features, real_features)
+    assert precision.mean == pytest.approx(expected["precision"], rel=1e-3)
+    assert recall.mean == pytest.approx(expected["recall"], rel=1e-3)
+
+
+@pytest.mark.parametrize("damage", ["noise", "blur"])
+def test_every_step_of_damage_adds_to_the_distance(dino_file, damage):
+    detector = Detector("dinov2", dino_file)
+    clean = crops("astronaut", 32)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    distances = []
+    for step in range(4):
+        if damage == "noise":
+            pictures = (clean + 20 * step * noise).round().clamp(0, 255).byte()
+        else:
+            pictures = gaussian_blur(clean, 25, 1.5 * step) if step else clean
+        distances.append(frechet_distance(moments(detector(pictures).features), moments(detector(clean).features)).mean)
+    assert distances[0] < 1e-6
+    assert distances == sorted(distances)
+    assert distances[1] > 1e-4
+
+
+# --- detectors -------------------------------------------------------------------------------------------------------
+
+
+def test_grey_is_repeated_and_the_batch_changes_nothing(dino_file):
+    pictures = crops("astronaut", 5, (40, 70))
+    one, two = (Detector("dinov2", dino_file, batch=batch) for batch in (1, 2))
+    torch.testing.assert_close(one(pictures).features, two(pictures).features, rtol=1e-4, atol=1e-5)
+    grey = pictures[:, :1]
+    assert torch.equal(one(grey).features, one(grey.repeat(1, 3, 1, 1)).features)
+    assert one(grey).features.shape == (5, one.num_features)
+    assert one(grey).logits is None
+
+
+def test_pictures_of_another_kind_are_refused(dino_file):
+    detector = Detector("dinov2", dino_file)
+    with pytest.raises(UserError, match="alpha channel"):
+        detector(torch.zeros(1, 4, 8, 8, dtype=torch.uint8))
+    for wrong in (torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="must be uint8"):
+            detector(wrong)
+
+
+def test_only_the_standard_weights_have_the_standard_name(dino_file, monkeypatch):
+    detector = Detector("dinov2", dino_file)
+    assert (detector.digest, detector.standard) == (sha256(dino_file), False)
+    assert detector.name == f"dinov2-custom-{detector.digest[:8]}"
+    family = DETECTORS["dinov2"]
+    for digest, standard in ((detector.digest[:8], True), ("00000000", False)):
+        monkeypatch.setitem(DETECTORS, "dinov2", replace(family, weights=family.weights._replace(digest=digest)))
+        again = Detector("dinov2", dino_file)
+        assert again.standard is standard
+        assert (again.name == "dinov2-vitl14") is standard
+
+
+def test_inception_leaves_the_random_numbers_of_others_alone():
+    state = inception_state()
+    before = torch.get_rng_state()
+    inception(state)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dinov2_equals_the_transformer_of_torchvision():
+    state = dino_state(positions=257)
+    names = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed"}
+    for here, there in (("conv_proj", "patch_embed.proj"), ("encoder.ln", "norm")):
+        names |= {f"{here}.{kind}": f"{there}.{kind}" for kind in ("weight", "bias")}
+    for i in range(2):
+        here, there = f"encoder.layers.encoder_layer_{i}", f"blocks.{i}"
+        for kind in ("weight", "bias"):
+            names |= {
+                f"{here}.ln_1.{kind}": f"{there}.norm1.{kind}",
+                f"{here}.self_attention.in_proj_{kind}": f"{there}.attn.qkv.{kind}",
+                f"{here}.self_attention.out_proj.{kind}": f"{there}.attn.proj.{kind}",
+                f"{here}.ln_2.{kind}": f"{there}.norm2.{kind}",
+                f"{here}.mlp.0.{kind}": f"{there}.mlp.fc1.{kind}",
+                f"{here}.mlp.3.{kind}": f"{there}.mlp.fc2.{kind}",
+            }
+    theirs = {here: state[there] for here, there in names.items()}
+    for i in range(2):  # torchvision has no scale after attention and network: it goes into their last layers
+        for last, scale in (("self_attention.out_proj", "ls1"), ("mlp.3", "ls2")):
+            gamma, where = state[f"blocks.{i}.{scale}.gamma"], f"encoder.layers.encoder_layer_{i}.{last}"
+            theirs[f"{where}.weight"] = theirs[f"{where}.weight"] * gamma[:, None]
+            theirs[f"{where}.bias"] = theirs[f"{where}.bias"] * gamma
+    norm = functools.partial(nn.LayerNorm, eps=1e-6)
+    twin = VisionTransformer(224, 14, 2, num_heads=2, hidden_dim=128, mlp_dim=512, norm_layer=norm).eval()
+    twin.heads = nn.Identity()
+    twin.load_state_dict(theirs)
+    pictures = crops("astronaut", 2, (224, 224))
+    with torch.no_grad():
+        expected = twin(normalize(pictures / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        (found,) = dinov2(state).eval()(pictures)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(64, 80), (300, 260)], ids=["up", "down"])
+def test_dinov2_resizes_as_pillow_does(size):
+    (picture,) = crops("astronaut", 1, size)
+    pillow = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    expected = np.asarray(pillow.resize((224, 224), Image.Resampling.BICUBIC))
+    found = DINOv2.resize(picture[None])[0].permute(1, 2, 0).numpy()
+    error = np.abs(found - expected)
+    assert error.max() <= 3
+    assert (error > 1).mean() < 1e-3  # of the values; PyTorch's weights differ a little when shrinking
+
+
+def test_dinov2_samples_its_positions_where_the_released_code_does():
+    state = dino_state(positions=1 + 37**2)
+    state["pos_embed"][0, 1:, 0] = torch.arange(37.0).repeat(37)
+    state["pos_embed"][0, 1:, 1] = torch.arange(37.0).repeat_interleave(37)
+    found = dinov2(state).positions().detach()
+    torch.testing.assert_close(found[0, 0], state["pos_embed"][0, 0])
+    columns, rows = found[0, 1:, :2].unflatten(0, (16, 16)).unbind(2)
+    expected = (torch.arange(16) + 0.5) * 37 / 16.1 - 0.5
+    for line in (*columns, *rows.T):
+        # The bicubic kernel reproduces a ramp to 0.05; 16 in place of 16.1 would move the last positions by 0.2.
+        torch.testing.assert_close(line[1:-1], expected[1:-1], rtol=0, atol=0.07)
+
+
+# --- files of weights ------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_looked_for_in_the_cache_and_then_in_the_folder(cache, dino_file, offline):
+    assert load("dinov2", weights_dir=dino_file.parent).digest == sha256(dino_file)
+    cache.mkdir()
+    torch.save(dino_state(seed=1), cache / DINO.name)
+    assert load("dinov2", weights_dir=dino_file.parent).digest == sha256(cache / DINO.name) != sha256(dino_file)
+
+
+@pytest.mark.parametrize("kind", ["inception", "dinov2"])
+def test_offline_one_sentence_says_which_file_from_where_must_lie_where(cache, tmp_path, offline, kind):
+    file = DETECTORS[kind].weights
+    with pytest.raises(UserError) as caught:
+        load(kind, weights_dir=tmp_path / "weights")
+    for words in (file.name, file.url, str(cache / file.name), str(tmp_path / "weights" / file.name)):
+        assert words in caught.value.message
+    assert "\n" not in caught.value.message
+    assert not cache.exists()
+
+
+def test_the_inception_file_is_the_one_of_torch_fidelity():
+    assert INCEPTION == ("weights-inception-2015-12-05-6726825d.pth", URL_INCEPTION_V3, "6726825d")
+
+
+def test_a_download_is_kept(cache, tmp_path):
+    source = tmp_path / "source.bin"
+    source.write_bytes(os.urandom(3 * 2**20 + 5))
+    file = RemoteFile("a.bin", source.as_uri(), sha256(source)[:8])
+    path = locate(file)
+    assert path == cache / "a.bin"
+    assert path.read_bytes() == source.read_bytes()
+    source.unlink()
+    assert locate(file) == path
+
+
+def test_a_download_with_another_digest_is_refused_and_not_kept(cache, tmp_path):
+    source = tmp_path / "source.bin"
+    source.write_bytes(b"not what was promised")
+    with pytest.raises(UserError, match="begins with 00000000") as caught:
+        locate(RemoteFile("a.bin", source.as_uri(), "00000000"))
+    assert source.as_uri() in caught.value.message
+    assert list(cache.iterdir()) == []
+
+
+def test_a_download_that_breaks_off_leaves_nothing(cache, monkeypatch):
+    blocks = iter([b"the beginning"])
+
+    def read(size):
+        for block in blocks:
+            return block
+        raise TimeoutError("timed out")
+
+    answer = types.SimpleNamespace(headers={}, read=read)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: contextlib.nullcontext(answer))
+    with pytest.raises(UserError, match="timed out"):
+        locate(INCEPTION)
+    assert list(cache.iterdir()) == []
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_nothing_in_a_file_of_weights_is_executed(tmp_path):
+    torch.save({"fc.weight": Bomb(str(tmp_path / "exploded"))}, tmp_path / "bomb.pth")
+    with pytest.raises(UserError, match="holds no weights"):
+        Detector("inception", tmp_path / "bomb.pth")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("kind", ["inception", "dinov2"])
+@pytest.mark.parametrize(
+    "content", [b"", b"nonsense", [1], {"a": 1}, {"a": torch.zeros(2)}, {1: torch.zeros(2)}], ids=str
+)
+def test_a_file_without_the_weights_is_a_sentence(tmp_path, kind, content):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match=r"weights\.pth holds") as caught:
+        Detector(kind, path)
+    assert "\n" not in caught.value.message
+
+
+def test_a_misspelt_detector_is_a_sentence():
+    with pytest.raises(UserError, match="did you mean inception"):
+        load("inceptoin")
+
+
+# --- cached statistics -----------------------------------------------------------------------------------------------
+
+FEATURES = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+KEY = cache_key("content", detector="detector")
+
+
+class Computation:
+    """Computes, and counts how often."""
+
+    def __init__(self, value):
+        self.value, self.calls = value, 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.value
+
+
+def test_statistics_are_computed_once(cache):
+    rows, sums = Computation(FEATURES), Computation(moments(FEATURES))
+    for _ in range(3):
+        assert torch.equal(cached_features(KEY, 3, rows), FEATURES)
+        found = cached_moments(KEY, 3, sums)
+        assert (found.count, rows.calls, sums.calls) == (9, 1, 1)
+        assert torch.equal(found.mean, sums.value.mean)
+        assert torch.equal(found.scatter, sums.value.scatter)
+    assert len(list((cache / "statistics").iterdir())) == 2
+
+
+def test_the_key_is_made_of_the_content_its_order_and_all_facts():
+    pixels = torch.arange(12, dtype=torch.uint8)
+    contents = [
+        [b"ab", b"c"],
+        [b"c", b"ab"],
+        [b"a", b"bc"],
+        [b"abc"],
+        [],
+        [pixels.view(3, 2, 2)],
+        [pixels.view(1, 3, 4)],
+        [pixels.numpy().tobytes()],
+    ]
+    digests = [content_digest(pictures) for pictures in contents]
+    assert len(set(digests)) == len(contents)
+    assert digests == [content_digest(iter(pictures)) for pictures in contents]
+    keys = [cache_key(*c, **f) for c in (["a"], ["b"]) for f in ({}, {"size": [8, 8]}, {"size": [8, 9]}, {"num": 8})]
+    assert len(set(keys)) == len(keys)
+    assert cache_key("a", size=(8, 8), filter="box") == cache_key("a", filter="box", size=[8, 8])
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def put_another(path):
+    other = cache_key("other content", detector="detector")
+    cached_features(other, 3, Computation(FEATURES + 1))
+    shutil.move(path.with_name(f"features-{other}.safetensors"), path)
+
+
+def put_tensors(tensors):
+    def put(path):
+        save_file(tensors, path, {statistics.FORMAT: statistics._header(path.stem, tensors)})
+
+    return put
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut,
+        flip_a_bit,
+        put_another,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"nonsense" * 100),
+        lambda path: save_file({"features": FEATURES}, path),
+        put_tensors({"features": FEATURES * torch.nan}),
+        put_tensors({"features": FEATURES[:, :2].contiguous()}),
+        put_tensors({"features": FEATURES.double()}),
+        put_tensors({"other": FEATURES}),
+    ],
+    ids=["cut", "bit", "another", "empty", "nonsense", "no header", "nan", "shape", "type", "name"],
+)
+def test_a_damaged_cache_is_computed_again_and_mended(cache, capsys, damage):
+    compute = Computation(FEATURES)
+    cached_features(KEY, 3, compute)
+    (path,) = (cache / "statistics").iterdir()
+    damage(path)
+    for _ in range(2):
+        assert torch.equal(cached_features(KEY, 3, compute), FEATURES)
+        assert compute.calls == 2
+    assert capsys.readouterr().err.count("is damaged") == 1
+
+
+def test_a_cache_that_cannot_be_written_costs_no_result(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "file"))
+    assert torch.equal(cached_features(KEY, 3, Computation(FEATURES)), FEATURES)
+    assert "not kept" in capsys.readouterr().err

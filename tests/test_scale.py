@@ -1,0 +1,182 @@
+"""Scale consistency: against scikit-image and Pillow, and closed forms."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from metrics.scale import (
+    FILTERS,
+    bring_down,
+    consistency,
+    measure,
+    on_uint8,
+    psnr,
+    scale_lpips,
+    scale_psnr,
+    scale_ssim,
+    ssim,
+)
+
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png")
+
+
+def photograph(name, left=60, top=20, width=240, height=200):
+    """uint8 [1,3,H,W]"""
+    with Image.open(Path(skimage.__file__).parent / "data" / name) as image:
+        pixels = np.array(image.convert("RGB").crop((left, top, left + width, top + height)))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Three photographs, and each with a blur, noise and an offset: uint8 [3,3,200,240]."""
+    originals = torch.cat([photograph(name) for name in PHOTOGRAPHS])
+    random = torch.Generator().manual_seed(0)
+    changed = originals.float()
+    changed[0] = F.avg_pool2d(changed[0], 3, 1, 1)
+    changed[1] += 20 * torch.randn(changed[1].shape, generator=random)
+    changed[2] += 15
+    return originals, changed.clamp(0, 255).to(torch.uint8)
+
+
+def test_psnr_and_ssim_equal_scikit_image(pairs):
+    a, b = (t.numpy() for t in pairs)
+    similarity = partial(
+        structural_similarity,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=255,
+        channel_axis=0,
+    )
+    # scikit-image computes floats in their own precision, and bytes in float64.
+    for ours, theirs in ((psnr, partial(peak_signal_noise_ratio, data_range=255)), (ssim, similarity)):
+        expected = [theirs(x, y) for x, y in zip(a, b, strict=True)]
+        assert len(set(expected)) == 3
+        np.testing.assert_allclose(ours(*pairs), expected, rtol=1e-9)
+
+
+def test_equal_pictures_are_most_similar(pairs):
+    assert torch.equal(ssim(pairs[0], pairs[0]), torch.ones(3, dtype=torch.float64))
+    assert torch.equal(psnr(pairs[0], pairs[0]), torch.full([3], torch.inf, dtype=torch.float64))
+
+
+def test_constants_have_the_closed_form_of_luminance():
+    a, b = torch.full((1, 1, 11, 13), 100), torch.full((1, 1, 11, 13), 120)
+    c1 = 2.55**2
+    assert ssim(a, b).item() == pytest.approx((2 * 100 * 120 + c1) / (100**2 + 120**2 + c1), rel=1e-9)
+
+
+def test_the_box_averages_2x2_pixels():
+    image = photograph("coffee.png")
+    assert torch.equal(bring_down(image, (100, 120)), F.avg_pool2d(image.double(), 2).round().to(torch.uint8))
+
+
+def test_the_box_is_the_exact_area():
+    image = torch.tensor([[[[10, 40, 90]]]], dtype=torch.uint8)
+    # Each of two pixels covers one and a half: (10 + 40 / 2) / 1.5 and (40 / 2 + 90) / 1.5.
+    assert bring_down(image, (1, 2)).tolist() == [[[[20, 73]]]]
+
+
+@pytest.mark.parametrize("size", [(100, 120), (77, 131), (200, 90), (13, 240)], ids=str)
+@pytest.mark.parametrize("filter", ["bicubic", "lanczos"])
+def test_the_other_filters_are_those_of_pillow(filter, size):
+    image = photograph("astronaut.png")
+    resampling = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}[filter]
+    theirs = [Image.fromarray(c.astype(np.float32)).resize(size[::-1], resampling) for c in image[0].numpy()]
+    theirs = np.clip(np.stack([np.array(c) for c in theirs]), 0, 255)
+    # Half for our rounding; Pillow adds up in float64 and keeps float32.
+    np.testing.assert_allclose(bring_down(image, size, filter)[0].numpy(), theirs, rtol=0, atol=0.501)
+
+
+@given(
+    st.sampled_from(sorted(FILTERS)),
+    st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    st.integers(0, 255),
+)
+def test_a_constant_stays_itself_at_any_ratio(filter, size, more, colour):
+    image = torch.full((1, 2, size[0] + more[0], size[1] + more[1]), colour, dtype=torch.uint8)
+    assert torch.equal(bring_down(image, size, filter), image[..., : size[0], : size[1]])
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+def test_the_same_size_stays_itself(filter):
+    image = photograph("chelsea.png")
+    assert torch.equal(bring_down(image, (200, 240), filter), image)
+
+
+def test_overshoots_are_clamped():
+    image = torch.zeros(1, 1, 1, 64, dtype=torch.uint8)
+    image[..., 32:] = 255
+    small = bring_down(image, (1, 32), "lanczos")
+    assert small[..., :16].min() == 0
+    assert small[..., :16].max() < 20
+    assert small[..., 16:].min() > 235
+    assert small[..., 16:].max() == 255
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+def test_one_pass_serves_all_measures_whatever_the_batch(pairs, filter):
+    large, _ = pairs
+    small = bring_down(large, (134, 160), "lanczos").roll(1, 3)  # a ratio of 1.5, and no whole one down
+
+    def absolute(a, b):
+        assert a.dtype == b.dtype == torch.float32
+        assert -1 <= a.min() < a.max() <= 1
+        return (a - b).abs().mean((1, 2, 3))
+
+    distances = {"p": psnr, "s": ssim, "l": on_uint8(absolute)}
+    at_once = consistency([(small, large)], distances, filter)
+    one_by_one = consistency(zip(small.split(1), large.split(1), strict=True), distances, filter)
+    alone = (scale_psnr, scale_ssim, partial(scale_lpips, lpips=absolute))
+    for name, function in zip(distances, alone, strict=True):
+        result = function([(small, large)], filter=filter)
+        for other in (at_once[name], one_by_one[name]):
+            torch.testing.assert_close(other.values, result.values, rtol=1e-6, atol=0)
+        assert result.filter == filter
+        assert result.num == 3
+        assert result.mean == pytest.approx(result.values.mean().item())
+        assert result.standard_error == pytest.approx(np.std(result.values.numpy(), ddof=1) / math.sqrt(3))
+    torch.testing.assert_close(at_once["p"].values, psnr(small, bring_down(large, (134, 160), filter)))
+
+
+def test_blur_noise_and_offset_lower_the_consistency(pairs):
+    large, changed = pairs
+    perfect = bring_down(large, (100, 120))
+    worse = bring_down(changed, (100, 120))
+    assert math.isinf(scale_psnr([(perfect, large)]).mean)
+    assert scale_ssim([(perfect, large)]).mean == 1
+    assert scale_ssim([(worse, large)]).mean < 0.99
+    assert 15 < scale_psnr([(worse, large)]).mean < 40
+
+
+def test_a_single_picture_has_no_standard_error():
+    result = measure(torch.tensor([3.0]))
+    assert result.mean == 3
+    assert math.isnan(result.standard_error)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: bring_down(torch.zeros(1, 1, 8, 8), (4, 4), "lanczsos"), "use one of box, bicubic, lanczos"),
+        (lambda: bring_down(torch.zeros(1, 1, 8, 6), (9, 6)), "6x8 cannot be brought down to 6x9"),
+        (lambda: ssim(torch.zeros(1, 1, 10, 20), torch.zeros(1, 1, 10, 20)), "20x10 are too small"),
+        (lambda: psnr(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8)), "of one shape"),
+        (lambda: scale_psnr([]), "no pictures"),
+    ],
+)
+def test_a_wrong_call_is_a_sentence(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
