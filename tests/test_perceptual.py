@@ -4,6 +4,7 @@ import math
 import warnings
 from importlib.metadata import PackageNotFoundError
 
+import lpips as reference
 import numpy as np
 import pytest
 import torch
@@ -12,8 +13,6 @@ from dnnlib.console import UserError
 from metrics import perceptual
 from metrics.path_length import path_lengths, ppl2_wend, trimmed
 from metrics.perceptual import LPIPS, NETS
-
-import lpips as reference
 
 
 @pytest.fixture(scope="module", params=["vgg", "alex"])
