@@ -95,7 +95,7 @@ class Styles(NamedTuple):
         count = G.config.num_ws
         if self.cutoff is not None and self.cutoff > count:
             raise UserError(f"--trunc-cutoff={self.cutoff}: the network has {count} styles; choose 0 to {count}")
-        mixed = [(text, *self.parse_mix(text, count)) for text in self.mix]
+        mixed = [self.parse_mix(text, count) for text in self.mix]
 
         def styles(seed: int, c: Tensor) -> Tensor:
             return G.mapping(latent(G, seed).to(device), c.to(device), self.trunc, self.cutoff)
@@ -105,7 +105,7 @@ class Styles(NamedTuple):
             for i, seed in enumerate(seeds):
                 c = label(G, self.classes[i % len(self.classes)])
                 ws = styles(seed, c)
-                for _, other, layers in mixed:
+                for other, layers in mixed:
                     ws[:, layers] = styles(other, c)[:, layers]
                 result.append(ws)
         return torch.cat(result)

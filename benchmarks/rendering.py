@@ -66,10 +66,10 @@ def errors(G: Generator, ws: torch.Tensor, size: int) -> dict:
     truth = plain(copy.deepcopy(G).double(), ws.double(), size)
     result = {}
     for name, method in METHODS.items():
-        difference = method(G, ws, size).double() - truth
-        squares = (method(G, ws, size).double().clamp(-1, 1) - truth.clamp(-1, 1)).square().mean()
+        image = method(G, ws, size).double()
+        squares = (image.clamp(-1, 1) - truth.clamp(-1, 1)).square().mean()
         result[name] = {
-            "relative": (difference.abs().max() / truth.abs().max()).item(),
+            "relative": ((image - truth).abs().max() / truth.abs().max()).item(),
             "psnr_db": (10 * torch.log10(4 / squares)).item(),
         }
     return result

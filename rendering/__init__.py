@@ -31,7 +31,21 @@ def plan(
     exact: bool = False,
     tile: int | None = None,
 ) -> Plan:
-    """What is painted where; `paint(G, ws, plan)` does it. The arguments are those of `tiles`."""
+    """What is painted where; `paint(G, ws, plan)` does it, as `tiles` and `render` do.
+
+    size: (height, width) in pixels, by default that trained at.
+    window: (x0, y0, x1, y1) in sides of the square trained at, by default all of it, (0, 0, 1, 1).
+    fit: what happens when the window has another shape than the size. "crop" shows the largest part of it with that
+        shape, "extend" all of it and more around, "stretch" makes pixels oblong.
+    transform: a matrix [3,3] that moves the picture about its centre (`rotation`, `zoom`, … and their products with @),
+        or a function x, y -> x, y, float64 [h,w] each: where the colour of each place comes from (`lens`, …).
+    supersample: K takes K² samples of each pixel and averages them.
+    exact: concerns transforms that are no matter of rows and columns. False interpolates between dense samples of the
+        lines, at an error that docs/rendering.md gives; True computes every pixel's own lines, which takes some
+        hundred times as long.
+    tile: its side in pixels, by default what suits the device.
+    Raises ValueError, with a sentence, for arguments out of range.
+    """
     places = view(
         G.config.coords,
         size or G.config.img_shape,
@@ -44,58 +58,22 @@ def plan(
 
 
 def tiles(
-    G: Generator,
-    ws: Tensor,
-    size: tuple[int, int] | None = None,
-    *,
-    window: tuple[float, float, float, float] | None = None,
-    fit: str = "crop",
-    transform: Tensor | Field | None = None,
-    supersample: int = 1,
-    exact: bool = False,
-    dtype: torch.dtype | None = None,
-    tile: int | None = None,
+    G: Generator, ws: Tensor, size: tuple[int, int] | None = None, *, dtype: torch.dtype | None = None, **where
 ) -> Iterator[tuple[Box, Tensor]]:
     """Yields (box, colours [N,C,h,w] about [-1,1]) until the picture is complete; memory does not grow with it.
 
-    ws [N,num_ws,w_dim]: N pictures at once.
-    size: (height, width) in pixels, by default that trained at.
-    window: (x0, y0, x1, y1) in sides of the square trained at, by default all of it, (0, 0, 1, 1).
-    fit: what happens when the window has another shape than the size. "crop" shows the largest part of it with that
-        shape, "extend" all of it and more around, "stretch" makes pixels oblong.
-    transform: a matrix [3,3] that moves the picture about its centre (`rotation`, `zoom`, … and their products with @),
-        or a function x, y -> x, y, float64 [h,w] each: where the colour of each place comes from (`lens`, …).
-    supersample: K takes K² samples of each pixel and averages them.
-    exact: concerns transforms that are no matter of rows and columns. False interpolates between dense samples of the
-        lines, at an error that docs/rendering.md gives; True computes every pixel's own lines, which takes some
-        hundred times as long.
+    ws [N,num_ws,w_dim]: N pictures at once. `size` and `where`: the arguments of `plan` (window, transform, …).
     dtype: of the matrix products, by default that of G; torch.bfloat16, float16 (GPUs) or float64.
-    tile: its side in pixels, by default what suits the device.
     Raises ValueError, with a sentence, for arguments out of range.
     """
-    arranged = plan(
-        G, size, window=window, fit=fit, transform=transform, supersample=supersample, exact=exact, tile=tile
-    )
-    return paint(G, ws, arranged, dtype=dtype)
+    return paint(G, ws, plan(G, size, **where), dtype=dtype)
 
 
 def render(
-    G: Generator,
-    ws: Tensor,
-    size: tuple[int, int] | None = None,
-    *,
-    window: tuple[float, float, float, float] | None = None,
-    fit: str = "crop",
-    transform: Tensor | Field | None = None,
-    supersample: int = 1,
-    exact: bool = False,
-    dtype: torch.dtype | None = None,
-    tile: int | None = None,
+    G: Generator, ws: Tensor, size: tuple[int, int] | None = None, *, dtype: torch.dtype | None = None, **where
 ) -> Tensor:
     """[N,C,H,W] with colours about [-1,1], on the device of ws. The arguments and errors are those of `tiles`."""
-    arranged = plan(
-        G, size, window=window, fit=fit, transform=transform, supersample=supersample, exact=exact, tile=tile
-    )
+    arranged = plan(G, size, **where)
     image = None
     for box, colours in paint(G, ws, arranged, dtype=dtype):
         if image is None:
