@@ -90,11 +90,13 @@ def paint(
     dtype: torch.dtype | None = None,
     only: Sequence[bool] | None = None,
     finish: Callable[[Tensor], Tensor] = torch.positive,
+    impl: str = "auto",
 ) -> Iterator[tuple[Box, Tensor]]:
     """Yields (box, finish(colours [N,C,h,w] about [-1,1], float32 at least)) for every tile of the plan.
 
     ws [N,num_ws,w_dim]. `dtype` of the matrix products, by default that of G. `only`: for each tile, whether it is
-    wanted. `finish` runs in the threads that paint. Raises ValueError for a dtype that does not serve or other shapes.
+    wanted. `finish` runs in the threads that paint. `impl` of the layers, as in torch_utils.ops.chain.
+    Raises ValueError for a dtype that does not serve or other shapes.
     """
     if only is not None and len(only) != plan.tiles:
         raise ValueError(f"`only` says for {len(only)} tiles whether they are wanted, but the plan has {plan.tiles}")
@@ -114,12 +116,12 @@ def paint(
         yield from zip(wanted, imap(tile, wanted), strict=True)
 
     imap = workers(ws.device)
-    made = painters(G, ws, dtype, imap)
+    made = painters(G, ws, dtype, imap, impl)
     for block in plan.whole.split(plan.block):
         yield from tiles(block)
 
 
-def painters(G: Generator, ws: Tensor, dtype: torch.dtype | None, imap: Callable) -> list[Painter]:
+def painters(G: Generator, ws: Tensor, dtype: torch.dtype | None, imap: Callable, impl: str = "auto") -> list[Painter]:
     """One for each of ws [N,num_ws,w_dim]. Raises ValueError."""
     expected = (G.config.num_ws, G.config.w_dim)
     if ws.ndim != 3 or ws.shape[1:] != expected or not len(ws):
@@ -133,7 +135,7 @@ def painters(G: Generator, ws: Tensor, dtype: torch.dtype | None, imap: Callable
     if torch.promote_types(dtype, own) != own:
         G = copy.deepcopy(G).to(dtype)  # styles and input in float64 too
     with full_precision(ws):
-        return [Painter(G, w, dtype, imap) for w in ws.to(G.synthesis.lines.input.weight.dtype)]
+        return [Painter(G, w, dtype, imap, impl) for w in ws.to(G.synthesis.lines.input.weight.dtype)]
 
 
 class Lines:

@@ -6,6 +6,7 @@ lines is a batched product without transposing. A leaky ReLU commutes with its p
 weights and biases.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -13,36 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_utils.ops.bias_act import ACTIVATIONS
+from torch_utils.ops.chain import Chain, Layer
 from training.networks import Generator
 from training.networks.layers import CLAMP, EqualLinear, Head
 
-LARGEST = 60_000.0  # features of the fusion can pass the end of float16, 65504
 
-
-class Layer:
-    """x [I,P] -> [O,P] in the dtype of the weights: affine, then leaky ReLU and clamp where the module has them."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype, w: Tensor | None = None):
-        """`module`: EqualLinear, SynthesisLayer or Head; the last two with their style w [w_dim]."""
-        self.linear = isinstance(module, Head) or (isinstance(module, EqualLinear) and module.act == "linear")
-        gain = ACTIVATIONS["linear" if self.linear else "lrelu"].gain
-        if isinstance(module, EqualLinear):
-            self.clamp = None
-            weight, bias = module.weight * (module.weight_gain * gain), module.bias * (module.bias_gain * gain)
-        else:
-            self.clamp = CLAMP
-            weight, bias = module.weight * style(module.affine, w), module.bias * gain
-            if self.linear:
-                weight *= module.style_gain
-            else:  # demodulation
-                weight *= gain * (torch.linalg.vector_norm(weight, dim=1, keepdim=True).square() + 1e-8).rsqrt()
-        self.weight, self.bias = weight.to(dtype), bias.to(dtype)[:, None]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = torch.addmm(self.bias, self.weight, x)
-        if not self.linear:
-            F.leaky_relu_(y, 0.2)
-        return y if self.clamp is None else y.clamp_(-self.clamp, self.clamp)
+def ready(module: nn.Module, dtype: torch.dtype, w: Tensor | None = None) -> Layer:
+    """EqualLinear, SynthesisLayer or Head, the last two with their style w [w_dim], as a layer of a chain."""
+    linear = isinstance(module, Head) or (isinstance(module, EqualLinear) and module.act == "linear")
+    gain = ACTIVATIONS["linear" if linear else "lrelu"].gain
+    if isinstance(module, EqualLinear):
+        weight, bias = module.weight * (module.weight_gain * gain), module.bias * (module.bias_gain * gain)
+    else:
+        weight, bias = module.weight * style(module.affine, w), module.bias * gain
+        if linear:
+            weight *= module.style_gain
+        else:  # demodulation
+            weight *= gain * (torch.linalg.vector_norm(weight, dim=1, keepdim=True).square() + 1e-8).rsqrt()
+    clamp = math.inf if isinstance(module, EqualLinear) else CLAMP
+    return Layer(weight.to(dtype), bias.to(dtype), 1.0 if linear else 0.2, clamp)
 
 
 def style(affine: EqualLinear, w: Tensor) -> Tensor:
@@ -54,63 +44,47 @@ class Painter:
     """Paints the picture of w [num_ws,w_dim]: `line` for its rows and columns, then `pixels`.
 
     `dtype` is that of the matrix products in the layers; sums of lines, features and colours are float32 at least.
-    `imap` makes the weights of the layers (see engine.workers).
+    `imap` makes the weights of the layers (see engine.workers). `impl` as in torch_utils.ops.chain.
     """
 
-    def __init__(self, G: Generator, w: Tensor, dtype: torch.dtype, imap: Callable = map):
+    def __init__(self, G: Generator, w: Tensor, dtype: torch.dtype, imap: Callable = map, impl: str = "auto"):
         lines, pixels = G.synthesis.lines, G.synthesis.pixels
-        self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
-        self.device, self.thickness = w.device, lines.thickness
+        self.dtype, self.device, self.thickness = dtype, w.device, lines.thickness
         self.input = lines.input
         (self.scale,) = imap(lambda first: lines.input.scale(style(lines.input.affine, first)[None])[0], [w[0]])
-        blocks = list(lines.styled())
-        decoders = [() if isinstance(d, nn.Identity) else tuple(d) for d in (*pixels.decoders, pixels.decoder_last)]
 
-        styles: dict[nn.Module, Tensor | None] = {pixels.decoder_img: None}
-        styles |= {layer: None for decoder in decoders for layer in decoder}
-        styles |= {layer: w[i] for layers, head in blocks for layer, i in [*layers, *([head] if head else [])]}
-        styles |= {layer: w[-1] for block in pixels.refinement for layer in [*block.layers, block.head]}
-        made = dict(zip(styles, imap(lambda layer: Layer(layer, dtype, styles[layer]), styles), strict=True))
+        line, colour = [], []  # a module, its style, and what a Layer says of branch and terms
+        for layers, head in lines.styled():
+            line += [(layer, w[i], {}) for layer, i in layers]
+            line += [(head[0], w[head[1]], {"branch": True})] if head else []
+        self.summed = 0  # fusions that are added before any decoder
+        for decoder in pixels.decoders:
+            layers = [] if isinstance(decoder, nn.Identity) else list(decoder)
+            colour += [(layer, None, {"terms": int(layer is layers[-1])}) for layer in layers]
+            self.summed += not layers
+        colour += [(layer, None, {}) for layer in pixels.decoder_last]
+        colour.append((pixels.decoder_img, None, {"branch": True}))
+        for block in pixels.refinement:
+            colour += [(layer, w[-1], {}) for layer in block.layers]
+            colour.append((block.head, w[-1], {"branch": True}))
 
-        self.blocks = [([made[layer] for layer, _ in layers], head and made[head[0]]) for layers, head in blocks]
-        self.decoders = [[made[layer] for layer in decoder] for decoder in decoders]
-        self.decoder_img = made[pixels.decoder_img]
-        self.refinement = [([made[layer] for layer in block.layers], made[block.head]) for block in pixels.refinement]
+        made = list(imap(lambda part: ready(part[0], dtype, part[1])._replace(**part[2]), line + colour))
+        self.lines = Chain(made[: len(line)], every=True, impl=impl)
+        self.colours = Chain(made[len(line) :], impl=impl)
 
     def line(self, axis: int, positions: Tensor) -> Tensor:
         """float64 [R] -> [K,C,D,R]: lines of rows (axis 0) or columns (axis 1), summed up to each fusion."""
         x = self.input.features(positions) * self.scale[axis]
-        x = x.permute(2, 1, 0).flatten(1).to(self.dtype)
-        sums: list[Tensor] = []
-        for layers, head in self.blocks:
-            for layer in layers:
-                x = layer(x)
-            if head:
-                y = head(x).to(self.wide)
-                sums.append(sums[-1] + y if sums else y)
-        return torch.stack(sums).unflatten(2, (-1, len(positions)))
+        sums = self.lines(x.permute(2, 1, 0).flatten(1).to(self.dtype))
+        return sums.unflatten(2, (-1, len(positions)))
 
     def pixels(self, fusions: Iterable[Tensor]) -> Tensor:
         """K features [C,P], as `fuse` and `fuse_points` make them -> colours [img_channels,P], about [-1,1]."""
         fusions = iter(fusions)
         x = next(fusions)
-        for decoder, fusion in zip(self.decoders[:-1], fusions, strict=True):
-            x = self.decode(decoder, x).to(self.wide).add_(fusion)
-        x = self.decode(self.decoders[-1], x)
-        colours = self.decoder_img(x).to(self.wide)
-        for layers, head in self.refinement:
-            for layer in layers:
-                x = layer(x)
-            colours += head(x)
-        return colours
-
-    def decode(self, layers: list[Layer], x: Tensor) -> Tensor:
-        if not layers:
-            return x
-        x = x.clamp(-LARGEST, LARGEST).to(self.dtype) if self.dtype == torch.float16 else x.to(self.dtype)
-        for layer in layers:
-            x = layer(x)
-        return x
+        for _ in range(self.summed):
+            x = x + next(fusions)
+        return self.colours(x, fusions)
 
 
 def fuse(rows: Tensor, cols: Tensor) -> Iterator[Tensor]:
