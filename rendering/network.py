@@ -69,8 +69,8 @@ class Painter:
             colour.append((block.head, w[-1], {"branch": True}))
 
         made = list(imap(lambda part: ready(part[0], dtype, part[1])._replace(**part[2]), line + colour))
-        self.lines = Chain(made[: len(line)], every=True, impl=impl)
-        self.colours = Chain(made[len(line) :], impl=impl)
+        self.lines = Chain(made[: len(line)], every=True, impl=impl, imap=imap)
+        self.colours = Chain(made[len(line) :], impl=impl, imap=imap)
 
     def line(self, axis: int, positions: Tensor) -> Tensor:
         """float64 [R] -> [K,C,D,R]: lines of rows (axis 0) or columns (axis 1), summed up to each fusion."""

@@ -6,7 +6,7 @@ Legend: I inputs, O outputs, P positions, K branches.
 import ctypes
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,30 +39,36 @@ class Chain:
     The terms [O,P] are used one after the other, as the layers ask for them. Sums are float32 at least.
 
     every: return the sum after each branch
+    imap: what brings the weights into the order of "cpp", layer by layer, for instance in threads
     impl: "reference" is PyTorch; "cpp", for float32 on CPUs, is built on first use (chain.cpp); "auto" chooses "cpp"
         where it can be built, and says once why it cannot. Raises UserError when "cpp" is asked for and cannot be had.
     """
 
-    def __init__(self, layers: Sequence[Layer], *, every: bool = False, impl: str = "auto"):
+    def __init__(
+        self, layers: Sequence[Layer], *, every: bool = False, impl: str = "auto", imap: Callable[..., Iterable] = map
+    ):
         if impl not in IMPLS:
             raise UserError(f"impl={impl!r} is unknown; use one of {', '.join(IMPLS)}")
-        self.layers, self.every = list(layers), every
-        weight = self.layers[0].weight
+        weight = layers[0].weight
         serves = weight.dtype == torch.float32 and weight.device.type == "cpu"
         if impl == "cpp" and not serves:
             raise UserError(f"impl='cpp' is for float32 on CPUs, not {weight.dtype} on {weight.device.type}")
-        self.program = None
-        if serves and impl != "reference":
-            native, reason = build()
-            if native is not None:
-                self.program = Program(native, self.layers, every)
-            elif impl == "cpp":
-                raise UserError(reason)
+        native, reason = build() if serves and impl != "reference" else (None, "")
+        if native is None and impl == "cpp":
+            raise UserError(reason)
+        self.run = Program(native, layers, every, imap) if native else Reference(layers, every)
 
     def __call__(self, x: Tensor, terms: Iterable[Tensor] = ()) -> Tensor:
-        return self.program(x, terms) if self.program else self.reference(x, iter(terms))
+        return self.run(x, terms)
 
-    def reference(self, x: Tensor, terms: Iterable[Tensor]) -> Tensor:
+
+class Reference(NamedTuple):
+    """The layers, one after the other, in PyTorch."""
+
+    layers: Sequence[Layer]
+    every: bool
+
+    def __call__(self, x: Tensor, terms: Iterable[Tensor]) -> Tensor:
         dtype = self.layers[0].weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         terms, sums = iter(terms), []
@@ -120,9 +126,9 @@ class CLayer(ctypes.Structure):
 class Program:
     """The layers as chain.cpp wants them. Several threads may call it at once."""
 
-    def __init__(self, native: Native, layers: list[Layer], every: bool):
+    def __init__(self, native: Native, layers: Sequence[Layer], every: bool, imap: Callable[..., Iterable]):
         self.native, self.every = native, every
-        self.kept = [(pack(layer.weight, native.rows), layer.bias.contiguous()) for layer in layers]
+        self.kept = list(imap(lambda layer: (pack(layer.weight, native.rows), layer.bias.contiguous()), layers))
         self.layers = (CLayer * len(layers))(
             *(
                 CLayer(weight.data_ptr(), bias.data_ptr(), *reversed(layer.weight.shape), layer.branch, layer.terms)
