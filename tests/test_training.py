@@ -353,7 +353,7 @@ def test_saved_bytes_are_those_that_the_backward_pass_needs():
 def test_expected_memory_grows_with_the_images_and_begins_with_the_parameters(tiny):
     config, _, state, _ = prepare(tiny)
     fixed = 4 * (5 * parameters(state.G) + 4 * parameters(state.D))
-    one, four, eight = (expected_bytes(config, n) for n in (1, 4, 8))
+    one, four, eight = (expected_bytes(config, n, "cpu") for n in (1, 4, 8))
     assert fixed < one < four < eight
     with_images = [n - fixed for n in (four, eight)]
     assert 1.3 < with_images[1] / with_images[0] <= 2

@@ -131,7 +131,7 @@ def _clock(state: TrainState, seconds: float, waited: float) -> None:
 def _introduce(config: RunConfig, trainer: Trainer, images: ImageArchive, log: RunLog | SilentLog) -> None:
     s, t, world = trainer.state, config.train, trainer.procs.world
     height, width = config.G.img_shape
-    memory = expected_bytes(config, trainer.micro) / GIB
+    memory = expected_bytes(config, trainer.micro, trainer.procs.device.type) / GIB
     share = f"{t.batch} images a step" + (f" on {world} processes" if world > 1 else "")
     share += f", {trainer.micro} at a time" if trainer.rounds > 1 else ""
     log.print(

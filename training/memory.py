@@ -1,10 +1,13 @@
 """How much memory a run will need, before it needs it."""
 
+from collections import Counter
+
 import torch
 
 from training import losses
 from training.config import RunConfig
 from training.networks import Discriminator, Generator
+from training.networks.pixels import part_size
 
 GIB = 2**30
 
@@ -14,35 +17,57 @@ def parameters(network: torch.nn.Module) -> int:
 
 
 def saved_bytes(function) -> int:
-    """How many bytes of distinct storage autograd keeps for the backward pass of `function`."""
-    kept = {}
+    """How many bytes of distinct storage autograd keeps at most for backward passes while `function` runs."""
+    holders: Counter = Counter()  # of each storage
+    now = most = 0
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[id(storage)] = storage  # held, so that no other storage takes the same id
-        return tensor
+    class Holder:
+        def __init__(self, tensor):
+            nonlocal now, most
+            self.tensor, self.storage = tensor, tensor.untyped_storage()  # held, so that no other takes the same id
+            now += 0 if holders[id(self.storage)] else self.storage.nbytes()
+            most = max(most, now)
+            holders[id(self.storage)] += 1
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = function()
-    del result
-    return sum(storage.nbytes() for storage in kept.values())
+        def __del__(self):
+            nonlocal now
+            holders[id(self.storage)] -= 1
+            now -= 0 if holders[id(self.storage)] else self.storage.nbytes()
+
+    with torch.autograd.graph.saved_tensors_hooks(Holder, lambda holder: holder.tensor):
+        function()
+    return most
 
 
-def expected_bytes(config: RunConfig, micro: int) -> int:
-    """Memory of one process in float32: parameters with gradients, Adam and average, and the hungrier phase of G.
+def expected_bytes(config: RunConfig, micro: int, device: str) -> int:
+    """Memory of one process on a `device` ("cpu" or "cuda"), in float32.
 
-    Counted on tensors without data. Half precision needs less, and libraries' workspaces come on top.
+    Parameters with gradients, Adam and average, and the hungrier phase of G, counted on tensors without data. Half
+    precision needs less, and libraries' workspaces come on top.
     """
     with torch.device("meta"):
         G, D = Generator(config.G), Discriminator(config.D)
         z, c = torch.empty(micro, config.G.z_dim), torch.empty(micro, config.G.c_dim)
         half = (micro + 1) // 2
-        noise = torch.empty(half, config.G.img_channels, *config.G.img_shape)
-        phases = [saved_bytes(lambda: D(G(z, c), c))]
-        if config.loss.pl_weight:
-            phases.append(
-                saved_bytes(lambda: losses.path_lengths(G.synthesis, G.mapping(z[:half], c[:half]), noise).sum())
-            )
+        height, width = config.G.img_shape
+        noise = torch.empty(half, config.G.img_channels, height, width)
+        rows, cols = torch.empty(height), torch.empty(width)
+        count = max(1, part_size(device) // width) if G.synthesis.pixels.recompute else height
+
+        def synthesis(ws: torch.Tensor) -> torch.Tensor:
+            """With one part of each image for all, as one at a time is held: hundreds would take minutes."""
+            lines = G.synthesis.lines(ws, rows, cols)
+            part = G.synthesis.pixels(lines.window(slice(count), slice(None)), ws[:, -1])
+            return part.repeat(1, 1, -(-height // count), 1)[:, :, :height]
+
+        def adversarial():
+            D(synthesis(G.mapping(z, c)), c).sum().backward()
+
+        def path_length():
+            losses.path_lengths(synthesis, G.mapping(z[:half], c[:half]), noise).sum().backward()
+
+        phases = [adversarial, path_length] if config.loss.pl_weight else [adversarial]
+        most = max(saved_bytes(phase) for phase in phases)
     # G has weights, gradients, two moments and the average; D all but the average. The parameters saved for the
     # backward pass are counted twice, and the temporaries of a pass are not: the two are of one size.
-    return 4 * (5 * parameters(G) + 4 * parameters(D)) + max(phases)
+    return 4 * (5 * parameters(G) + 4 * parameters(D)) + most

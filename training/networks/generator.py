@@ -36,6 +36,9 @@ class GeneratorConfig(Config):
     coords: Literal["endpoints", "centers"] = Field(
         "endpoints", description="positions: 0 … 1 with both ends, as released, or pixel centres (i + ½) / R"
     )
+    recompute: Literal["none", "pixels", "all"] = Field(
+        "pixels", description="what the backward pass computes again, part by part, instead of keeping it in memory"
+    )
 
     @model_validator(mode="after")
     def _buildable(self):
@@ -104,9 +107,15 @@ class Synthesis(nn.Module):
             config.w_dim,
             config.bandwidth,
             every_block=config.architecture == "skip",
+            recompute=config.recompute == "all",
         )
         self.pixels: PixelSynthesis = PixelSynthesis(
-            config.num_fusions, config.biline_channels, config.img_channels, config.w_dim, decoders=config.decoders
+            config.num_fusions,
+            config.biline_channels,
+            config.img_channels,
+            config.w_dim,
+            decoders=config.decoders,
+            recompute=config.recompute != "none",
         )
 
     def forward(self, ws: Tensor, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:

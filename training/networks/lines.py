@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_utils.precision import full_precision
+from torch_utils.recompute import by_parts
 from training.networks.layers import EqualLinear, Head, SynthesisLayer
 
 
@@ -77,11 +78,22 @@ class LineSynthesis(nn.Module):
     """ws [N,num_ws,w_dim], rows [H], cols [W] -> Lines. Paper section 3.2, with the layer-wise heads of section 3.3."""
 
     def __init__(
-        self, widths: list[int], line_channels: int, thickness: int, w_dim: int, bandwidth: float, *, every_block: bool
+        self,
+        widths: list[int],
+        line_channels: int,
+        thickness: int,
+        w_dim: int,
+        bandwidth: float,
+        *,
+        every_block: bool,
+        recompute: bool,
     ):
-        """`widths`: channels of the blocks. `every_block`: heads from the second block on, else on the last alone."""
+        """`widths`: channels of the blocks. `every_block`: heads from the second block on, else on the last alone.
+
+        `recompute`: keep nothing for the backward pass, which computes one image's lines at a time again.
+        """
         super().__init__()
-        self.thickness = thickness
+        self.thickness, self.recompute = thickness, recompute
         self.input = FourierInput(widths[0], thickness, w_dim, bandwidth)
         self.blocks = nn.ModuleList()
         last = len(widths) - 1
@@ -100,6 +112,15 @@ class LineSynthesis(nn.Module):
             yield layers, None if block.head is None else (block.head, first + len(layers))
 
     def forward(self, ws: Tensor, rows: Tensor, cols: Tensor) -> Lines:
+        if self.recompute and len(ws):
+            parts = [(w,) for w in ws.split(1)]
+            lines = torch.cat(by_parts(lambda w: self.summed(w, rows, cols), parts, self.parameters()), dim=1)
+        else:
+            lines = self.summed(ws, rows, cols)
+        return Lines(*lines.split([len(rows), len(cols)], dim=2))
+
+    def summed(self, ws: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """[K,N,H+W,D,C]: the sums of the lines after every fusion."""
         x = self.input(rows, cols, ws[:, 0])
         total, sums = None, []
         for layers, head in self.styled():
@@ -109,5 +130,4 @@ class LineSynthesis(nn.Module):
                 y = head[0](x, ws[:, head[1]])
                 total = y if total is None else total + y
                 sums.append(total)
-        lines = torch.stack(sums).unflatten(2, (-1, self.thickness))
-        return Lines(*lines.split([len(rows), len(cols)], dim=2))
+        return torch.stack(sums).unflatten(2, (-1, self.thickness))

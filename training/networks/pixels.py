@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from torch_utils.precision import full_precision
+from torch_utils.recompute import by_parts
 from training.networks.layers import EqualLinear, Head, SynthesisLayer
 from training.networks.lines import Lines
+
+
+def part_size(device: str) -> int:
+    """How many positions a backward pass computes again at once: on a CPU, 2 MB of the paper's widest features."""
+    return 4096 if device == "cpu" else 2**18
 
 
 def fuse(rows: Tensor, cols: Tensor) -> Tensor:
@@ -45,10 +51,16 @@ class RefinementBlock(nn.Module):
 
 
 class PixelSynthesis(nn.Module):
-    """Lines of any window, w [N,w_dim] -> [N,img_channels,H,W]. Paper section 3.3."""
+    """Lines of any window, w [N,w_dim] -> [N,img_channels,H,W]. Paper section 3.3.
 
-    def __init__(self, num_fusions: int, channels: int, img_channels: int, w_dim: int, *, decoders: bool):
+    recompute: keep the lines alone for the backward pass, which computes some rows of a picture at a time again.
+    """
+
+    def __init__(
+        self, num_fusions: int, channels: int, img_channels: int, w_dim: int, *, decoders: bool, recompute: bool
+    ):
         super().__init__()
+        self.recompute = recompute
         self.decoders = nn.ModuleList(Decoder(channels) if decoders else nn.Identity() for _ in range(num_fusions - 1))
         self.decoder_last = Decoder(channels)
         self.decoder_img = EqualLinear(channels, img_channels)
@@ -60,12 +72,25 @@ class PixelSynthesis(nn.Module):
         )
 
     def forward(self, lines: Lines, w: Tensor) -> Tensor:
-        x = fuse(lines.rows[0], lines.cols[0])
-        for decoder, rows, cols in zip(self.decoders, lines.rows[1:], lines.cols[1:], strict=True):
-            x = decoder(x) + fuse(rows, cols)
+        if not (self.recompute and torch.is_grad_enabled() and len(w)):
+            return self.window(*lines, w)
+        count = max(1, part_size(w.device.type) // lines.cols.shape[2])  # rows of a part
+        parts = [
+            (rows, cols, style)
+            for picture, cols, style in zip(lines.rows.split(1, 1), lines.cols.split(1, 1), w.split(1), strict=True)
+            for rows in picture.split(count, 2)
+        ]
+        made = torch.cat(by_parts(self.window, parts, self.parameters()), dim=2)  # [1,C,N·H,W]
+        return made.unflatten(2, (len(w), -1)).squeeze(0).transpose(0, 1)
+
+    def window(self, rows: Tensor, cols: Tensor, w: Tensor) -> Tensor:
+        """rows [K,N,H,D,C], cols [K,N,W,D,C], w [N,w_dim] -> [N,img_channels,H,W]."""
+        x = fuse(rows[0], cols[0])
+        for decoder, row, col in zip(self.decoders, rows[1:], cols[1:], strict=True):
+            x = decoder(x) + fuse(row, col)
         x = self.decoder_last(x)
         image = self.decoder_img(x)
         for block in self.refinement:
             x, colours = block(x, w)
             image = image + colours
-        return image.unflatten(1, (lines.rows.shape[2], lines.cols.shape[2])).movedim(-1, 1)
+        return image.unflatten(1, (rows.shape[2], cols.shape[2])).movedim(-1, 1)

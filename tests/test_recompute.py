@@ -1,0 +1,129 @@
+"""Laws of computing part by part: nothing changes but the memory."""
+
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from torch_utils.recompute import by_parts
+from training import losses
+from training.memory import parameters, saved_bytes
+from training.networks import Generator, GeneratorConfig, pixels
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def network(weight, bias):
+    """A function of x [n,3] and a style s [3] that reads a weight [3,3] and a bias [3]."""
+    return lambda x, s: torch.tanh((x * s) @ weight + bias) ** 2
+
+
+def parts_of(x, s):
+    return [(part, s) for part in x.split(2)]
+
+
+def test_derivatives_are_those_of_finite_differences():
+    leaves = [noise(*shape, seed=i).requires_grad_() for i, shape in enumerate(((5, 3), (3,), (3, 3), (3,)))]
+
+    def f(x, s, weight, bias):
+        return torch.cat(by_parts(network(weight, bias), parts_of(x, s), [weight, bias]))
+
+    assert gradcheck(f, leaves)
+    assert gradgradcheck(f, leaves)
+
+
+def test_derivatives_reach_what_comes_before():
+    """The tensors that a function reads need not be leaves."""
+    x, s, weight, bias = (
+        noise(*shape, seed=i).requires_grad_() for i, shape in enumerate(((5, 3), (3,), (3, 3), (3,)))
+    )
+
+    def through(compute):
+        w, b = weight.sin(), bias.exp()
+        y = compute(network(w, b), x * 2, s.cos(), [w, b])
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x, s, weight, bias])
+
+    expected = through(lambda f, x, s, _: f(x, s))
+    found = through(lambda f, x, s, shared: torch.cat(by_parts(f, parts_of(x, s), shared)))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_function_may_ignore_tensors():
+    x, s, unread = (noise(3, seed=i).requires_grad_() for i in range(3))
+    (y,) = by_parts(lambda x, s: x.square(), [(x, s)], [unread])
+    first = torch.autograd.grad(y.sum(), [x, s, unread], create_graph=True)
+    assert [torch.equal(g, e) for g, e in zip(first, (2 * x, 0 * s, 0 * unread), strict=True)] == [True] * 3
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, s, unread], materialize_grads=True)
+    torch.testing.assert_close(second, (8 * x.detach(), 0 * s, 0 * unread))
+
+
+def test_what_needs_no_derivative_gets_none():
+    x, s = noise(4, 3), noise(3, seed=1).requires_grad_()
+    weight, bias = noise(3, 3, seed=2).requires_grad_(), noise(3, seed=3)
+    torch.cat(by_parts(network(weight, bias), parts_of(x, s), [weight, bias])).sum().backward()
+    assert x.grad is None
+    assert bias.grad is None
+    assert s.grad.shape == (3,)
+    assert weight.grad.shape == (3, 3)
+
+
+def test_the_graph_of_one_part_is_held_at_a_time():
+    """In second derivatives too: what autograd holds does not grow with the work inside of the parts."""
+
+    def held(depth: int) -> int:
+        x, w = noise(64, 10).requires_grad_(), noise(10, 10).requires_grad_()
+
+        def deep(part):
+            for _ in range(depth):
+                part = torch.tanh(part @ w)
+            return part
+
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            y = torch.cat(by_parts(deep, [(part,) for part in x.split(8)], [w]))
+            before = sum(sizes)
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        first.square().sum().backward()
+        return before
+
+    assert held(2) == held(20)
+
+
+def test_a_generator_has_the_same_derivatives_whatever_it_recomputes(monkeypatch):
+    """Pictures, gradients and the gradients of path lengths, to the last digits of float64; rows in uneven parts."""
+    shape = {"img_resolution": 16, "channel_base": 128, "channel_max": 16, "thickness": 3, "biline_channels": 4}
+    made = {}
+    monkeypatch.setattr(pixels, "part_size", lambda device: 5 * 16)
+    for recompute in ("none", "pixels", "all"):
+        torch.manual_seed(0)
+        G = Generator(GeneratorConfig(**shape, z_dim=8, w_dim=8, mapping_layers=1, recompute=recompute)).double()
+        images = G(noise(3, 8))
+        (images * noise(3, 3, 16, 16, seed=1)).sum().backward()
+        losses.path_lengths(G.synthesis, G.mapping(noise(3, 8)), noise(3, 3, 16, 16, seed=2)).sum().backward()
+        made[recompute] = torch.cat([t.flatten() for t in (images.detach(), *(p.grad for p in G.parameters()))])
+    for recompute in ("pixels", "all"):
+        assert (made[recompute] - made["none"]).abs().max() <= 1e-12 * made["none"].abs().max()
+
+
+def test_a_generator_that_recomputes_keeps_less_than_a_third_of_the_memory(monkeypatch):
+    monkeypatch.setattr(pixels, "part_size", lambda device: 1024)
+
+    def kept(recompute: str) -> int:
+        with torch.device("meta"):
+            G = Generator(GeneratorConfig(img_resolution=64, recompute=recompute))
+            return saved_bytes(lambda: G(torch.empty(4, 512)).sum().backward()) - 4 * parameters(G)
+
+    assert kept("all") < kept("none") / 3
+
+
+def test_recomputing_keeps_the_types_of_autocast():
+    torch.manual_seed(0)
+    G = Generator(GeneratorConfig(img_resolution=16, channel_base=128, channel_max=16, z_dim=8, w_dim=8))
+    seen = []
+    hook = G.synthesis.pixels.decoder_last.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        image = G(noise(1, 8, dtype=torch.float32))
+    image.float().sum().backward()
+    hook.remove()
+    assert seen == [torch.bfloat16, torch.bfloat16]
