@@ -1,9 +1,10 @@
 # make demo  the whole job on photographs that come with scikit-image, in minutes, without a GPU
 # make test  the test suite      make lint  format and lint      make bench  measure the rendering engine (an hour)
+# make gpu   test and measure the kernels on this machine's GPU, in at most nine minutes
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 # The environment is made once and again whenever the pinned list changes.
 .venv/ready: requirements.txt
@@ -32,6 +33,12 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.rendering
+
+# With the Python that is given, whatever its torch, and without a network. The measurements follow failing tests too.
+gpu:
+	$(PYTHON) -m torch_utils.doctor
+	timeout 210 $(PYTHON) -m pytest tests/gpu --confcutdir=tests/gpu -p no:cacheprovider -rs; tests=$$?; \
+	timeout 320 $(PYTHON) -m benchmarks.ops --device=cuda --minutes=4 && exit $$tests
 
 clean:
 	rm -rf .venv out

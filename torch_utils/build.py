@@ -1,49 +1,188 @@
-"""C++ sources made into libraries, on first use, by the compiler of the machine they run on."""
+"""C++ and CUDA sources made into libraries, on first use, by the compilers of the machine they run on.
+
+They are plain libraries of C functions, called through ctypes: a CUDA source compiles in seconds where an extension of
+PyTorch takes a minute, and needs no headers but CUDA's own.
+"""
 
 import ctypes
+import functools
 import hashlib
+import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+from torch import Tensor
 
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write, cache_dir
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
+CUDA_FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC")
 COMPILERS = ("c++", "g++", "clang++")
 
 
-def library(source: Path) -> ctypes.CDLL:
-    """The library made of `source`, which includes nothing but the standard library, for this very processor.
+# --- compilers --------------------------------------------------------------------------------------------------------
 
-    It is kept in the cache directory under a hash of the source, the flags, the compiler and the processor's features,
-    and appears there whole: processes that build at once, or die, do not disturb each other.
+
+def cpp_compiler() -> list[str]:
+    """The command of the C++ compiler: the variable CXX, or the first of COMPILERS on the PATH."""
+    return shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, COMPILERS), COMPILERS[0])]
+
+
+def cuda_compiler() -> list[str]:
+    """The command of nvcc: of CUDA_HOME, of the PATH, of pip's wheels, or of /usr/local/cuda.
+
+    Raises UserError when there is none.
+    """
+    places = [Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"] if os.environ.get("CUDA_HOME") else []
+    places += [Path(found) for found in [shutil.which("nvcc")] if found]
+    wheels = importlib.util.find_spec("nvidia")
+    for folder in wheels.submodule_search_locations or () if wheels else ():
+        places += sorted(Path(folder).glob("*/bin/nvcc"), reverse=True)
+    for nvcc in (*places, Path("/usr/local/cuda/bin/nvcc")):
+        if os.access(nvcc, os.X_OK):
+            # nvcc looks for its runtime in lib64; wheels have it in lib.
+            libs = nvcc.parents[1] / "lib"
+            return [str(nvcc), *([f"-L{libs}"] if (libs / "libcudart_static.a").exists() else [])]
+    raise UserError(
+        "there is no CUDA compiler nvcc in CUDA_HOME, on the PATH or in pip's wheels; install a CUDA toolkit and set "
+        "CUDA_HOME to it, or: pip install 'cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]'"
+    )
+
+
+def version(compiler: list[str]) -> str:
+    """What the compiler says of itself. Raises UserError when it cannot be run."""
+    return _run([*compiler, "--version"], "name another compiler by the variable CXX or CUDA_HOME")
+
+
+# --- libraries --------------------------------------------------------------------------------------------------------
+
+
+def library(source: Path) -> ctypes.CDLL:
+    """The library made of the C++ `source`, which includes nothing but the standard library, for this very processor.
+
+    It is kept in the cache directory under a hash of the source, the headers beside it, the flags, the compiler and the
+    processor's features, and appears there whole: processes that build at once, or die, do not disturb each other.
     Raises UserError, with the reason and the mend, when there is no compiler or it fails.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, COMPILERS), COMPILERS[0])]
+    command = [*cpp_compiler(), *FLAGS]
+    mend = "name another compiler by the variable CXX"
     # The macros that a compiler predefines tell its version and what the processor can do.
-    macros = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-    digest = hashlib.sha256(repr((compiler, FLAGS, macros)).encode() + source.read_bytes()).hexdigest()
-    path = cache_dir() / "libraries" / f"{source.stem}-{digest[:16]}.so"
+    return _library(source, command, _run([*command, "-dM", "-E", "-x", "c++", os.devnull], mend), mend)
+
+
+def cuda_library(source: Path, capability: int) -> ctypes.CDLL:
+    """The library of the CUDA `source` for devices of a compute capability (90 is 9.0), made and kept as `library`."""
+    compiler = cuda_compiler()
+    mend = "choose another CUDA toolkit by the variable CUDA_HOME"
+    return _library(source, [*compiler, *CUDA_FLAGS, f"-arch=sm_{capability}"], version(compiler), mend)
+
+
+def _library(source: Path, command: list[str], identity: str, mend: str) -> ctypes.CDLL:
+    code = source.read_bytes()
+    headers = [source.with_name(name.decode()) for name in re.findall(rb'^#include "(.+)"', code, re.MULTILINE)]
+    key = repr((command, identity)).encode() + code + b"".join(path.read_bytes() for path in headers)
+    path = cache_dir() / "libraries" / f"{source.stem}-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if not path.exists():
         with atomic_write(path) as temporary:
-            _run([*compiler, *FLAGS, str(source), "-o", str(temporary)])
+            _run([*command, str(source), "-o", str(temporary)], mend)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be loaded ({error}); remove it, and it is built again") from error
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str], mend: str) -> str:
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
     except FileNotFoundError as error:
-        raise UserError(
-            f"there is no C++ compiler {command[0]}; install g++ or clang, or name one by the variable CXX"
-        ) from error
+        raise UserError(f"there is no C++ compiler {command[0]}; install g++ or clang, or {mend}") from error
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).splitlines()
-        first = next((line for line in lines if "error" in line), lines[0] if lines else str(error))
-        raise UserError(f"{shlex.join(command)} failed ({first}); name another compiler by the variable CXX") from error
+        first = next((line for line in lines if re.search("error|fatal", line)), lines[0] if lines else str(error))
+        raise UserError(f"{shlex.join(command)} failed ({first}); {mend}") from error
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+class Kernels(NamedTuple):
+    """The functions of a CUDA source, built for one device."""
+
+    functions: ctypes.CDLL
+    device: torch.device
+    capability: int  # 90 is 9.0
+
+    def call(self, name: str, *arguments: Tensor | int | float | None) -> None:
+        """name(device, stream, …) on PyTorch's present stream. Tensors and None become pointers.
+
+        The C function takes int64_t, double and pointers, and returns nullptr or what is wrong, which a RuntimeError
+        then says. Raises ValueError when a tensor lies on another device.
+        """
+        with torch.cuda.device(self.device):
+            self.invoke(name, self.device.index, torch.cuda.current_stream().cuda_stream, arguments)
+
+    def invoke(self, name: str, device: int, stream: int, arguments: Sequence[Tensor | int | float | None]) -> None:
+        if strange := {str(a.device) for a in arguments if isinstance(a, Tensor)} - {str(self.device)}:
+            raise ValueError(f"all tensors must be on {self.device}; got one on {', '.join(strange)}")
+        function = getattr(self.functions, name)
+        function.restype = ctypes.c_char_p
+        if problem := function(ctypes.c_int64(device), ctypes.c_void_p(stream), *map(_in_c, arguments)):
+            raise RuntimeError(f"the CUDA function {name} failed: {problem.decode()}")
+
+
+def _in_c(value: Tensor | int | float | None):
+    if isinstance(value, float):
+        return ctypes.c_double(value)
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return ctypes.c_void_p(None if value is None else value.data_ptr())
+
+
+@functools.lru_cache
+def kernels(source: Path, device: torch.device) -> tuple[Kernels | None, str]:
+    """The kernels of `source` for `device`, or None and the reason."""
+    if device.type != "cuda":
+        return None, f"it needs a CUDA device, and the tensors are on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    try:
+        functions = cuda_library(source, 10 * major + minor)
+    except UserError as error:
+        return None, str(error)
+    return Kernels(functions, device, 10 * major + minor), ""
+
+
+def choose(impl: str, impls: tuple[str, ...], source: Path, x: Tensor) -> Kernels | None:
+    """The kernels of `source` for x, or None where the reference in PyTorch serves.
+
+    impl: "reference"; "auto": kernels on CUDA devices, but not under torch.compile, which fuses the reference itself;
+    when they cannot be built, one line on stderr says so, once. Any other of `impls` raises UserError where kernels
+    cannot be had, as does a name that is not in `impls`.
+    """
+    if impl not in impls:
+        raise UserError(f"impl={impl!r} is unknown; use one of {', '.join(impls)}")
+    if impl == "reference" or (impl == "auto" and torch.compiler.is_compiling()):
+        return None
+    reason = None if x.dtype in DTYPES else f"it is for {', '.join(map(str, DTYPES))}, not {x.dtype}"
+    found, reason = (None, reason) if reason else kernels(source, x.device)
+    if found is None and impl != "auto":
+        raise UserError(f"impl={impl!r} of {source.stem} cannot be had: {reason}")
+    if found is None and x.device.type == "cuda":
+        say_once(f"{source.stem} goes on in plain PyTorch, which is slower: {reason}")
+    return found
+
+
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # numbered as in bias_act.h
+
+
+@functools.lru_cache
+def say_once(line: str) -> None:
+    click.echo(line, err=True)

@@ -1,43 +1,137 @@
 """Bias, activation, gain and clamp: what follows every linear map of the networks."""
 
 import math
-from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from torch_utils.build import DTYPES, Kernels, choose
+
+IMPLS = ("auto", "reference", "cuda")
+SOURCE = Path(__file__).with_suffix(".cu")
 
 
 class Activation(NamedTuple):
-    function: Callable[[torch.Tensor], torch.Tensor]
+    slope: float  # of negative inputs
     gain: float  # the default: keeps the second moment of normal inputs about 1
 
 
-ACTIVATIONS = {
-    "linear": Activation(torch.positive, 1.0),
-    "lrelu": Activation(lambda x: F.leaky_relu(x, 0.2), math.sqrt(2)),
-}
+ACTIVATIONS = {"linear": Activation(1.0, 1.0), "lrelu": Activation(0.2, math.sqrt(2))}
 
 
 def bias_act(
-    x: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: Tensor,
+    bias: Tensor | None = None,
     *,
     act: str = "linear",
     gain: float | None = None,
     clamp: float | None = None,
     dim: int = -1,
-) -> torch.Tensor:
+    impl: str = "auto",
+) -> Tensor:
     """clamp(gain · act(x + bias), ±clamp) in the dtype of x; `bias` [C] lies along axis `dim` of x.
 
     `act` is a key of ACTIVATIONS, which also holds its default gain. No clamp by default.
-    Differentiable twice.
+    `impl`: "reference" is PyTorch; "cuda" (bias_act.cu) rounds once, where the reference rounds after each step, and
+    keeps two bits of each element for the gradient; "auto" as in `torch_utils.build.choose`.
+    Differentiable twice. Raises ValueError when bias has another shape, UserError when "cuda" cannot be had.
     """
-    if bias is not None:
-        x = x + bias.to(x.dtype).view([-1 if i == dim % x.ndim else 1 for i in range(x.ndim)])
     activation = ACTIVATIONS[act]
     gain = activation.gain if gain is None else gain
-    x = activation.function(x)
+    if bias is not None and bias.shape != x.shape[dim : dim + 1 or None]:
+        raise ValueError(f"bias must be [{x.shape[dim]}], as axis {dim} of x {list(x.shape)}; got {list(bias.shape)}")
+    kernels = choose(impl, IMPLS, SOURCE, x)
+    if kernels is not None:
+        formula = (activation.slope, float(gain), math.inf if clamp is None else float(clamp))
+        return fused(kernels, x, bias, formula, dim % max(x.ndim, 1))
+    if bias is not None:
+        x = x + bias.to(x.dtype).view([-1 if i == dim % x.ndim else 1 for i in range(x.ndim)])
+    if activation.slope != 1:
+        x = F.leaky_relu(x, activation.slope)
     if gain != 1:
         x = x * gain
     return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+
+
+def fused(kernels: Kernels, x: Tensor, bias: Tensor | None, formula: tuple[float, float, float], dim: int) -> Tensor:
+    """`formula`: slope, gain, clamp. The result lies in memory as x does."""
+    if not x.is_contiguous():
+        order = sorted(range(x.ndim), key=x.stride, reverse=True)
+        y = fused(kernels, x.permute(order).contiguous(), bias, formula, order.index(dim))
+        return y.permute([order.index(i) for i in range(x.ndim)])
+    if bias is not None:
+        bias = aligned(bias.to(wide(x.dtype)))
+    x, arguments = aligned(x), (dim, kernels, formula)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return BiasAct.apply(x, bias, *arguments)
+    return value(x, bias, None, *arguments)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """In which the kernels do arithmetic on numbers of this type."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, contiguous and at a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def codes_for(x: Tensor, count: int) -> Tensor:
+    """Room for the codes of `count` elements in the dtype of x: one for 16 bytes, two bits in it for an element."""
+    return torch.empty(-(-count * x.element_size() // 16), dtype=torch.int16, device=x.device)
+
+
+def value(x: Tensor, bias: Tensor | None, codes: Tensor | None, dim: int, kernels: Kernels, formula: tuple) -> Tensor:
+    y = torch.empty_like(x)
+    channels, inner = (1, 1) if bias is None else (x.shape[dim], x.shape[dim + 1 :].numel())
+    if x.numel():
+        kernels.call("bias_act", DTYPES[x.dtype], x, bias, y, codes, x.numel(), channels, inner, *formula)
+    return y
+
+
+class BiasAct(Function):
+    """(x, bias): the value, in one pass; the gradient needs neither x nor y."""
+
+    @staticmethod
+    def forward(ctx, x, bias, dim, kernels, formula):
+        codes = codes_for(x, x.numel())
+        ctx.save_for_backward(codes)
+        ctx.others = [i for i in range(x.ndim) if i != dim]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.kernels, ctx.formula = kernels, formula
+        return value(x, bias, codes, dim, kernels, formula)
+
+    @staticmethod
+    def backward(ctx, gy):
+        gx = Gradient.apply(gy, *ctx.saved_tensors, ctx.kernels, ctx.formula)
+        gb = None
+        if ctx.needs_input_grad[1]:
+            gb = gx.sum(ctx.others, dtype=ctx.bias_dtype) if ctx.others else gx.to(ctx.bias_dtype)
+        return gx, gb, None, None, None
+
+
+class Gradient(Function):
+    """g times the derivative that the codes tell. It is linear in g and its own adjoint."""
+
+    @staticmethod
+    def forward(ctx, g, codes, kernels, formula):
+        ctx.save_for_backward(codes)
+        ctx.kernels, ctx.formula = kernels, formula
+        g = aligned(g)
+        y = torch.empty_like(g)
+        if g.numel():
+            kernels.call("bias_act_gradient", DTYPES[g.dtype], g, codes, y, g.numel(), *formula[:2])
+        return y
+
+    @staticmethod
+    def backward(ctx, gg):
+        return Gradient.apply(gg, *ctx.saved_tensors, ctx.kernels, ctx.formula), None, None, None

@@ -3,31 +3,177 @@
 Legend: N images, P positions, I inputs, O outputs. Channels are the last axis, so that a layer is one matrix product.
 """
 
-import torch
+import math
+from pathlib import Path
 
-from torch_utils.ops.bias_act import bias_act
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from dnnlib.console import UserError
+from torch_utils.build import DTYPES, Kernels, choose
+from torch_utils.ops.bias_act import ACTIVATIONS, Gradient, aligned, bias_act, codes_for, wide
+from torch_utils.ops.bias_act import SOURCE as ELEMENTS
 from torch_utils.precision import full_precision
+
+IMPLS = ("auto", "reference", "cuda", "cublas")
+SOURCE = Path(__file__).with_suffix(".cu")
+EPSILON = 1e-8
+# Up to so many inputs "auto" takes the own product. Beyond, the library gains more by multiplying faster than it loses
+# by another pass over the outputs: with 600 and 250 TFLOP/s and 3 TB/s, assumed for an H100, from 285 on. Not measured.
+NARROW = 256
 
 
 def modulated_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    style: torch.Tensor,
-    bias: torch.Tensor,
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    bias: Tensor,
     *,
     demodulate: bool = True,
     act: str = "lrelu",
     clamp: float | None = None,
-) -> torch.Tensor:
+    impl: str = "auto",
+) -> Tensor:
     """bias_act(w' x, bias) with w'[n,o,i] = weight[o,i] · style[n,i], scaled to length 1 over i if demodulated.
 
     x [N,P,I], weight [O,I], style [N,I], bias [O] -> [N,P,O]. `act` and `clamp` as in `bias_act`. Differentiable twice.
     Source: StyleGAN2 (Karras et al., CVPR 2020, equations 1 and 3).
+
+    `impl`: "reference" is PyTorch; "cublas" makes w' in one kernel, then PyTorch's product, then the kernel of
+    `bias_act`; "cuda", for half types on devices from 8.0 with I and O multiples of 8, makes w' and then all the rest
+    in a product of its own on tensor cores; "auto" chooses "cuda" up to NARROW inputs where it can be had, "cublas"
+    elsewhere on CUDA devices, and otherwise as in `torch_utils.build.choose`.
+    Raises ValueError when shapes do not fit, UserError when the one that is asked for cannot be had.
     """
+    (n, _, i), (o, _) = x.shape, weight.shape
+    if weight.shape != (o, i) or style.shape != (n, i) or bias.shape != (o,):
+        shapes = ", ".join(str(list(t.shape)) for t in (x, weight, style, bias))
+        raise ValueError(f"x, weight, style and bias must be [N,P,I], [O,I], [N,I] and [O]; got {shapes}")
+    kernels, elements = (choose(impl, IMPLS, source, x) for source in (SOURCE, ELEMENTS))
+    if kernels is not None and elements is not None:
+        return fused(kernels, elements, x, weight, style, bias, demodulate, act, clamp, impl)
     # At least float32 here: a sum of 512 equal float16 squares overflows once |w'| > 11.3 (65504 / 512 = 127.9).
     with full_precision(x):
         modulated = weight * style.to(weight.dtype)[:, None, :]
         if demodulate:
-            modulated = modulated * (modulated.square().sum(-1, keepdim=True) + 1e-8).rsqrt()
+            modulated = modulated * (modulated.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
     y = torch.baddbmm(bias.to(x.dtype), x, modulated.mT.to(x.dtype))
-    return bias_act(y, act=act, clamp=clamp)
+    return bias_act(y, act=act, clamp=clamp, impl="reference")
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+
+
+def fused(
+    kernels: Kernels,
+    elements: Kernels,
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    bias: Tensor,
+    demodulate: bool,
+    act: str,
+    clamp: float | None,
+    impl: str,
+) -> Tensor:
+    x = x.to(product_dtype(x))
+    problem = why_not(kernels, x.dtype, *weight.shape)
+    if impl == "cuda" and problem:
+        raise UserError(f"impl='cuda' of modulated_linear {problem}; use impl='cublas'")
+    dtype = wide(weight.dtype)
+    modulated = Modulate.apply(aligned(weight.to(dtype)), aligned(style.to(dtype)), demodulate, x.dtype, kernels)
+    if impl == "cublas" or problem or (impl == "auto" and weight.shape[1] > NARROW):
+        return bias_act(torch.bmm(x, modulated.mT), bias, act=act, clamp=clamp, impl="cuda")
+    slope, gain = ACTIVATIONS[act]
+    formula = (slope, gain, math.inf if clamp is None else float(clamp))
+    x, bias = aligned(x), aligned(bias.float())
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, modulated, bias)):
+        return Product.apply(x, modulated, bias, kernels, elements, formula)
+    return product(x, modulated, bias, None, kernels, formula)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which autocast, if it is on, would multiply x."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def why_not(kernels: Kernels, dtype: torch.dtype, outputs: int, inputs: int) -> str:
+    """Why the own product cannot serve; empty if it can."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"is for half types, not {dtype}"
+    if inputs % 8 or outputs % 8 or not inputs:
+        return f"is for multiples of 8 inputs and outputs, not {inputs} and {outputs}"
+    if kernels.capability < 80:
+        return f"needs a device of compute capability 8.0, not {kernels.capability / 10}"
+    return ""
+
+
+class Modulate(Function):
+    """weight [O,I], style [N,I], both float32 or float64 -> w' [N,O,I] in `dtype`."""
+
+    @staticmethod
+    def forward(ctx, weight, style, demodulate, dtype, kernels):
+        ctx.save_for_backward(weight, style)
+        ctx.demodulate = demodulate
+        made = dtype if wide(dtype) == weight.dtype else weight.dtype
+        out = weight.new_empty(len(style), *weight.shape, dtype=made)
+        if out.numel():
+            kernels.call("modulate", DTYPES[made], weight, style, out, *out.shape, int(demodulate))
+        return out.to(dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        """Written in PyTorch, which differentiates it again.
+
+        With m = weight · style and d = (Σ_i m² + ε)^-½, w' = d m and ∂w'/∂m = d (1 − w' w'ᵀ). So with h = d g and
+        q = d² Σ_i h m, the gradient by m is h − q m, and q m needs no tensor of N·O·I.
+        """
+        weight, style = ctx.saved_tensors
+        with full_precision(g):
+            h = g.to(weight.dtype)
+            if not ctx.demodulate:
+                return (h * style[:, None]).sum(0), (h * weight).sum(1), None, None, None
+            weight2, style2 = weight.square(), style.square()
+            d2 = (style2 @ weight2.mT + EPSILON).reciprocal()  # [N,O]
+            h = h * d2.sqrt()[..., None]
+            hw = h * weight
+            q = d2 * (hw @ style[..., None]).squeeze(-1)  # [N,O]
+            g_weight = (h * style[:, None]).sum(0) - weight * (q.mT @ style2)
+            g_style = hw.sum(1) - style * (q @ weight2)
+        return g_weight, g_style, None, None, None
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor | None, kernels: Kernels, formula: tuple) -> Tensor:
+    """x [N,P,I], weight [N,O,I], bias [O] in float32 -> [N,P,O]; `formula`: slope, gain, clamp."""
+    (n, p, i), o = x.shape, len(bias)
+    y = x.new_empty(n, p, o)
+    if y.numel():
+        kernels.call("modulated_product", DTYPES[x.dtype], x, weight, bias, y, codes, n, p, i, o, *formula)
+    return y
+
+
+class Product(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, kernels, elements, formula):
+        codes = codes_for(x, x.shape[:2].numel() * len(bias))
+        ctx.save_for_backward(x, weight, codes)
+        ctx.elements, ctx.formula = elements, formula
+        return product(x, weight, bias, codes, kernels, formula)
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, weight, codes = ctx.saved_tensors
+        g = Gradient.apply(gy, codes, ctx.elements, ctx.formula)
+        gx, gw, gb = ctx.needs_input_grad[:3]
+        return (
+            g @ weight if gx else None,
+            g.mT @ x if gw else None,
+            g.sum((0, 1), dtype=torch.float32) if gb else None,
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,23 @@
+#pragma once
+
+#include "cuda_runtime.h"
+
+inline void __pipeline_memcpy_async(void *to, const void *from, size_t size) {
+    if (uintptr_t(to) % size || uintptr_t(from) % size) emulator::fail("an asynchronous copy is not aligned");
+    emulator::fibers[emulator::present].copies.push_back({to, from, size});
+}
+
+inline void __pipeline_commit() { emulator::fibers[emulator::present].copies.push_back({nullptr, nullptr, 0}); }
+
+// All groups but the last `prior` arrive.
+inline void __pipeline_wait_prior(size_t prior) {
+    auto &copies = emulator::fibers[emulator::present].copies;
+    size_t groups = 0;
+    for (const auto &copy : copies) groups += !copy.from;
+    auto copy = copies.begin();
+    for (; groups > prior; copy++) {
+        if (copy->from) std::memcpy(copy->to, copy->from, copy->size);
+        groups -= !copy->from;
+    }
+    copies.erase(copies.begin(), copy);
+}

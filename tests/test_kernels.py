@@ -1,0 +1,294 @@
+"""Kernels without a GPU: the CUDA sources compile, and run on a CPU (tests/emulator); how they are built and chosen."""
+
+import ctypes
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from gpu.test_ops import *  # noqa: F403  the laws of the kernels
+from torch.autograd import grad
+
+from benchmarks import ops
+from dnnlib.console import UserError
+from torch_utils import build, doctor
+from torch_utils.ops import bias_act as bias_act_module
+from torch_utils.ops import chain
+from torch_utils.ops import modulated_linear as modulated_linear_module
+from torch_utils.ops.bias_act import bias_act
+from training.networks import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
+
+SOURCES = [bias_act_module.SOURCE, modulated_linear_module.SOURCE]
+EMULATOR = Path(__file__).parent / "emulator"
+CARD = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda:0"))  # what `choose` sees of a tensor on a GPU
+
+
+class Emulated(build.Kernels):
+    def call(self, name, *arguments):
+        self.invoke(name, 0, 0, arguments)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++, whose _Float16 the emulator needs")
+    folder, found = tmp_path_factory.mktemp("emulated"), {}
+    for source in SOURCES:
+        path = folder / f"{source.stem}.so"
+        flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC", f"-I{EMULATOR}", "-x", "c++"]
+        subprocess.run([compiler, *flags, str(source), "-o", str(path)], check=True)
+        found[source] = Emulated(ctypes.CDLL(str(path)), torch.device("cpu"), 90)
+    return found
+
+
+@pytest.fixture
+def device(emulated, monkeypatch):
+    """The kernels run on the CPU, and `auto` chooses them there."""
+    monkeypatch.setattr(build, "kernels", lambda source, device: (emulated[source], ""))
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A machine with a GPU of compute capability 9.0 that has not built anything yet. Returns its cache directory."""
+    monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for cached in (build.kernels, build.say_once):
+        cached.cache_clear()
+    yield tmp_path / "cache"
+    for cached in (build.kernels, build.say_once):
+        cached.cache_clear()
+
+
+def toolkit(folder, script):
+    """A directory for CUDA_HOME whose nvcc is a shell script."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(0o755)
+    return str(folder)
+
+
+# --- the networks on kernels ------------------------------------------------------------------------------------------
+
+
+def test_networks_have_the_derivatives_of_the_reference_of_both_orders(device, monkeypatch):
+    torch.manual_seed(0)
+    config = GeneratorConfig(img_resolution=8, z_dim=8, w_dim=8, channel_base=64, channel_max=8, biline_channels=4,
+                             thickness=2, mapping_layers=2)  # fmt: skip
+    G = Generator(config).double()
+    D = Discriminator(DiscriminatorConfig(img_resolution=8, channel_base=64, channel_max=8)).double()
+    parameters = [*G.parameters(), *D.parameters()]
+
+    def losses():
+        ws = G.mapping(noise(device, 4, 8))  # noqa: F405
+        image = G.synthesis(ws)
+        (lengths,) = grad((image * noise(device, *image.shape, seed=1)).sum(), ws, create_graph=True)  # noqa: F405
+        logits = D(image)
+        (slopes,) = grad(logits.sum(), image, create_graph=True)
+        return logits.sum() + lengths.square().sum() + slopes.square().sum()
+
+    fused = grad(losses(), parameters, allow_unused=True)
+    monkeypatch.setattr(build, "kernels", lambda source, device: (None, "not here"))
+    plain = grad(losses(), parameters, allow_unused=True)
+    for got, expected in zip(fused, plain, strict=True):
+        assert (got is None) == (expected is None)
+        assert got is None or torch.allclose(got, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+
+
+# --- the doctor and the benchmark -------------------------------------------------------------------------------------
+
+
+def test_the_doctor_finds_every_kernel_working(device):
+    for name, impl, kind, dtypes, example in doctor.CHECKS:
+        found = doctor.verdict(impl, "cpu", dtypes, example)
+        assert found.startswith("works (distance to float64: "), (name, impl, kind, found)
+
+
+def test_the_doctor_tells_wrong_results_and_crashes():
+    def wrong(impl, device, dtype):
+        return torch.ones(3, dtype=dtype), torch.zeros(3)
+
+    def crashing(impl, device, dtype):
+        raise RuntimeError("the CUDA function f failed: out of memory")
+
+    assert doctor.verdict("cuda", "cpu", (torch.float32,), wrong).startswith("WRONG in torch.float32")
+    assert "FAILS in torch.float16: the CUDA function f failed" in doctor.verdict(
+        "cuda", "cpu", (torch.float16,), crashing
+    )
+
+
+def test_the_doctor_needs_neither_a_gpu_nor_compilers(fresh, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    monkeypatch.setattr(build.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    chain.build.cache_clear()
+    page = CliRunner().invoke(doctor.main, catch_exceptions=False)
+    chain.build.cache_clear()
+    assert page.exit_code == 0
+    assert "no CUDA device: there is no NVIDIA GPU" in page.output
+    assert "none: there is no CUDA compiler nvcc" in page.output
+    assert "none: there is no C++ compiler /nowhere/c++; install g++" in page.output
+    assert page.output.count("no: it needs a CUDA device") == 3
+
+
+def test_the_benchmark_measures_whatever_can_run(device, tmp_path):
+    arguments = ["--device=cpu", "--share=4096", "--rounds=1", "--no-compile", f"--out={tmp_path}", "--ops=bias_act"]
+    ran = CliRunner().invoke(ops.main, arguments, catch_exceptions=False)
+    assert ran.exit_code == 0
+    result = json.loads((tmp_path / "ops-cpu.json").read_text())
+    assert {"cpu", "torch", "driver"} <= set(result["machine"])
+    cases = [(run["op"], run["shape"], run["kind"]) for run in result["runs"]]
+    assert len(set(cases)) == len(cases)
+    assert {kind for _, _, kind in cases} == {"forward", "gradient", "training"}
+    for run in result["runs"]:
+        assert {"eager", "auto"} <= set(run["median"])
+        assert run["share of floor"]["eager"] == pytest.approx(run["floor"] / run["median"]["eager"])
+    assert "| bias_act | 8×2×1024 | fp32 | forward |" in (tmp_path / "ops-cpu.md").read_text()
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_cuda_sources_compile_without_a_warning(source, capability, tmp_path):
+    try:
+        compiler = build.cuda_compiler()
+    except UserError as problem:
+        pytest.skip(str(problem))
+    flags = [*build.CUDA_FLAGS, f"-arch=sm_{capability}", "-Werror=all-warnings", "-Xcompiler=-Wall"]
+    made = subprocess.run(
+        [*compiler, *flags, str(source), "-o", str(tmp_path / "made.so")], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout + made.stderr == ""
+
+
+def test_kernels_are_built_once_and_loaded(fresh):
+    if not shutil.which("nvcc"):
+        pytest.skip("there is no nvcc on the PATH")
+    for _ in range(2):
+        build.kernels.cache_clear()
+        found, reason = build.kernels(SOURCES[0], CARD.device)
+        assert reason == ""
+        assert found.functions.bias_act
+        assert found.capability == 90
+    assert len(list(fresh.rglob("*.so"))) == 1
+
+
+def test_a_changed_header_builds_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "cache"))
+    source, header = tmp_path / "number.cpp", tmp_path / "number.h"
+    source.write_text('#include "number.h"\nextern "C" int number() { return NUMBER; }')
+    for number in (1, 2):
+        header.write_text(f"#define NUMBER {number}\n")
+        assert build.library(source).number() == number
+
+
+def test_a_failing_nvcc_shows_its_first_error_and_the_mend(fresh, monkeypatch, tmp_path, capfd):
+    script = 'case "$*" in *--version*) echo fake 1.0; exit;; esac\n' + "\n".join(
+        f'echo "{line}" >&2'
+        for line in ("a.cu(1): warning #177", "a.cu(7): error: no such thing", "a.cu(8): error: more")
+    )
+    monkeypatch.setenv("CUDA_HOME", toolkit(tmp_path / "cuda", f"{script}\nexit 2"))
+    for _ in range(2):
+        assert build.choose("auto", bias_act_module.IMPLS, SOURCES[0], CARD) is None
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("bias_act goes on in plain PyTorch, which is slower: ")
+    assert "no such thing" in line
+    assert "more" not in line
+    assert "choose another CUDA toolkit by the variable CUDA_HOME" in line
+    with pytest.raises(UserError, match=r"impl='cuda' of bias_act cannot be had: .*no such thing"):
+        build.choose("cuda", bias_act_module.IMPLS, SOURCES[0], CARD)
+    assert [path for path in fresh.rglob("*") if path.is_file()] == []
+
+
+def test_without_nvcc_the_line_says_where_it_was_looked_for(fresh, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(build.os, "access", lambda path, mode: False)
+    assert build.choose("auto", bias_act_module.IMPLS, SOURCES[0], CARD) is None
+    line = capfd.readouterr().err
+    assert "no CUDA compiler nvcc in CUDA_HOME, on the PATH or in pip's wheels" in line
+    assert "pip install 'cuda-toolkit[" in line
+
+
+def test_nvcc_is_that_of_cuda_home_then_of_the_path_then_of_wheels(fresh, monkeypatch, tmp_path):
+    homes = [Path(toolkit(tmp_path / name, "exit 1")) for name in ("home", "path", "site/nvidia/cu13")]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(
+        submodule_search_locations=[str(tmp_path / "site" / name)]))  # fmt: skip
+    (homes[2] / "lib").mkdir()
+    (homes[2] / "lib" / "libcudart_static.a").touch()
+    monkeypatch.setenv("PATH", str(homes[1] / "bin"))
+    assert build.cuda_compiler() == [str(homes[1] / "bin" / "nvcc")]
+    monkeypatch.setenv("CUDA_HOME", str(homes[0]))
+    assert build.cuda_compiler() == [str(homes[0] / "bin" / "nvcc")]
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert build.cuda_compiler() == [str(homes[2] / "bin" / "nvcc"), f"-L{homes[2] / 'lib'}"]
+
+
+def test_nothing_is_built_or_asked_for_at_import():
+    code = (
+        "import subprocess, torch; subprocess.run = torch.cuda.is_available = torch.cuda.get_device_capability = None;"
+    )
+    code += "import torch_utils.ops.bias_act, torch_utils.ops.modulated_linear, torch_utils.doctor, training.networks"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=EMULATOR.parents[1], env=os.environ)
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_the_reference_on_a_cpu_and_says_nothing(capfd):
+    x = torch.randn(3, 4)
+    assert torch.equal(bias_act(x, act="lrelu"), bias_act(x, act="lrelu", impl="reference"))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("impl", ["cuda", "cublas"])
+def test_a_named_one_raises_where_there_is_no_gpu(impl):
+    with pytest.raises(UserError, match=f"impl='{impl}' of modulated_linear .* the tensors are on cpu"):
+        modulated_linear_module.modulated_linear(
+            torch.ones(1, 2, 8), torch.ones(8, 8), torch.ones(1, 8), torch.ones(8), impl=impl
+        )
+    if impl == "cuda":
+        with pytest.raises(UserError, match="impl='cuda' of bias_act cannot be had: it needs a CUDA device"):
+            bias_act(torch.ones(3), impl=impl)
+
+
+def test_torch_compile_sees_the_reference(device):
+    """As one graph, which it fuses by itself."""
+    x, bias = torch.randn(6, 4), torch.randn(4)
+    compiled = torch.compile(lambda x, b: bias_act(x, b, act="lrelu", clamp=1.0), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, bias), bias_act(x, bias, act="lrelu", clamp=1.0, impl="reference"))
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(UserError, match=r"'triton' is unknown; use one of auto, reference, cuda$"):
+        bias_act(torch.ones(3), impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_shapes_that_do_not_fit_are_refused(impl):
+    with pytest.raises(ValueError, match=r"bias must be \[4\], as axis 1 of x \[3, 4\]; got \[1\]"):
+        bias_act(torch.ones(3, 4), torch.ones(1), dim=1, impl=impl)
+    with pytest.raises(ValueError, match=r"must be \[N,P,I\], \[O,I\], \[N,I\] and \[O\]; got \[2, 3, 8\], \[4, 7\]"):
+        modulated_linear_module.modulated_linear(
+            torch.ones(2, 3, 8), torch.ones(4, 7), torch.ones(2, 8), torch.ones(4), impl=impl
+        )
+
+
+def test_tensors_on_another_device_are_refused(device):
+    with pytest.raises(ValueError, match="all tensors must be on cpu; got one on meta"):
+        bias_act(torch.ones(3), torch.ones(3, device="meta"), impl="cuda")

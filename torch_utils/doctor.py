@@ -1,0 +1,128 @@
+"""What this machine can do, on one page: python -m torch_utils.doctor
+
+Each implementation of each operation is built, run on a small example and compared with its reference in float64.
+"""
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable, Iterator
+
+import click
+import torch
+from torch import Tensor
+
+from dnnlib.console import UserError
+from dnnlib.files import cache_dir
+from torch_utils import build
+from torch_utils.ops import bias_act, chain, modulated_linear
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def fused_bias_act(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x, bias = noise(3, 40, 32), noise(32)
+    got = bias_act.bias_act(x.to(device, dtype), bias.to(device), act="lrelu", clamp=1.0, impl=impl)
+    return got, bias_act.bias_act(x, bias, act="lrelu", clamp=1.0, impl="reference")
+
+
+def fused_modulated_linear(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x, *rest = noise(2, 200, 40), noise(72, 40), noise(2, 40), noise(72)
+    got = modulated_linear.modulated_linear(x.to(device, dtype), *(t.to(device) for t in rest), impl=impl)
+    return got, modulated_linear.modulated_linear(x, *rest, impl="reference")
+
+
+def native_chain(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x, layer = noise(40, 200), chain.Layer(noise(32, 40), noise(32), branch=True)
+    small = layer._replace(weight=layer.weight.to(device, dtype), bias=layer.bias.to(device, dtype))
+    return chain.Chain([small], impl=impl)(x.to(device, dtype)), chain.Chain([layer], impl="reference")(x)
+
+
+# Operation, implementation, the device that it is for, its types, and (result, truth) of an example.
+CHECKS: list[tuple[str, str, str, tuple[torch.dtype, ...], Callable]] = [
+    ("bias_act", "reference", "cpu", (torch.float32,), fused_bias_act),
+    ("bias_act", "cuda", "cuda", (torch.float32, torch.float16, torch.bfloat16), fused_bias_act),
+    ("modulated_linear", "reference", "cpu", (torch.float32,), fused_modulated_linear),
+    ("modulated_linear", "cuda", "cuda", (torch.float16, torch.bfloat16), fused_modulated_linear),
+    ("modulated_linear", "cublas", "cuda", (torch.float32, torch.float16, torch.bfloat16), fused_modulated_linear),
+    ("chain", "reference", "cpu", (torch.float32,), native_chain),
+    ("chain", "cpp", "cpu", (torch.float32,), native_chain),
+]
+
+
+def verdict(impl: str, kind: str, dtypes: tuple[torch.dtype, ...], example: Callable) -> str:
+    """Whether an implementation works here, and why not."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "no: it needs a CUDA device"
+    device, names = torch.device(kind, 0 if kind == "cuda" else None), []
+    for dtype in dtypes:
+        try:
+            got, truth = example(impl, device, dtype)
+            error = ((got.cpu().double() - truth).norm() / truth.norm()).item()
+        except UserError as problem:
+            return f"no: {problem}"
+        except Exception as problem:  # a driver that fails, a kernel that crashes: the page goes on
+            return f"FAILS in {dtype}: {problem}"
+        if not error <= 10 * torch.finfo(dtype).eps:
+            return f"WRONG in {dtype}: it is {error:.1e} away from the reference"
+        names.append(f"{str(dtype).removeprefix('torch.')} {error:.0e}")
+    return f"works (distance to float64: {', '.join(names)})"
+
+
+def first_line(compiler: Callable[[], list[str]], word: str) -> str:
+    """Where a compiler lies and the line that tells its version, or why there is none."""
+    try:
+        command = compiler()
+        lines = build.version(command).splitlines()
+    except UserError as problem:
+        return f"none: {problem}"
+    return (
+        f"{next((line for line in lines if word in line), lines[0] if lines else 'it tells no version')} ({command[0]})"
+    )
+
+
+def devices() -> Iterator[str]:
+    yield f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.version.cuda is None:
+        yield "no CUDA: this is a build of PyTorch for CPUs; install one for CUDA to use an NVIDIA GPU"
+    elif not torch.cuda.is_available():
+        yield "no CUDA device: there is no NVIDIA GPU, or its driver is missing or older than this PyTorch needs"
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        size = f"{card.total_memory / 2**30:.0f} GiB"
+        yield f"cuda:{i}: {card.name}, {size}, compute capability {card.major}.{card.minor}"
+
+
+def triton() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none: pip install triton"
+
+
+@click.command()
+def main():
+    """One page on this machine and on which implementation of each operation works on it."""
+    facts = {
+        "Python": [f"{platform.python_version()} ({sys.executable})"],
+        "PyTorch": [f"{torch.__version__}, for CUDA {torch.version.cuda or '(none)'}"],
+        "devices": list(devices()),
+        "nvcc": [first_line(build.cuda_compiler, "release")],
+        "C++ compiler": [first_line(build.cpp_compiler, "")],
+        "Triton": [triton()],
+        "libraries": [f"are built on first use and kept in {cache_dir() / 'libraries'}"],
+    }
+    for name, lines in facts.items():
+        for i, line in enumerate(lines):
+            click.echo(f"{'' if i else name:<18}{line}")
+    click.echo("\nEvery operation works in plain PyTorch (reference). What makes it faster:")
+    last = ""
+    for name, impl, kind, dtypes, example in CHECKS:
+        click.echo(f"{'' if name == last else name:<18}{impl:<11}{verdict(impl, kind, dtypes, example)}")
+        last = name
+
+
+if __name__ == "__main__":
+    main()

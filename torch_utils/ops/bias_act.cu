@@ -1,0 +1,130 @@
+// bias_act on a GPU (bias_act.py says what it computes): it moves bytes, and does so 16 at a time.
+
+#include "bias_act.h"
+
+#include <algorithm>
+
+constexpr int THREADS = 256, BLOCKS = 8;  // per multiprocessor: all the threads that it holds
+
+template <typename T>
+__device__ Pack<T> load(const T *x, int64_t first, int64_t count) {
+    if (first + Pack<T>::size <= count) return get(x + first);
+    Pack<T> pack;
+#pragma unroll
+    for (int j = 0; j < pack.size; j++) pack.at[j] = first + j < count ? x[first + j] : T(0.0f);
+    return pack;
+}
+
+template <typename T>
+__device__ void store(T *y, int64_t first, int64_t count, const Pack<T> &pack) {
+    if (first + pack.size <= count) {
+        put(y + first, pack);
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < pack.size; j++)
+        if (first + j < count) y[first + j] = pack.at[j];
+}
+
+// Where an element lies in [A,C,B]: its channel c and its place b behind it.
+struct Place {
+    int64_t channel, inner;
+};
+
+// The bias [C] of the elements of a pack that begins at `p`.
+template <typename A, int SIZE>
+__device__ void pick(const A *bias, Place p, int64_t channels, int64_t inner, A (&picked)[SIZE]) {
+    if (inner % SIZE == 0) {
+        const A same = bias[p.channel];
+        for (int j = 0; j < SIZE; j++) picked[j] = same;
+        return;
+    }
+    for (int j = 0; j < SIZE; j++) {
+        picked[j] = bias[p.channel];
+        if (++p.inner == inner) {
+            p.inner = 0;
+            if (++p.channel == channels) p.channel = 0;
+        }
+    }
+}
+
+// y = formula(x + bias) for x [A,C,B] of `count` elements, and the codes of its packs unless `codes` is null.
+template <typename T>
+__global__ void __launch_bounds__(THREADS) value(const T *x, const Wide<T> *bias, T *y, uint16_t *codes, int64_t count,
+                                                 int64_t channels, int64_t inner, Formula<Wide<T>> formula) {
+    constexpr int SIZE = Pack<T>::size;
+    int64_t first = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * SIZE;
+    const int64_t step = int64_t(gridDim.x) * THREADS * SIZE;
+    // A step moves the place by a fixed amount: no division in the loop. Channels last, where C divides the step, have
+    // the same biases at every step.
+    Place place{first / inner % channels, first % inner};
+    const Place shift{step / inner % channels, step % inner};
+    Wide<T> biases[SIZE] = {};
+    if (bias && first < count) pick(bias, place, channels, inner, biases);
+    for (; first < count; first += step) {
+        Pack<T> pack = load(x, first, count);
+        unsigned code = 0;
+        for (int j = 0; j < SIZE; j++)
+            pack.at[j] = T(formula.value(Wide<T>(pack.at[j]) + biases[j], j, code));
+        store(y, first, count, pack);
+        if (codes) codes[first / SIZE] = uint16_t(code);
+        if (bias && (shift.channel || shift.inner)) {
+            place.inner += shift.inner;
+            place.channel += shift.channel;
+            if (place.inner >= inner) place.inner -= inner, place.channel++;
+            if (place.channel >= channels) place.channel -= channels;
+            pick(bias, place, channels, inner, biases);
+        }
+    }
+}
+
+// y = g · the derivative that the codes tell.
+template <typename T>
+__global__ void __launch_bounds__(THREADS) gradient(const T *g, const uint16_t *codes, T *y, int64_t count,
+                                                    Formula<Wide<T>> formula) {
+    constexpr int SIZE = Pack<T>::size;
+    const int64_t step = int64_t(gridDim.x) * THREADS * SIZE;
+    for (int64_t first = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * SIZE; first < count; first += step) {
+        Pack<T> pack = load(g, first, count);
+        const unsigned code = codes[first / SIZE];
+        for (int j = 0; j < SIZE; j++) pack.at[j] = T(formula.gradient(Wide<T>(pack.at[j]), j, code));
+        store(y, first, count, pack);
+    }
+}
+
+// Blocks that pass over `count` elements together.
+static int64_t blocks(int64_t device, int64_t count, int size) {
+    int processors = 1;
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, int(device));
+    const int64_t per_block = int64_t(THREADS) * size;
+    return std::min((count + per_block - 1) / per_block, int64_t(BLOCKS) * processors);
+}
+
+extern "C" {
+
+// x, y: `count` elements [A,channels,inner]; bias [channels] in float (double for double) or null; codes: one for each
+// 16 bytes of x, or null. All begin at multiples of 16 bytes. Infinity is no clamp.
+const char *bias_act(int64_t device, cudaStream_t stream, int64_t dtype, const void *x, const void *bias, void *y,
+                     uint16_t *codes, int64_t count, int64_t channels, int64_t inner, double slope, double gain,
+                     double clamp) {
+    return dispatch(dtype, [=](auto type) {
+        using T = typename decltype(type)::type;
+        using A = Wide<T>;
+        return launch(device, stream, blocks(device, count, Pack<T>::size), THREADS, value<T>,
+                      static_cast<const T *>(x), static_cast<const A *>(bias), static_cast<T *>(y), codes, count,
+                      channels, inner, Formula<A>{A(slope), A(gain), A(clamp)});
+    });
+}
+
+// g -> y, `count` elements each: the gradient of `bias_act` with respect to x; also the gradient of that gradient.
+const char *bias_act_gradient(int64_t device, cudaStream_t stream, int64_t dtype, const void *g, const uint16_t *codes,
+                              void *y, int64_t count, double slope, double gain) {
+    return dispatch(dtype, [=](auto type) {
+        using T = typename decltype(type)::type;
+        using A = Wide<T>;
+        return launch(device, stream, blocks(device, count, Pack<T>::size), THREADS, gradient<T>,
+                      static_cast<const T *>(g), codes, static_cast<T *>(y), count,
+                      Formula<A>{A(slope), A(gain), A(0)});
+    });
+}
+}
