@@ -12,16 +12,18 @@ import click
 import torch
 import yaml
 
-from calc_metrics import evaluate, known_metrics
+from calc_metrics import Archive, Evaluation, Generated, default_batch
 from dnnlib.config import Config, build, merge, nearest, nested, override, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
+from metrics.plan import Settings
+from metrics.registry import Metric, parse
+from metrics.runner import load_tools
 from torch_utils.distributed import launched, processes
 from training.config import RunConfig, resolve
 from training.data import ImageArchive
 
 CONFIGS = Path(__file__).parent / "configs"
-METRIC_PICTURES = 256  # at a snapshot; calc_metrics.py takes more when asked
 
 # Which settings a flag sets. The discriminator's widths are StyleGAN2's, the generator's twice that, as in the paper.
 FLAGS = {
@@ -47,11 +49,20 @@ FLAGS = {
     "snap": lambda v: {"train.snap": v},
     "seed": lambda v: {"train.seed": v},
     "fp32": lambda v: {"train.precision": "float32" if v else "auto"},
-    "metrics": lambda v: {"metrics": list(known_metrics(v))},
+    "metrics": lambda v: {"metrics": [metric.name for metric in parse(v)]},
 }
 
 # What may change when a run is continued: nothing that the networks, the data order or the randomness depend on.
-CHANGEABLE = {"data.path", "data.workers", "train.batch_gpu", "train.kimg", "train.tick", "train.snap", "metrics"}
+CHANGEABLE = {
+    "data.path",
+    "data.workers",
+    "G.recompute",
+    "train.batch_gpu",
+    "train.kimg",
+    "train.tick",
+    "train.snap",
+    "metrics",
+}
 
 
 def switch(name: str, text: str):
@@ -156,7 +167,7 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
     if under_torchrun and gpus not in (None, world):
         raise UserError(f"--gpus={gpus}, but torchrun started {world} processes; leave --gpus out under torchrun")
     config.rounds(world)
-    known_metrics(",".join(config.metrics) or "none")
+    snapshot_metrics(config)
     if dry_run:
         click.echo(to_yaml(config))
         return
@@ -223,6 +234,15 @@ def continued(folder: Path, changes: dict) -> RunConfig:
     if images.shape[1:] != after.G.img_shape or images.label_dim != after.G.c_dim:
         raise UserError(f"{after.data.path} is not the archive that {folder} was trained on: sizes or labels differ")
     return after
+
+
+def snapshot_metrics(config: RunConfig) -> tuple[Metric, ...]:
+    """Raises UserError for unknown ones, and for those that take more than a snapshot and its archive."""
+    metrics = parse(",".join(config.metrics) or "none")
+    for metric in metrics:
+        if metric.family == "pfid":
+            raise UserError(f"{metric.name} takes large photographs and a size; measure it with calc_metrics.py")
+    return metrics
 
 
 def flat(settings: dict, prefix: str = "") -> dict:
@@ -297,11 +317,26 @@ def work(config_json: str, outdir: str | None, cfg: str | None, desc: str | None
 def run(config, procs, outdir, cfg, desc, resume, init_from) -> int:
     from torch_utils import checkpoint
     from training.loop import find_state, train
+    from training.report import duration
     from training.trainer import initialise, new_state
 
     say = click.echo if procs.is_first else lambda line: None
     images = open_images(config.model_dump())
     state = new_state(config, procs.device)
+    metrics = snapshot_metrics(config)
+    evaluation = Evaluation(
+        metrics,
+        Archive(images, config.data.mirror),
+        None,
+        load_tools(metrics, procs),
+        Settings(batch=default_batch(procs.device)),
+        procs,
+    )
+    fakes = functools.partial(Generated, labelled=images if config.data.cond else None)
+    if metrics:
+        pictures, photographs = evaluation.estimate(fakes(state.G_ema))
+        first = f", the first ones up to {duration(photographs)} longer" if photographs else ""
+        say(f"the metrics of a snapshot take about {duration(pictures)}{first}")
     if resume:
         folder = Path(resume)
         path = procs.share(find_state(folder, say) if procs.is_first else None)
@@ -317,7 +352,7 @@ def run(config, procs, outdir, cfg, desc, resume, init_from) -> int:
     if procs.is_first:
         with atomic_write(folder / "options.yaml") as temporary:
             temporary.write_text(to_yaml(config) + "\n", encoding="utf-8")
-    return train(config, folder, state, images, procs, functools.partial(evaluate, num=METRIC_PICTURES))
+    return train(config, folder, state, images, procs, lambda G, stop: evaluation(fakes(G), stop))
 
 
 def new_folder(outdir: Path, cfg: str, images: ImageArchive, desc: str | None) -> Path:

@@ -2,7 +2,7 @@
 
 content = content_digest(archive bytes or pixels, in order)
 key = cache_key(content, detector=detector.digest, size=[256, 256], filter="lanczos3")
-moments = cached_moments(key, detector.num_features, compute)
+(moments,) = cached([Statistics("moments", key, detector.num_features)], compute)
 
 A file is whole or absent, and read only when its own checksum is right; otherwise its content is computed again.
 """
@@ -10,9 +10,9 @@ A file is whole or absent, and read only when its own checksum is right; otherwi
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 import click
 import torch
@@ -28,7 +28,7 @@ from torch_utils.distributed import Processes
 FORMAT = "creps-statistics-1"  # part of every key: a new number forgets all older files
 ALONE = Processes(0, 1, torch.device("cpu"))
 
-T = TypeVar("T")
+Value = Moments | Tensor
 
 
 def content_digest(pictures: Iterable[bytes | Tensor]) -> str:
@@ -55,54 +55,67 @@ def cache_key(content: str, **facts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def cached_moments(key: str, num_features: int, compute: Callable[[], Moments], procs: Processes = ALONE) -> Moments:
-    """The moments kept under `key`, or else compute(), which are then kept. On the CPU.
+class Statistics(NamedTuple):
+    """What is wanted: the "moments" (a Moments, on the CPU) or the "features" (float32 [N,F]) of some pictures."""
 
-    `compute` is called by all processes or by none, and returns the same in all. It is called too when the file is
-    damaged or holds anything but finite moments of `num_features` features.
+    kind: str
+    key: str  # a cache_key
+    num_features: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.key}"
+
+
+def cached(
+    wanted: Sequence[Statistics],
+    compute: Callable[[list[Statistics]], Sequence[Value]],
+    procs: Processes = ALONE,
+) -> list[Value]:
+    """The statistics that are kept, and compute(those that are missing), which are then kept.
+
+    `compute` is called by all processes or by none, and returns the same in all. Missing are too the files that are
+    damaged or hold anything but finite statistics of the right form.
     """
-    return _cached(
-        f"moments-{key}", compute, Moments.tensors, lambda tensors: Moments.from_tensors(tensors, num_features), procs
-    )
+    folder = cache_dir() / "statistics"
+    found = {one: _read(folder / f"{one.name}.safetensors", one) for one in wanted}
+    missing = [one for one in wanted if procs.any(found[one] is None)]
+    if missing:
+        for one, value in zip(missing, compute(missing), strict=True):
+            tensors = {key: t.detach().cpu().contiguous() for key, t in KINDS[one.kind].tensors(value).items()}
+            found[one] = KINDS[one.kind].parse(tensors, one.num_features)
+            if procs.is_first:
+                _write(folder / f"{one.name}.safetensors", one.name, tensors)
+    return [found[one] for one in wanted]
 
 
-def cached_features(key: str, num_features: int, compute: Callable[[], Tensor], procs: Processes = ALONE) -> Tensor:
-    """float32 [N,num_features], as cached_moments."""
-
-    def parse(tensors: dict[str, Tensor]) -> Tensor:
-        features = tensors["features"]
-        if features.dtype != torch.float32 or features.ndim != 2 or features.shape[1] != num_features:
-            raise ValueError(f"not float32 [N,{num_features}]")
-        if not features.isfinite().all():
-            raise ValueError("not finite")
-        return features
-
-    return _cached(f"features-{key}", compute, lambda features: {"features": features}, parse, procs)
+def parse_features(tensors: dict[str, Tensor], num_features: int) -> Tensor:
+    features = tensors["features"]
+    if features.dtype != torch.float32 or features.ndim != 2 or features.shape[1] != num_features:
+        raise ValueError(f"not float32 [N,{num_features}]")
+    if not features.isfinite().all():
+        raise ValueError("not finite")
+    return features
 
 
-def _cached(
-    name: str,
-    compute: Callable[[], T],
-    unpack: Callable[[T], dict[str, Tensor]],
-    parse: Callable[[dict[str, Tensor]], T],  # raises ValueError or KeyError for other tensors
-    procs: Processes,
-) -> T:
-    path = cache_dir() / "statistics" / f"{name}.safetensors"
-    value = _read(path, name, parse)
-    if not procs.any(value is None):
-        return value
-    tensors = {key: t.detach().cpu().contiguous() for key, t in unpack(compute()).items()}
-    value = parse(tensors)
-    if procs.is_first:
-        _write(path, name, tensors)
-    return value
+class Kind(NamedTuple):
+    """How a kind of statistics is written and read."""
+
+    tensors: Callable[[Value], dict[str, Tensor]]
+    parse: Callable[[dict[str, Tensor], int], Value]  # raises ValueError or KeyError for other tensors
+
+
+KINDS = {
+    "moments": Kind(Moments.tensors, Moments.from_tensors),
+    "features": Kind(lambda features: {"features": features}, parse_features),
+}
 
 
 def _header(name: str, tensors: dict[str, Tensor]) -> str:
     return json.dumps({"name": name, "sha256": content_digest(tensors[key] for key in sorted(tensors))})
 
 
-def _read(path: Path, name: str, parse: Callable[[dict[str, Tensor]], T]) -> T | None:
+def _read(path: Path, wanted: Statistics) -> Value | None:
     """What the file holds; None when there is none, or, with a note, when it is damaged."""
     if not os.path.exists(path):
         return None
@@ -110,9 +123,9 @@ def _read(path: Path, name: str, parse: Callable[[dict[str, Tensor]], T]) -> T |
         with safe_open(path, "pt", device="cpu") as file:
             header = (file.metadata() or {})[FORMAT]
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        if header != _header(name, tensors):
+        if header != _header(wanted.name, tensors):
             raise ValueError("its checksum is wrong")
-        return parse(tensors)
+        return KINDS[wanted.kind].parse(tensors, wanted.num_features)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         click.echo(f"{path} is damaged ({error}); its statistics are computed again", err=True)
         return None

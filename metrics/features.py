@@ -42,6 +42,7 @@ class Family:
     weights: RemoteFile
     build: Callable[[State], nn.Module]  # uint8 [N,3,H,W] -> what Activations holds; ValueError for other weights
     num_features: Callable[[State], int]
+    num_classes: Callable[[State], int] = lambda state: 0
 
 
 class Detector:
@@ -51,6 +52,7 @@ class Detector:
     digest        SHA-256 of the file of weights, hexadecimal
     standard      whether the digest is the standard one
     num_features  F
+    num_classes   K, or 0
     """
 
     def __init__(self, kind: str, path: Path, device: str | torch.device = "cpu", batch: int = 64):
@@ -62,7 +64,7 @@ class Detector:
         state = _read(path)
         try:
             self.module = family.build(state)
-            self.num_features = family.num_features(state)
+            self.num_features, self.num_classes = family.num_features(state), family.num_classes(state)
         except (KeyError, IndexError, ValueError, RuntimeError) as error:  # the last is load_state_dict's
             raise UserError(
                 f"{path} holds other tensors than a network of the family {kind} has; get it from {family.weights.url}"
@@ -217,6 +219,7 @@ DETECTORS = {
         RemoteFile(URL_INCEPTION_V3.rsplit("/", 1)[1], URL_INCEPTION_V3, "6726825d"),
         inception,
         lambda state: state["fc.weight"].shape[1],
+        lambda state: state["fc.weight"].shape[0],
     ),
     # No file of these weights has been seen here, so none is known by its digest: every one is custom.
     "dinov2": Family(

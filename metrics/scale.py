@@ -84,36 +84,42 @@ def lanczos(distance: Tensor, ratio: float) -> Tensor:
     return torch.where(t.abs() < 3, torch.sinc(t) * torch.sinc(t / 3), 0)
 
 
-# name -> function(distance of the centres in large pixels, large per small pixels ≥ 1) -> weight, whatever its sum.
-# bicubic and lanczos widen with the ratio and are those of Pillow's Image.resize; box is the exact area.
+# name -> function(distance of the centres in pixels of before, how many of them a pixel of after takes, 1 or more) ->
+# weight, whatever its sum. bicubic and lanczos widen with the ratio and are those of Pillow's Image.resize. For smaller
+# pictures box is the exact area, for larger ones linear between pixels.
 FILTERS = {"box": box, "bicubic": bicubic, "lanczos": lanczos}
 
 
-def bring_down(images: Tensor, size: tuple[int, int], filter: str = "box") -> Tensor:
-    """uint8 [N,C,H',W'] -> uint8 [N,C,H,W] for size = (H, W), any H ≤ H' and W ≤ W'.
+def resize(images: Tensor, size: tuple[int, int], filter: str) -> Tensor:
+    """uint8 [N,C,H',W'] -> uint8 [N,C,H,W] for size = (H, W), smaller or larger.
 
     filter: "box" (each small pixel is the mean of its area; of 2×2 pixels at half the size), "bicubic" or "lanczos"
         (both with antialiasing).
-    Raises ValueError for another filter, and for a size larger than the images.
+    Raises ValueError for another filter.
     """
     if filter not in FILTERS:
         raise ValueError(f"filter={filter!r} is unknown; use one of {', '.join(FILTERS)}")
+
+    def weights(before: int, after: int) -> Tensor:
+        """float64 [after,before], rows that sum to 1."""
+        ratio = before / after
+        centres, pixels = (torch.arange(count, dtype=torch.float64) + 0.5 for count in (after, before))
+        matrix = FILTERS[filter](pixels - centres[:, None] * ratio, max(ratio, 1))
+        return (matrix / matrix.sum(1, keepdim=True)).to(images.device)
+
+    rows, cols = (weights(*lengths) for lengths in zip(images.shape[-2:], size, strict=True))
+    return (rows @ images.double() @ cols.mT).round().clamp(0, 255).to(torch.uint8)
+
+
+def bring_down(images: Tensor, size: tuple[int, int], filter: str = "box") -> Tensor:
+    """As `resize`. Raises ValueError too for a size larger than the images."""
     large = tuple(images.shape[-2:])
     if large[0] < size[0] or large[1] < size[1]:
         raise ValueError(
             f"pictures of {large[1]}x{large[0]} cannot be brought down to {size[1]}x{size[0]}; "
             "name the smaller size first"
         )
-
-    def weights(before: int, after: int) -> Tensor:
-        """float64 [after,before], rows that sum to 1."""
-        ratio = before / after
-        centres, pixels = (torch.arange(count, dtype=torch.float64) + 0.5 for count in (after, before))
-        matrix = FILTERS[filter](pixels - centres[:, None] * ratio, ratio)
-        return (matrix / matrix.sum(1, keepdim=True)).to(images.device)
-
-    rows, cols = (weights(*lengths) for lengths in zip(large, size, strict=True))
-    return (rows @ images.double() @ cols.mT).round().clamp(0, 255).to(torch.uint8)
+    return resize(images, size, filter)
 
 
 def consistency(

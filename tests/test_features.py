@@ -26,7 +26,7 @@ from torchvision.transforms.functional import gaussian_blur, normalize
 from dnnlib.console import UserError
 from dnnlib.files import RemoteFile, locate, sha256
 from metrics import cache as statistics
-from metrics.cache import cache_key, cached_features, cached_moments, content_digest
+from metrics.cache import Statistics, cache_key, cached, content_digest
 from metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
 from metrics.features import DETECTORS, Detector, DINOv2, dinov2, inception, load
 from metrics.moments import Moments
@@ -365,6 +365,14 @@ class Computation:
     def __call__(self):
         self.calls += 1
         return self.value
+
+
+def cached_features(key, num_features, compute):
+    return cached([Statistics("features", key, num_features)], lambda missing: [compute() for _ in missing])[0]
+
+
+def cached_moments(key, num_features, compute):
+    return cached([Statistics("moments", key, num_features)], lambda missing: [compute() for _ in missing])[0]
 
 
 def test_statistics_are_computed_once(cache):

@@ -350,8 +350,8 @@ MISTAKES = {
     "endless": (extra("--kimg", "inf"), "kimg=inf"),
     "p above 1": (extra("--p", 1.5), "--p"),
     "an unknown augmentation": (extra("--aug", "adda"), "adda"),
-    "an unknown metric": (extra("--metrics", "fid50"), "fid50"),
-    "an unknown metric by -o": (extra("-o", "metrics=[fid50]"), "fid50"),
+    "an unknown metric": (extra("--metrics", "fidd50k_full"), "did you mean fid50k_full"),
+    "an unknown metric by -o": (extra("-o", "metrics=[fidd50k_full]"), "did you mean fid50k_full"),
     "batch not dividing": (extra("--batch", 9, "--gpus", 2), "--batch=9 does not divide over 2 processes; try 8"),
     "batch-gpu not dividing": (extra("--batch-gpu", 3), "--batch-gpu=3 does not divide the 8 images.*try 2"),
     "minibatch groups": (extra("--batch", 6), "minibatch-std groups of 4.*--mbstd-group=3"),
@@ -451,12 +451,12 @@ def test_bfloat16_trains_float32_weights_near_those_of_float32(tiny):
 
 
 def test_measurements_are_neither_lost_nor_doubled_and_half_a_line_is_dropped(tiny):
-    folder = tiny.run("--metrics", "scale_psnr", "--kimg", 0.032)  # snapshots at steps 2 and 4
-    path = folder / "metric-scale_psnr.jsonl"
+    folder = tiny.run("--metrics", "scale_psnr_8", "--kimg", 0.032)  # snapshots at steps 2 and 4
+    path = folder / "metric-scale_psnr_8.jsonl"
     lines = path.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
-    by_hand = '{"metric": "scale_psnr", "results": {"scale_psnr": 1.0}}'
-    path.write_text("\n".join([*lines, by_hand, '{"step": 6, "metric": "scale_psnr"}', '{"metr']))
+    by_hand = '{"metric": "scale_psnr_8", "results": {"scale_psnr_8": 1.0}}'
+    path.write_text("\n".join([*lines, by_hand, '{"step": 6, "metric": "scale_psnr_8"}', '{"metr']))
     assert tiny.call("--resume", folder, "--kimg", 0.048).exit_code == 0
     after = path.read_text().splitlines()
     assert after[:3] == [*lines, by_hand]

@@ -7,6 +7,7 @@ length.
 The order of the images is a function of (seed, position): a run that resumes after n images needs only n.
 """
 
+import contextlib
 import functools
 import io
 import itertools
@@ -17,8 +18,9 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +49,9 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 ZIP_ERRORS = (OSError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
 MAX_FILE_BYTES = 2**30  # Pillow refuses images above 179 million pixels, which are 0.5 GiB in RGB
 MAX_CLASSES = 100_000  # a one-hot vector this long is 0.4 MB per image; more is a mistake in the labels
+
+
+T = TypeVar("T")
 
 
 class BadImage(UserError):
@@ -119,19 +124,39 @@ class ImageFiles:
 
         Raises BadImage when the file is empty, truncated, too large, or no image.
         """
-        try:
-            data = self._read(name)
-            if not data:
-                raise ValueError("the file is empty")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        with self._named_errors(name):
+            image = self._open(name)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return image if channels is None else to_channels(image, channels)
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Width and height as the file's head tells them, before it is turned upright. The errors are `image`'s."""
+        with self._named_errors(name):
+            return self._open(name).size
+
+    def contents(self, names: Iterable[str]) -> Iterator[bytes]:
+        """The bytes of each file. The errors are `image`'s."""
+        for name in names:
+            with self._named_errors(name):
+                data = self._read(name)
+            yield data
+
+    @contextlib.contextmanager
+    def _named_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
         # Broken bytes make Pillow, zlib and zipfile raise a dozen kinds of exception; all mean the same to the user.
         except Exception as error:
             unknown = isinstance(error, UnidentifiedImageError)
             reason = "it is in no known image format" if unknown else str(error) or type(error).__name__
             raise BadImage(f"{self.path / name} cannot be read as an image: {reason}; repair or remove it") from error
+
+    def _open(self, name: str) -> Image.Image:
+        data = self._read(name)
+        if not data:
+            raise ValueError("the file is empty")
+        return Image.open(io.BytesIO(data), formats=FORMATS)
 
     def dataset_json(self) -> tuple[dict[str, object] | None, list[str] | None]:
         """The labels by file name and the names of the classes, from `dataset.json`; None for what it does not hold."""
@@ -330,6 +355,10 @@ class ImageArchive:
                 label[int(value)] = 1
         return label
 
+    def contents(self) -> Iterator[bytes]:
+        """The bytes of the files in use, in their order, each once."""
+        return self._files.contents(self._files.name(number) for number in self._kept)
+
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -376,9 +405,22 @@ def batches(
         raise UserError(f"batch={batch} does not divide over {world} processes; try {max(batch // world, 1) * world}")
     if not 0 <= rank < world or start < 0 or workers < 0:
         raise UserError(f"{rank=} must be below {world=}, and {start=} and {workers=} not negative")
+    lists = _IndexLists(len(images), batch, start, rank, world, seed)
+    return listed(functools.partial(_batch, images), lists, workers, pin_memory)
+
+
+def _batch(images: ImageArchive, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*(images[index] for index in indices), strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
+def listed(
+    read: Callable[[list[int]], T], lists: Iterable[list[int]], workers: int = 0, pin_memory: bool = False
+) -> Iterator[T]:
+    """read(indices) for each of `lists`, in order; `workers` processes read ahead. Raises the UserErrors of `read`."""
     loader = torch.utils.data.DataLoader(
-        _WholeBatches(images),
-        sampler=_IndexLists(len(images), batch, start, rank, world, seed),
+        _Lists(read),
+        sampler=lists,
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
@@ -387,26 +429,24 @@ def batches(
     return _unwrap(loader)
 
 
-def _unwrap(loader: torch.utils.data.DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _unwrap(loader: torch.utils.data.DataLoader) -> Iterator:
     for item in loader:
         if isinstance(item, str):
             raise UserError(item)
-        images, labels = item
-        yield images, labels
+        yield item
 
 
-class _WholeBatches:
-    """A list of indices -> one batch. A UserError returns as its sentence: DataLoader would wrap it in a traceback."""
+class _Lists:
+    """Indices -> what is read of them. A UserError returns as its sentence: DataLoader would wrap it in a traceback."""
 
-    def __init__(self, images: ImageArchive):
-        self.images = images
+    def __init__(self, read: Callable[[list[int]], T]):
+        self.read = read
 
-    def __getitem__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor] | str:
+    def __getitem__(self, indices: list[int]) -> T | str:
         try:
-            images, labels = zip(*(self.images[index] for index in indices), strict=True)
+            return self.read(indices)
         except UserError as error:
             return error.message
-        return torch.stack(images), torch.stack(labels)
 
 
 class _IndexLists:

@@ -41,11 +41,12 @@ def train(
     state: TrainState,
     images: ImageArchive,
     procs: Processes,
-    evaluate: Callable[[Generator, str], dict],
+    evaluate: Callable[[Generator, Callable[[], bool]], list[dict]],
 ) -> int:
     """Runs from `state` to the end of the schedule and writes into `folder`; every process calls it.
 
-    `evaluate(G, name)` measures one of config.metrics at a snapshot and returns its line for metric-<name>.jsonl.
+    `evaluate(G, stop)` is called by every process at a snapshot, when all else is saved. It measures config.metrics and
+    returns their lines for metric-<name>.jsonl, or nothing soon after stop() became true in some process.
     Returns the exit code: 0 at the end, 128 + the signal's number after SIGTERM or Ctrl-C, which save the state first.
     """
     t = config.train
@@ -80,14 +81,17 @@ def train(
             if state.step % tick == 0 or done:
                 _report(config, trainer, log)
             snap = state.step % (tick * t.snap) == 0 or done
-            if snap:
-                _snapshot(trainer, images, folder, log, evaluate)
+            if snap and procs.is_first:
+                _snapshot(trainer, images, folder, log)
             if snap or stop:
                 state.written = log.written()
                 state.gather_sums(procs)
                 if procs.is_first:
                     checkpoint.save(state.state_dict(), folder, state.step)
                 procs.any(False)  # the others wait here: a launcher ends all of them as soon as one has ended
+            if snap and not stop and config.metrics:
+                _measure(trainer, log, evaluate, lambda: interrupt.signal is not None)
+                stop = procs.any(interrupt.signal is not None) and not done
             if stop:
                 log.print(f"interrupted at {kimg(config, state):.3f} kimg; to continue: --resume={folder}")
                 return 128 + (interrupt.signal or signal.SIGTERM)
@@ -184,18 +188,25 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _snapshot(trainer: Trainer, images: ImageArchive, folder: Path, log: RunLog | SilentLog, evaluate) -> None:
-    if not trainer.procs.is_first:
-        return
-    config, s = trainer.config, trainer.state
-    number = f"{int(kimg(config, s)):06d}"
-    log.picture(f"fakes{number}", _fakes(trainer, images), s.step)
-    name = f"network-snapshot-{number}.safetensors"
-    save_generator(s.G_ema, folder / name)
-    for metric in config.metrics:
-        record = evaluate(s.G_ema, metric) | {"network": name, "step": s.step}
-        log.metric(record, s.step)
-        log.print(f"{metric} {next(iter(record['results'].values())):.3f}")
+def _snapshot_name(trainer: Trainer, what: str) -> str:
+    return f"{what}{int(kimg(trainer.config, trainer.state)):06d}"
+
+
+def _snapshot(trainer: Trainer, images: ImageArchive, folder: Path, log: RunLog | SilentLog) -> None:
+    s = trainer.state
+    log.picture(_snapshot_name(trainer, "fakes"), _fakes(trainer, images), s.step)
+    save_generator(s.G_ema, folder / f"{_snapshot_name(trainer, 'network-snapshot-')}.safetensors")
+
+
+def _measure(trainer: Trainer, log: RunLog | SilentLog, evaluate: Callable, stop: Callable[[], bool]) -> None:
+    s = trainer.state
+    where = {
+        "network": f"{_snapshot_name(trainer, 'network-snapshot-')}.safetensors",
+        "kimg": kimg(trainer.config, s),
+        "step": s.step,
+    }
+    for record in evaluate(s.G_ema, stop):
+        log.metric(record | where, s.step)
 
 
 def _reals(images: ImageArchive, seed: int):

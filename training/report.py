@@ -46,11 +46,15 @@ class RunLog:
         self.events.flush()
 
     def metric(self, record: dict, step: int) -> None:
-        """One measurement, as calc_metrics.evaluate gives it, as a line of metric-<name>.jsonl and in TensorBoard."""
-        self._append(f"metric-{record['metric']}.jsonl", json.dumps(record))
+        """One measurement, as calc_metrics.Evaluation gives it, as a line of metric-<name>.jsonl and in TensorBoard.
+
+        It is printed, but not in log.txt: it comes after the state was saved, from which a run goes on, and what comes
+        after that is cut off there.
+        """
         for name, value in record["results"].items():
-            self.events.add_scalar(f"Metrics/{name}", value, step)
-        self.events.flush()
+            print(f"{name} {value:.4f}", flush=True)
+        self._append(f"metric-{record['metric']}.jsonl", json.dumps(record))
+        add_scalars(self.events, record, step)
 
     def picture(self, name: str, grid: np.ndarray, step: int) -> None:
         """uint8 [H,W,C] to `name`.png and to TensorBoard."""
@@ -68,6 +72,13 @@ class RunLog:
     def _append(self, name: str, line: str) -> None:
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def add_scalars(events: SummaryWriter, record: dict, step: int) -> None:
+    """The results of one measurement."""
+    for name, value in record["results"].items():
+        events.add_scalar(f"Metrics/{name}", value, step)
+    events.flush()
 
 
 def _belongs(line: str, step: int) -> bool:

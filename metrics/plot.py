@@ -1,0 +1,111 @@
+"""Curves of what was measured in several runs, from their metric-*.jsonl."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dnnlib.config import nearest
+from dnnlib.console import UserError
+from dnnlib.files import atomic_write
+
+# From the paper, https://arxiv.org/abs/2303.14157: 256² against 512² brought down to 256².
+CONSISTENCY = {
+    "scale_psnr": {"CREPS": 34.65, "CIPS": 33.33},
+    "scale_ssim": {"CREPS": 0.96, "CIPS": 0.93},
+    "scale_lpips": {"CREPS": 0.01, "CIPS": 0.05},
+}
+FID = {
+    "FFHQ-512": {"CREPS": 4.43, "StyleGAN2": 3.41, "CIPS": 6.18},
+    "FFHQ-1024": {"CREPS": 4.09, "StyleGAN2": 2.84, "CIPS": 10.07},
+    "LSUN-Church-256": {"CREPS": 5.50, "StyleGAN2": 3.86, "CIPS": 2.92},
+    "MetFaces-1024": {"CREPS": 20.52, "StyleGAN2": 18.22},
+    "Scenery-256": {"CREPS": 7.21, "StyleGAN2": 6.40, "CIPS": 8.49},
+    "AFHQ-Dog": {"CREPS": 9.7, "StyleGAN2-ADA": 7.4},
+}
+Point = tuple[float, float, float]  # x, value, standard error
+
+
+def read(run: Path) -> list[dict]:
+    """The measurements in a run directory, each with its `kimg`. Raises UserError when there are none."""
+    records = []
+    for path in sorted(run.glob("metric-*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                record = json.loads(line)
+                snapshot = re.search(r"(\d+)\.\w+$", record.get("network", record.get("snapshot_pkl")) or "")
+                record.setdefault("kimg", float(snapshot[1]) if snapshot else 0.0)
+                records.append(record)
+            except (ValueError, AttributeError, TypeError) as error:
+                raise UserError(f"line {number} of {path} is no measurement ({error}); remove it") from error
+    if not records:
+        raise UserError(f"{run} holds no metric-*.jsonl; give the directories of runs that were measured")
+    return records
+
+
+def over_training(records: list[dict]) -> dict[str, list[Point]]:
+    """Name of a result -> its last value at each kimg; without the scales of `over_scales` but the usual one."""
+    curves = {}
+    for record in records:
+        if "scales" in record and "@" in record["metric"]:
+            continue
+        for name, value in record["results"].items():
+            error = (record.get("standard_error") or {}).get(name)
+            curves.setdefault(name, {})[record["kimg"]] = (value, error or 0.0)
+    return {name: [(x, *curve[x]) for x in sorted(curve)] for name, curve in curves.items()}
+
+
+def over_scales(records: list[dict]) -> dict[str, list[Point]]:
+    """scale_psnr, … -> the value of the newest network at each ratio of the sides."""
+    curves = {}
+    for record in sorted(records, key=lambda record: record["kimg"]):
+        if "scales" in record:
+            ((name, value),) = record["results"].items()
+            first, other = (math.prod(size) for size in record["scales"])
+            family = next(key for key in CONSISTENCY if name.startswith(key))
+            error = record["standard_error"][name] or 0.0
+            curves.setdefault(family, {})[math.sqrt(other / first)] = (value, error)
+    return {name: [(x, *curve[x]) for x in sorted(curve)] for name, curve in curves.items()}
+
+
+def panel(axes: Axes, title: str, unit: str, curves: dict[str, list[Point]], published: dict[str, float]) -> None:
+    for run, points in curves.items():
+        x, y, error = zip(*points, strict=True)  # infinite values are left out by matplotlib
+        axes.errorbar(x, y, error, marker="o", markersize=3, capsize=2, label=run)
+    for i, (who, value) in enumerate(published.items()):
+        axes.axhline(value, linestyle="--", linewidth=1, color=str(0.2 + 0.2 * i), label=f"{who} (published)")
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel(unit)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def draw(runs: list[Path], out: Path, published: str | None = None) -> None:
+    """One panel for each result over the training, and one for each kind of scale consistency, into `out`.
+
+    published: a key of FID, whose figures are drawn with the FIDs. Raises UserError.
+    """
+    if published is not None and published not in FID:
+        raise UserError(f"--published={published}: {nearest(published, FID)}")
+    records = {run.resolve().name: read(run) for run in runs}
+    training = {run: over_training(found) for run, found in records.items()}
+    scales = {run: over_scales(found) for run, found in records.items()}
+    panels = []
+    for name in dict.fromkeys(name for curves in training.values() for name in curves):
+        lines = FID[published] if published and name.startswith("fid") else {}
+        panels.append((name, "kimg", {run: c[name] for run, c in training.items() if name in c}, lines))
+    for name in dict.fromkeys(name for curves in scales.values() for name in curves):
+        title = f"{name}: consistency over scales"
+        curves = {run: c[name] for run, c in scales.items() if name in c}
+        lines = {f"{who}, 256² to 512²": value for who, value in CONSISTENCY[name].items()}
+        panels.append((title, "side, relative to the first of --scales", curves, lines))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
+    for i, arguments in enumerate(panels):
+        panel(figure.add_subplot(rows, columns, i + 1), *arguments)
+    with atomic_write(out) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -1,0 +1,538 @@
+"""calc_metrics.py and train.py --metrics: one pass serves all, whoever computes it, and a mistake is a sentence."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from PIL import Image
+from test_features import DINO, crops, dino_state, inception_file  # noqa: F401 (a fixture)
+
+import calc_metrics
+from metrics import features
+from metrics.perceptual import NETS
+from metrics.pictures import Windows, cut, fitted
+from metrics.registry import FAMILIES, KNOWN, parse
+from torch_utils.distributed import Processes
+from training.data import ImageArchive
+from training.networks import Generator, GeneratorConfig
+from training.snapshot import load_generator, save_generator
+
+ROOT = Path(__file__).parents[1]
+SIDE = 32  # pixels, which equivariance takes
+NETWORK = {
+    "img_resolution": SIDE,
+    "channel_base": 64,
+    "channel_max": 8,
+    "z_dim": 6,
+    "w_dim": 6,
+    "mapping_layers": 1,
+    "biline_channels": 4,
+    "thickness": 2,
+}
+
+
+def save_pictures(folder: Path, pictures: torch.Tensor) -> Path:
+    """uint8 [N,3,H,W] as files."""
+    folder.mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture.movedim(0, -1).numpy()).save(folder / f"{i:03}.png")
+    return folder
+
+
+class Bench:
+    """A network, photographs and weights in one folder, and ways to measure with them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.network = self.save("net.safetensors")
+        self.data = save_pictures(
+            folder / "data", torch.cat([crops("astronaut", 9, (SIDE, SIDE)), crops("coffee", 8, (SIDE, SIDE))])
+        )
+        self.weights = folder / "weights"
+        self.weights.mkdir()
+        torch.save(dino_state(), self.weights / DINO.name)
+
+    def save(self, name: str, **settings) -> Path:
+        torch.manual_seed(0)
+        save_generator(Generator(GeneratorConfig(**NETWORK | settings)), self.folder / name)
+        return self.folder / name
+
+    def arguments(self, *arguments: object, **options: object) -> list[str]:
+        given = {"network": self.network, "data": self.data, "weights": self.weights} | options
+        return [f"--{name}={value}" for name, value in given.items() if value is not None] + [str(a) for a in arguments]
+
+    def call(self, *arguments: object, **options: object):
+        return CliRunner().invoke(calc_metrics.main, self.arguments(*arguments, **options))
+
+    def measure(self, *arguments: object, **options: object) -> dict[str, dict]:
+        """The new lines by the names of their files, with what custom weights add cut off."""
+        for path in self.folder.glob("*.jsonl"):
+            path.unlink()
+        result = self.call(*arguments, **options)
+        assert result.exit_code == 0, (result.output, result.exception)
+        records = {}
+        for path in self.folder.glob("*.jsonl"):
+            (line,) = path.read_text().splitlines()
+            record = json.loads(line)
+            assert path.name == f"metric-{record['metric']}.jsonl"
+            records[plain(record["metric"])] = record
+        return records
+
+    def refused(self, *arguments: object, **options: object) -> str:
+        result = self.call(*arguments, **options)
+        assert result.exit_code == 2, result.output
+        assert "Traceback" not in result.output
+        return result.output
+
+
+def plain(name: str) -> str:
+    return "@".join(part for part in name.split("@") if "custom" not in part)
+
+
+def value(record: dict) -> float:
+    (number,) = record["results"].values()
+    return number
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "cache"))
+    return Bench(tmp_path)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """How many pictures each look of a detector was at."""
+    counts = []
+    look = features.Detector.__call__
+    monkeypatch.setattr(
+        features.Detector, "__call__", lambda self, images: counts.append(len(images)) or look(self, images)
+    )
+    return counts
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_usual_names_are_known_and_keep_their_spelling():
+    names = "fid50k_full,fid50k,fid5k,kid50k_full,pr50k3_full,is50k,ppl2_wend,eqt50k_int,eqt50k_frac,eqr50k"
+    names += ",scale_psnr,scale_ssim,scale_lpips,fd_dinov2_50k_full,pfid50k_full,fid17,ppl2_wend_2k,scale_ssim_7,pr40_3"
+    assert ",".join(metric.name for metric in parse(names)) == names
+    assert [metric.family for metric in parse(",".join(KNOWN))] == list(FAMILIES)
+    assert parse("none") == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "num", "expected"),
+    [
+        ("fid50k_full", 1000, "fid1k_full"),
+        ("fid50k", 1500, "fid1500"),
+        ("pr50k3_full", 2000, "pr2k3_full"),
+        ("scale_psnr", 16, "scale_psnr_16"),
+        ("ppl2_wend", 50_000, "ppl2_wend"),
+        ("eqt50k_int", 64, "eqt64_int"),
+    ],
+)
+def test_the_name_follows_the_number(name, num, expected):
+    (metric,) = parse(name)
+    assert metric.of(num).name == expected
+    assert parse(expected) == (metric.of(num),)
+
+
+def test_batches_end_at_every_limit():
+    assert cut([10, 4, 10], 3) == [range(0, 3), range(3, 4), range(4, 7), range(7, 10)]
+    assert cut([], 3) == []
+
+
+# --- one pass --------------------------------------------------------------------------------------------------------
+
+
+def test_one_pass_serves_all_and_each_detector_looks_once(bench, seen):
+    names = ["fd_dinov2_12_full", "fd_dinov2_7", "scale_psnr_5", "scale_ssim_6", "eqt4_int", "eqt3_frac", "eqr2"]
+    together = bench.measure(metrics=",".join(names))
+    assert sum(seen) == 12 + 17
+    assert sorted(together) == sorted(names)
+    shutil.rmtree(bench.folder / "cache")
+    for name in names:
+        alone = bench.measure(metrics=name, batch=5)[name]
+        assert value(alone) == pytest.approx(value(together[name]), rel=1e-4), name
+        assert alone["num_fake"] == together[name]["num_fake"] == parse(name)[0].num
+    assert together["fd_dinov2_12_full"]["num_real"] == 17
+    assert together["fd_dinov2_7"]["num_real"] == 7
+
+
+def test_a_line_tells_all_that_decides_its_value(bench):
+    record = bench.measure(metrics="fd_dinov2_8_full,scale_psnr_4")["fd_dinov2_8_full"]
+    (name,) = record["results"]
+    detector = record["detector"]
+    assert name == record["metric"] == f"fd_dinov2_8_full@{detector['name']}"
+    assert detector["name"] == f"dinov2-custom-{detector['sha256'][:8]}"
+    assert record["size"] == record["real_size"] == [SIDE, SIDE]
+    assert record["resize"] is None
+    assert record["network"] == "net.safetensors"
+    assert record["standard_error"] == {name: None}
+    assert record["versions"].keys() >= {"creps", "torch", "torchvision"}
+    line = json.loads((bench.folder / "metric-scale_psnr_4.jsonl").read_text())
+    assert (line["filter"], line["scales"], len(line["values"])) == ("box", [[SIDE, SIDE], [2 * SIDE, 2 * SIDE]], 4)
+    assert line["results"]["scale_psnr_4"] == pytest.approx(np.mean(line["values"]), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(bench):
+    options = {"metrics": "fd_dinov2_11_full,scale_psnr_7,eqt5_frac", "batch": 2}
+    one = bench.measure(**options)
+    shutil.rmtree(bench.folder / "cache")
+    (bench.folder / "two").mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(ROOT / "calc_metrics.py")]
+    command += bench.arguments(**options, outdir=bench.folder / "two")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("eqt5_frac") == 1  # the other is silent
+    for path in (bench.folder / "two").glob("*.jsonl"):
+        two = json.loads(path.read_text())
+        assert value(two) == pytest.approx(value(one.pop(plain(two["metric"]))), rel=1e-9)
+        assert two["num_gpus"] == 2
+    assert not one
+
+
+@pytest.mark.slow
+def test_the_inception_family_and_windows(bench, inception_file):  # noqa: F811
+    torch.manual_seed(0)
+    alex = NETS["alex"]
+    torch.save(alex.build().state_dict(), inception_file.parent / alex.weights.name)
+    photos = save_pictures(bench.folder / "photos", crops("astronaut", 3, (70, 90)))
+    save_pictures(bench.folder / "photos" / "small", crops("coffee", 2, (40, 50)))
+    options = {"weights": inception_file.parent, "num": 12}
+    records = bench.measure(metrics="fid50k_full,kid50k_full,pr50k3_full,is50k,scale_lpips", **options)
+    assert sorted(records) == ["fid12_full", "is12", "kid12_full", "pr12_3_full", "scale_lpips_12"]
+    assert [plain(name).split("@")[0] for name in records["pr12_3_full"]["results"]] == [
+        "pr12_3_full_precision",
+        "pr12_3_full_recall",
+    ]
+    result = bench.call(metrics="pfid50k_full", size="64x64", **options | {"data": photos})
+    assert result.exit_code == 0, result.output
+    assert "2 photographs smaller than 64 pixels are left out" in result.output
+    (path,) = bench.folder.glob("metric-pfid12_full@64x64@*.jsonl")
+    record = json.loads(path.read_text())
+    assert (record["num_photographs"], record["num_real"], record["window"]) == (3, 12, SIDE)
+    assert value(record) > 0
+
+
+# --- photographs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_set_has_no_distance_from_itself(bench):
+    options = {"network": None, "images": bench.data, "outdir": bench.folder, "metrics": "fd_dinov2_50k_full"}
+    (record,) = bench.measure(**options).values()
+    assert record["metric"].startswith("fd_dinov2_17_full@")  # as many as there are
+    assert value(record) == pytest.approx(0, abs=1e-6)
+    noisy = save_pictures(bench.folder / "noisy", torch.randint(0, 255, (9, 3, SIDE, SIDE), dtype=torch.uint8))
+    (record,) = bench.measure(**options | {"images": noisy}).values()
+    assert value(record) > 1
+
+
+def test_images_alone_write_nothing_without_outdir(bench, monkeypatch):
+    monkeypatch.chdir(bench.folder)
+    before = set(bench.folder.rglob("*.jsonl"))
+    result = bench.call(network=None, images=bench.data, metrics="fd_dinov2_50k_full")
+    assert result.exit_code == 0, result.output
+    assert "fd_dinov2_17_full" in result.output
+    assert set(bench.folder.rglob("*.jsonl")) == before
+
+
+def test_a_killed_run_goes_on_from_what_was_seen_in_the_photographs(bench, seen, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(calc_metrics.Generated, "paint", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        result = bench.call(metrics="fd_dinov2_6_full")
+    assert result.exit_code == 130
+    assert result.output.count("\n") == 1
+    assert "Interrupted" in result.output
+    assert sum(seen) == 17
+    seen.clear()
+    first = bench.measure(metrics="fd_dinov2_6_full")
+    assert sum(seen) == 6
+    (kept,) = (bench.folder / "cache" / "statistics").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-9])
+    seen.clear()
+    assert value(bench.measure(metrics="fd_dinov2_6_full")["fd_dinov2_6_full"]) == value(first["fd_dinov2_6_full"])
+    assert sum(seen) == 17 + 6
+
+
+def test_statistics_are_found_by_the_content_and_not_by_the_path(bench, seen):
+    metrics = "fd_dinov2_4_full"
+    first = value(bench.measure(metrics=metrics)[metrics])
+    moved = bench.data.rename(bench.folder / "moved")
+    seen.clear()
+    assert value(bench.measure(metrics=metrics, data=moved)[metrics]) == first
+    assert sum(seen) == 4
+    Image.new("RGB", (SIDE, SIDE)).save(moved / "000.png")
+    assert value(bench.measure(metrics=metrics, data=moved)[metrics]) != first
+    assert sum(seen) == 4 + 17 + 4
+
+
+def test_mirrored_photographs_are_those_of_a_folder_that_holds_both(bench):
+    images = [ImageArchive(bench.data)[i][0] for i in range(17)]
+    both = save_pictures(bench.folder / "both", torch.stack([*images, *(image.flip(2) for image in images)]))
+    metrics = "fd_dinov2_6_full"
+    mirrored = bench.measure("--mirror", metrics=metrics)[metrics]
+    assert mirrored["num_real"] == 34
+    assert value(mirrored) == pytest.approx(value(bench.measure(metrics=metrics, data=both)[metrics]), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", ["48x24", "64x64"])
+def test_photographs_are_brought_to_the_size_measured(bench, size):
+    record = bench.measure(metrics="fd_dinov2_6_full", size=size)[f"fd_dinov2_6_full@{size}"]
+    width, height = map(int, size.split("x"))
+    assert record["size"] == [height, width]
+    assert record["resize"] == "centre crop, lanczos"
+
+
+def test_a_photograph_is_cropped_about_its_centre_and_resized_as_pillow_does():
+    (picture,) = crops("coffee", 1, (90, 60))
+    for filter, resampling in (("lanczos", Image.Resampling.LANCZOS), ("bicubic", Image.Resampling.BICUBIC)):
+        for size in ((20, 40), (80, 160)):
+            images = [Image.fromarray(c.numpy().astype(np.float32)).crop((0, 30, 60, 60)) for c in picture]
+            expected = np.stack([np.array(image.resize(size[::-1], resampling)) for image in images]).clip(0, 255)
+            found = fitted(picture[None], size, filter)[0].numpy()
+            np.testing.assert_allclose(found, expected, rtol=0, atol=0.501)  # half for our rounding
+    assert torch.equal(fitted(picture[None], (90, 60), "lanczos")[0], picture)
+
+
+def test_windows_lie_where_they_say_in_photographs_of_any_size():
+    windows = Windows(size=16, large=64, filter="box", seed=0)
+    boxes = [windows.box("real", number) for number in range(200)]
+    parts = np.array([(x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes])
+    assert np.allclose(parts[:, 0], parts[:, 1])
+    assert (min(parts[:, 0]), max(parts[:, 0])) == pytest.approx((0.25, 1), abs=0.05)
+    assert min(map(min, boxes)) >= 0
+    assert max(map(max, boxes)) <= 1
+    assert windows.box("fake", 5) != windows.box("real", 5) == windows.box("real", 5)
+    ramp = torch.arange(128, dtype=torch.uint8).expand(1, 160, 128)  # a column's number in every pixel
+    for number in range(20):
+        x0, _, x1, _ = windows.box("real", number)
+        window = windows.of_photograph(ramp, number)
+        assert window.shape == (1, 16, 16)
+        step = (x1 - x0) * 128 / 16
+        expected = x0 * 128 + step * (torch.arange(16) + 0.5) - 0.5
+        assert (window[0, 0] - expected).abs().max() <= 1.6  # whole pixels, rounded colours
+
+
+# --- generators ------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_depend_on_the_seed_and_their_number_alone(bench):
+    fakes = calc_metrics.Generated(load_generator(bench.network))
+    (together,) = fakes.batches([range(5)])
+    single = torch.cat([batch.pictures() for batch in fakes.batches([[4], [2]])])
+    assert (single.int() - together.pictures()[[4, 2]].int()).abs().max() <= 1  # a float32 sum may round the other way
+    other = calc_metrics.Generated(load_generator(bench.network), seed=1)
+    assert not torch.equal(next(other.batches([[2]])).ws, single)
+
+
+def test_labels_are_distributed_as_those_of_the_photographs_or_take_turns(bench):
+    G = load_generator(bench.save("cond.safetensors", c_dim=3))
+    names = sorted(path.name for path in bench.data.iterdir())
+    labels = [[name, 2 if i % 4 else 0] for i, name in enumerate(names)]
+    (bench.data / "dataset.json").write_text(json.dumps({"labels": labels}))
+    archive = calc_metrics.open_labelled(str(bench.data), G, mirror=False)
+    _, c = calc_metrics.Generated(G, labelled=archive).latents(range(2000), "latents")
+    share = np.mean([label == 0 for _, label in labels])
+    assert c.mean(0).tolist() == pytest.approx([share, 0, 1 - share], abs=0.04)
+    _, c = calc_metrics.Generated(G).latents(range(1, 7), "latents")
+    assert c.argmax(1).tolist() == [1, 2, 0, 1, 2, 0]
+    assert bench.measure(metrics="fd_dinov2_4_full", network=bench.folder / "cond.safetensors")
+    other = bench.save("other.safetensors", c_dim=5)
+    assert "the network takes 5" in bench.refused(metrics="fd_dinov2_4_full", network=other)
+
+
+def test_truncation_and_other_sizes_show_in_the_name(bench):
+    records = bench.measure(metrics="fd_dinov2_4_full,eqt4_int,scale_psnr_3", trunc=0.5, scale=1.5)
+    assert sorted(records) == ["eqt4_int@48x48@trunc0.5", "fd_dinov2_4_full@48x48@trunc0.5", "scale_psnr_3@trunc0.5"]
+    records = bench.measure(metrics="scale_psnr_3", scales="32,16,64,96x96", filter="lanczos")
+    assert sorted(records) == [f"scale_psnr_3@{pair}lanczos" for pair in ("16-32@", "32-96@", "")]
+
+
+@pytest.mark.parametrize("coords", ["endpoints", "centers"])
+def test_translation_by_whole_pixels_is_exact_for_a_picture_that_is_a_function_of_position(bench, coords):
+    network = bench.save(f"{coords}.safetensors", coords=coords)
+    assert value(bench.measure(metrics="eqt4_int", network=network)["eqt4_int"]) > 90
+
+
+def test_the_photographs_of_a_run_are_found(bench):
+    options = {"data": {"path": str(bench.data), "mirror": True}, "train": {"batch": 4}}
+    (bench.folder / "options.yaml").write_text(yaml.safe_dump(options))
+    shutil.copy(bench.network, bench.folder / "network-snapshot-000002.safetensors")
+    network = bench.folder / "network-snapshot-000002.safetensors"
+    (record,) = bench.measure(metrics="fd_dinov2_4_full", data=None, network=network).values()
+    assert record["num_real"] == 34
+    assert list(bench.folder.glob("events*"))
+    bench.data.rename(bench.folder / "elsewhere")
+    assert "say with --data" in bench.refused(metrics="fd_dinov2_4_full", data=None, network=network)
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"metrics": "fidd50k_full"}, "did you mean fid50k_full?"),
+        ({"metrics": "none"}, "measures nothing"),
+        ({"metrics": "fid50k_full", "num": 1}, "fid50k_full takes 2 pictures or more"),
+        ({"metrics": "is50k", "num": 9}, "10 pictures"),
+        ({"metrics": "fd_dinov2_5_full", "data": None}, "give them with --data"),
+        ({"metrics": "fd_dinov2_5_full", "data": "gone"}, "gone does not exist"),
+        ({"metrics": "pfid50k_full", "weights": None}, "is needed and was not found"),
+        ({"network": "gone.safetensors"}, "gone.safetensors does not exist"),
+        ({"network": None}, "either --network"),
+        ({"network": None, "images": "x", "metrics": "scale_psnr"}, "scale_psnr takes a generator"),
+        ({"size": "64x64", "scale": 2}, "give one of them"),
+        ({"size": "big"}, "--size=big"),
+        ({"scales": "32"}, "two sizes or more"),
+        ({"scales": "32,64x48"}, "different shapes"),
+        ({"metrics": "scale_ssim", "scales": "8,16"}, "11x11 pixels or more"),
+        ({"metrics": "eqr4", "size": "31x40"}, "32x32 pixels or more"),
+        ({"trunc": "nan"}, "--trunc=nan"),
+    ],
+    ids=str,
+)
+def test_a_wrong_call_is_a_sentence(bench, monkeypatch, options, words):
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("Network is unreachable")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    output = bench.refused(**options)
+    assert words in output
+    assert not list(bench.folder.glob("*.jsonl"))
+
+
+def test_offline_without_weights_a_sentence_says_which_file_must_lie_where(bench):
+    (bench.weights / DINO.name).unlink()
+    output = bench.refused(metrics="fd_dinov2_50k_full")
+    for words in (DINO.name, DINO.url, str(bench.folder / "cache" / DINO.name), str(bench.weights / DINO.name)):
+        assert words in output.replace("\n", "")
+
+
+def test_a_broken_network_and_pictures_with_transparency_are_sentences(bench):
+    G = load_generator(bench.network)
+    G.synthesis.lines.input.weight.fill_(torch.nan)
+    save_generator(G, bench.folder / "broken.safetensors")
+    for metric in ("scale_psnr_2", "fd_dinov2_4_full", "eqt4_int"):
+        output = bench.refused(metrics=metric, network=bench.folder / "broken.safetensors")
+        assert "not finite" in output
+    assert "4 channels" in bench.refused(
+        metrics="fd_dinov2_4_full", network=bench.save("rgba.safetensors", img_channels=4)
+    )
+    grey = bench.save("grey.safetensors", img_channels=1)
+    assert bench.measure(metrics="fd_dinov2_4_full", network=grey)
+
+
+def test_the_help_is_quick_and_names_every_metric():
+    slow = {"torch_fidelity", "torchvision", "matplotlib", "tensorboard"}
+    code = f"import sys, calc_metrics; print(sorted({slow} & set(sys.modules)))"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.stdout.strip() == "[]", process.stderr
+    output = CliRunner().invoke(calc_metrics.main, ["--help"]).output
+    assert all(name in output for name in KNOWN)
+    assert max(map(len, output.splitlines())) <= 110
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(bench, tiny):
+    """Trains 32² pictures with the metrics named; returns the result and the run directory."""
+    shutil.copytree(bench.weights, bench.folder / "cache")
+
+    def call(metrics: str, outdir: str, *arguments: object):
+        options = ("--metrics", metrics, "--mirror", "--kimg", 0.032, "--tick", 0.016, *arguments)
+        result = tiny.call(*tiny.new(*options, outdir=outdir, data=bench.data))
+        return result, next(iter(tiny.runs(outdir)), None)
+
+    return call
+
+
+def test_snapshots_are_measured_as_the_command_measures_them(bench, run):
+    result, folder = run("fd_dinov2_6_full,scale_psnr_4", "with")
+    assert result.exit_code == 0, (result.output, result.exception)
+    before, after = result.output.split("run directory")
+    assert "the metrics of a snapshot take about" in before
+    assert "scale_psnr_4 " in after
+    (path,) = folder.glob("metric-fd_dinov2_6_full@*.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]  # and none at 0
+    assert lines[0]["num_real"] == 34
+    records = bench.measure(
+        metrics="fd_dinov2_6_full", data=None, network=folder / lines[1]["network"], outdir=bench.folder
+    )
+    assert value(records["fd_dinov2_6_full"]) == pytest.approx(value(lines[1]), rel=1e-9)
+    _, without = run("none", "without")
+    network = "network-snapshot-000000.safetensors"
+    assert (folder / network).read_bytes() == (without / network).read_bytes()
+    assert (folder / "log.txt").read_text().count("\n") == (without / "log.txt").read_text().count("\n")
+
+    result = CliRunner().invoke(calc_metrics.main, ["plot", str(folder), f"--out={bench.folder / 'plot.png'}"])
+    assert result.exit_code == 0, result.output
+    assert Image.open(bench.folder / "plot.png").width > 500
+    result = CliRunner().invoke(calc_metrics.main, ["plot", str(folder), "--published=FFHQ-51"])
+    assert (result.exit_code, "did you mean FFHQ-512?" in result.output) == (2, True)
+    result = CliRunner().invoke(calc_metrics.main, ["plot", str(without)])
+    assert (result.exit_code, "holds no metric" in result.output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [("fid50k_full", "was not found"), ("pfid50k_full", "calc_metrics.py"), ("is5", "10 pictures")],
+)
+def test_what_cannot_be_measured_is_said_before_the_training(run, monkeypatch, metrics, words):
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("Network is unreachable")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    result, folder = run(metrics, "runs")
+    assert result.exit_code == 2
+    assert words in result.output
+    assert folder is None
+
+
+def test_a_signal_while_measuring_leaves_the_state_and_says_how_to_go_on(run, monkeypatch):
+    measure = calc_metrics.measure
+
+    def interrupted(*arguments, stop):
+        signal.raise_signal(signal.SIGTERM)
+        return measure(*arguments, stop=stop)
+
+    monkeypatch.setattr(calc_metrics, "measure", interrupted)
+    result, folder = run("scale_psnr_4", "runs")
+    assert result.exit_code == 143, result.output
+    assert "to continue: --resume=" in result.output
+    assert len(list(folder.glob("training-state-*.pt"))) == 1
+    assert not list(folder.glob("metric-*"))
+
+
+def test_stopping_is_noticed_at_the_next_batch(bench):
+    G = load_generator(bench.network)
+    calls = []
+
+    def stop():
+        calls.append(None)
+        return len(calls) == 3
+
+    alone = Processes(0, 1, torch.device("cpu"))
+    evaluation = calc_metrics.Evaluation(parse("scale_psnr_9"), None, None, {}, calc_metrics.Settings(batch=2), alone)
+    assert evaluation(calc_metrics.Generated(G), stop) == []
+    assert len(calls) == 3
+    assert len(evaluation(calc_metrics.Generated(G))) == 1
