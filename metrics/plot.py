@@ -72,6 +72,9 @@ def over_scales(records: list[dict]) -> dict[str, list[Point]]:
 
 
 def panel(axes: Axes, title: str, unit: str, curves: dict[str, list[Point]], published: dict[str, float]) -> None:
+    if unit != "kimg":  # sizes
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     for run, points in curves.items():
         x, y, error = zip(*points, strict=True)  # infinite values are left out by matplotlib
         axes.errorbar(x, y, error, marker="o", markersize=3, capsize=2, label=run)
@@ -94,7 +97,10 @@ def draw(runs: list[Path], out: Path, published: str | None = None) -> None:
     training = {run: over_training(found) for run, found in records.items()}
     scales = {run: over_scales(found) for run, found in records.items()}
     panels = []
+    several = {family for curves in scales.values() for family, points in curves.items() if len(points) > 1}
     for name in dict.fromkeys(name for curves in training.values() for name in curves):
+        if name in several and all(len(curves.get(name, ())) < 2 for curves in training.values()):
+            continue  # one snapshot at several scales: its curve is over these
         lines = FID[published] if published and name.startswith("fid") else {}
         panels.append((name, "kimg", {run: c[name] for run, c in training.items() if name in c}, lines))
     for name in dict.fromkeys(name for curves in scales.values() for name in curves):

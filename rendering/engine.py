@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rendering import points
 from rendering.grid import Box, View
-from rendering.network import Painter, fuse
+from rendering.network import Painter
 from torch_utils.precision import full_precision
 from training.networks import Generator
 
@@ -169,7 +169,7 @@ class Lines:
         samples, (y, x) = self.view.rows.samples, (self.block.y0, self.block.x0)
         rows = self.lines[i][0][..., (box.y0 - y) * samples : (box.y1 - y) * samples]
         cols = self.lines[i][1][..., (box.x0 - x) * samples : (box.x1 - x) * samples]
-        return self.made[i].pixels(fuse(rows, cols))
+        return self.made[i].window(rows, cols)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_utils.build import say_once
 from torch_utils.ops.bias_act import ACTIVATIONS
 from torch_utils.ops.chain import Chain, Layer
 from training.networks import Generator
@@ -71,12 +72,23 @@ class Painter:
         made = list(imap(lambda part: ready(part[0], dtype, part[1])._replace(**part[2]), line + colour))
         self.lines = Chain(made[: len(line)], every=True, impl=impl, imap=imap)
         self.colours = Chain(made[len(line) :], impl=impl, imap=imap)
+        self.kernel = kernel(made[len(line) :], self.summed) if impl == "auto" and w.device.type == "cuda" else None
 
     def line(self, axis: int, positions: Tensor) -> Tensor:
         """float64 [R] -> [K,C,D,R]: lines of rows (axis 0) or columns (axis 1), summed up to each fusion."""
         x = self.input.features(positions) * self.scale[axis]
         sums = self.lines(x.permute(2, 1, 0).flatten(1).to(self.dtype))
         return sums.unflatten(2, (-1, len(positions)))
+
+    def window(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """Lines [K,C,D,H] and [K,C,D,W] -> colours [img_channels,H·W], about [-1,1]."""
+        if self.kernel:
+            try:
+                return self.kernel(rows, cols)
+            except Exception as problem:  # Triton and the driver fail in many ways
+                say_once(f"rendering goes on without its Triton kernel, which is slower: {problem}")
+                self.kernel = None
+        return self.pixels(fuse(rows, cols))
 
     def pixels(self, fusions: Iterable[Tensor]) -> Tensor:
         """K features [C,P], as `fuse` and `fuse_points` make them -> colours [img_channels,P], about [-1,1]."""
@@ -85,6 +97,16 @@ class Painter:
         for _ in range(self.summed):
             x = x + next(fusions)
         return self.colours(x, fusions)
+
+
+def kernel(layers: list[Layer], summed: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The kernel of pixel_path.py for these layers, or None where it does not serve."""
+    try:
+        from torch_utils.ops import pixel_path  # Triton comes with PyTorch for GPUs only
+    except ImportError as problem:
+        say_once(f"rendering goes on without its Triton kernel, which is slower: {problem}")
+        return None
+    return pixel_path.PixelPath(layers, summed) if layers[0].weight.dtype in pixel_path.DTYPES else None
 
 
 def fuse(rows: Tensor, cols: Tensor) -> Iterator[Tensor]:

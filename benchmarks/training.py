@@ -1,0 +1,118 @@
+"""A training step with more and less in memory: python -m benchmarks.training --help
+
+The paper's networks at their published widths with random images, float32 on a CPU and bfloat16 on a GPU that has it.
+Each setting has a fresh process, and they take turns. A step is the mean over its schedule: G and D in each, path
+lengths in every 4th, R1 in every 16th.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.machine import describe, peak_mib
+from dnnlib.config import merge
+from dnnlib.files import atomic_write
+from torch_utils.distributed import Processes
+from training.config import resolve
+from training.data import ImageArchive
+from training.memory import GIB, expected_bytes
+from training.trainer import Trainer, new_state
+
+SETTINGS = ("none", "pixels", "all")  # of G.recompute
+
+
+def phases(folder: str, recompute: str, size: int, batch: int, rounds: int) -> dict:
+    """Seconds of each phase, `rounds` times, and the peak of memory in MiB."""
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    images = ImageArchive(folder)
+    settings = {"data": {"path": folder}, "G": {"recompute": recompute}, "train": {"batch": batch}}
+    config = resolve(merge({"loss": {"r1_gamma": 10}, "augment": {"mode": "none"}}, settings), images, "this benchmark")
+    trainer = Trainer(config, new_state(config, device), images, Processes(0, 1, device))
+    real = torch.stack([images[i][0] for i in range(batch)]).to(device, trainer.dtype) / 127.5 - 1
+    c = torch.zeros(batch, 0, device=device)
+    work = {
+        "G": trainer._generator,
+        "path length": trainer._path_length,
+        "D": lambda: trainer._critic(real, c),
+        "R1": lambda: trainer._r1(real, c),
+    }
+    before = peak_mib()
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, phase in work.items():
+            start = time.perf_counter()
+            phase()
+            if gpu:
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+            trainer.state.step += 1  # other latents
+    return {
+        "seconds": seconds,
+        "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if gpu else peak_mib(),
+        "before MiB": 0 if gpu else before,
+        "expected MiB": expected_bytes(config, batch, device.type) / GIB * 1024,
+    }
+
+
+def step_seconds(seconds: dict[str, list[float]]) -> float:
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    return middle["G"] + middle["D"] + middle["path length"] / 4 + middle["R1"] / 16
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results/training.json", show_default=True)
+@click.option("--sizes", default="256,512", show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--turns", type=click.IntRange(1), default=2, show_default=True, help="Processes of each setting.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of each phase in a process.")
+@click.option("--once", nargs=3, hidden=True)
+def main(out, sizes, batch, turns, rounds, once):
+    """Time and memory of a training step for each setting of G.recompute, as JSON."""
+    if once:
+        folder, recompute, size = once
+        click.echo(json.dumps(phases(folder, recompute, int(size), batch, rounds)))
+        return
+    result = {"machine": describe(), "batch": batch, "steps": []}
+    for size in map(int, sizes.split(",")):
+        runs: dict[str, list[dict]] = {name: [] for name in SETTINGS}
+        with tempfile.TemporaryDirectory() as folder:
+            random = np.random.default_rng(0)
+            for i in range(batch):
+                pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(Path(folder) / f"{i}.png")
+            for _ in range(turns):
+                for name in SETTINGS:
+                    command = [sys.executable, "-m", "benchmarks.training", "--batch", batch, "--rounds", rounds]
+                    command += ["--once", folder, name, size]
+                    answer = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+                    runs[name].append(json.loads(answer))
+        for name, parts in runs.items():
+            seconds = {
+                phase: [value for part in parts for value in part["seconds"][phase]] for phase in parts[0]["seconds"]
+            }
+            summary = {
+                "size": size,
+                "recompute": name,
+                "step seconds": step_seconds(seconds),
+                "peak MiB": max(part["peak MiB"] for part in parts),
+                "expected MiB": parts[0]["expected MiB"],
+                "before MiB": parts[0]["before MiB"],
+            }
+            click.echo(json.dumps(summary))
+            result["steps"].append({**summary, "seconds": seconds})
+        with atomic_write(out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
