@@ -366,7 +366,7 @@ def main(context, network, images, outdir, **options):
             calculate(procs, network, images, outdir, **options)
     except UserError:
         # One that every process finds is said once: the launcher ends the others while they hold back.
-        time.sleep(min(int(os.environ.get("RANK", 0)), 1))
+        time.sleep(5 * min(int(os.environ.get("RANK", 0)), 1))
         raise
     except torch.OutOfMemoryError as error:
         raise UserError("the GPU's memory is full; give a smaller --batch") from error

@@ -309,7 +309,7 @@ def work(config_json: str, outdir: str | None, cfg: str | None, desc: str | None
     except UserError as error:
         mistake = error
     # One that every process finds is said once: the launcher ends the others while they hold back.
-    time.sleep(min(int(os.environ.get("RANK", 0)), 1))
+    time.sleep(5 * min(int(os.environ.get("RANK", 0)), 1))
     mistake.show()
     sys.exit(mistake.exit_code)
 
