@@ -4,6 +4,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,12 +14,12 @@ from hypothesis import strategies as st
 
 import rendering
 from dnnlib.console import UserError
-from torch_utils.build import library
-from torch_utils.ops import chain as module
+from torch_utils.build import cpp_compiler, library
 from torch_utils.ops.chain import Chain, Layer, build
 from training.networks import Generator, GeneratorConfig
 
-SOURCE = module.Path(module.__file__).with_suffix(".cpp")
+needs_compiler = pytest.mark.skipif(not shutil.which(cpp_compiler()[0]), reason="there is no C++ compiler")
+CPP = pytest.param("cpp", marks=needs_compiler)
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def error(a, b):
     return ((a - b).abs().max() / b.abs().max()).item() if b.numel() else 0.0
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpp"])
+@pytest.mark.parametrize("impl", ["reference", CPP])
 @settings(max_examples=40, deadline=None)
 @given(
     widths=st.lists(st.integers(1, 40), min_size=2, max_size=5),
@@ -93,6 +94,7 @@ def test_chain_is_its_definition(impl, widths, outputs, positions, slope, clamp,
     assert error(y, truth) < 1e-5
 
 
+@needs_compiler
 @pytest.mark.parametrize("compiler", ["c++ -mno-avx512f", "c++ -mno-avx", "c++"])
 def test_chain_is_the_same_on_lesser_processors(compiler, fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", compiler)
@@ -106,6 +108,7 @@ def test_chain_is_the_same_on_lesser_processors(compiler, fresh, monkeypatch, tm
     assert error(chain(x, added), in_float64(made, x, added, False)) < 1e-5
 
 
+@needs_compiler
 def test_a_position_does_not_depend_on_its_neighbours():
     chain = Chain(layers([20, 50, 30], [0, 5]), impl="cpp")
     x = noise(20, 333)
@@ -114,6 +117,7 @@ def test_a_position_does_not_depend_on_its_neighbours():
         assert torch.equal(chain(x[:, start:stop]), y[:, start:stop])
 
 
+@needs_compiler
 def test_threads_do_not_disturb_each_other():
     chain = Chain(layers([64, 128, 64], [0, 3]), impl="cpp")
     xs = [noise(64, 500, seed=i) for i in range(16)]
@@ -122,7 +126,7 @@ def test_threads_do_not_disturb_each_other():
     assert all(torch.equal(y, chain(x)) for x, y in zip(xs, together, strict=True))
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpp"])
+@pytest.mark.parametrize("impl", ["reference", CPP])
 def test_nan_is_passed_on_and_infinity_is_clamped(impl):
     made = layers([4, 6, 6], [0, 6], clamp=2.0)
     made[0].weight.zero_()
@@ -152,6 +156,7 @@ def test_float16_does_not_overflow_where_terms_are_added():
     assert torch.equal(y, torch.full((2, 3), 3e4))
 
 
+@needs_compiler
 def test_wrong_calls_are_refused():
     made = layers([8, 8], [3], [1])
     with pytest.raises(UserError, match="'triton' is unknown; use one of auto, reference, cpp"):
@@ -164,6 +169,7 @@ def test_wrong_calls_are_refused():
             chain(x, added)
 
 
+@needs_compiler
 def test_pictures_are_those_of_the_reference():
     config = GeneratorConfig(img_resolution=32, z_dim=16, w_dim=16, channel_base=1024, channel_max=64)
     G = Generator(config).eval().requires_grad_(False)
@@ -193,6 +199,7 @@ def test_without_a_compiler_the_reference_serves_and_one_line_says_so(fresh, mon
         Chain(made, impl="cpp")
 
 
+@needs_compiler
 def test_a_failing_build_shows_the_first_error_and_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "broken.cpp"
@@ -203,6 +210,7 @@ def test_a_failing_build_shows_the_first_error_and_leaves_nothing(monkeypatch, t
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
+@needs_compiler
 def test_a_library_is_built_once_for_each_source(monkeypatch, tmp_path):
     monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "number.cpp"
@@ -213,6 +221,7 @@ def test_a_library_is_built_once_for_each_source(monkeypatch, tmp_path):
     assert len(built) == 2
 
 
+@needs_compiler
 def test_a_damaged_library_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "number.cpp"
@@ -231,6 +240,7 @@ def build_and_call(source):
     return library(source).number()
 
 
+@needs_compiler
 def test_processes_may_build_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "number.cpp"
