@@ -47,12 +47,11 @@ class Untrained(FeatureExtractorInceptionV3):
         nn.init.normal_(self.fc.bias, generator=random)
 
 
-def write_random_weights(folder: Path) -> None:
+def random_weights() -> dict[str, torch.Tensor]:
     nothing = io.BytesIO()
     torch.save({}, nothing)
     nothing.seek(0)
-    module = Untrained("inception", ["2048"], feature_extractor_weights_path=nothing)
-    torch.save(module.state_dict(), folder / WEIGHTS)
+    return Untrained("inception", ["2048"], feature_extractor_weights_path=nothing).state_dict()
 
 
 def theirs(a: str, b: str, weights: str, everything: bool) -> dict:
@@ -109,7 +108,7 @@ def main(a, b, weights, rounds, out, fidelity, everything):
     with tempfile.TemporaryDirectory() as folder:
         if weights is None:
             weights = folder
-            write_random_weights(Path(folder))
+            torch.save(random_weights(), Path(folder) / WEIGHTS)
 
         def fresh(everything: bool) -> dict:
             command = [sys.executable, "-m", "benchmarks.metrics", a, b, "--weights", weights, "--fidelity"]

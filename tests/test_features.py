@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import os
 import shutil
 import types
@@ -19,10 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
 from torch_fidelity import calculate_metrics
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torchvision.models import VisionTransformer
 from torchvision.transforms.functional import gaussian_blur, normalize
 
+from benchmarks.metrics import random_weights
 from dnnlib.console import UserError
 from dnnlib.files import RemoteFile, locate, sha256
 from metrics import cache as statistics
@@ -32,25 +32,6 @@ from metrics.features import DETECTORS, Detector, DINOv2, dinov2, inception, loa
 from metrics.moments import Moments
 
 INCEPTION, DINO = DETECTORS["inception"].weights, DETECTORS["dinov2"].weights
-
-
-class Untrained(FeatureExtractorInceptionV3):
-    """Inception with random weights that keep its features apart."""
-
-    def load_state_dict(self, state):
-        random = torch.Generator().manual_seed(0)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, generator=random)
-        nn.init.normal_(self.fc.weight, std=2, generator=random)
-        nn.init.normal_(self.fc.bias, generator=random)
-
-
-def inception_state():
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
-    nothing.seek(0)
-    return Untrained("inception", ["2048"], feature_extractor_weights_path=nothing).state_dict()
 
 
 def dino_state(seed=0, positions=26, dim=128, depth=2):
@@ -84,7 +65,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / INCEPTION.name
-    torch.save(inception_state(), path)
+    torch.save(random_weights(), path)
     return path
 
 
@@ -195,7 +176,7 @@ def test_only_the_standard_weights_have_the_standard_name(dino_file, monkeypatch
 
 
 def test_inception_leaves_the_random_numbers_of_others_alone():
-    state = inception_state()
+    state = random_weights()
     before = torch.get_rng_state()
     inception(state)
     assert torch.equal(torch.get_rng_state(), before)
