@@ -30,7 +30,7 @@ from training.trainer import Trainer, new_state
 SETTINGS = ("none", "pixels", "all")  # of G.recompute
 
 
-def phases(folder: str, recompute: str, size: int, batch: int, rounds: int) -> dict:
+def phases(folder: str, recompute: str, batch: int, rounds: int) -> dict:
     """Seconds of each phase, `rounds` times, and the peak of memory in MiB."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
@@ -75,12 +75,11 @@ def step_seconds(seconds: dict[str, list[float]]) -> float:
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--turns", type=click.IntRange(1), default=2, show_default=True, help="Processes of each setting.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of each phase in a process.")
-@click.option("--once", nargs=3, hidden=True)
+@click.option("--once", nargs=2, hidden=True)
 def main(out, sizes, batch, turns, rounds, once):
     """Time and memory of a training step for each setting of G.recompute, as JSON."""
     if once:
-        folder, recompute, size = once
-        click.echo(json.dumps(phases(folder, recompute, int(size), batch, rounds)))
+        click.echo(json.dumps(phases(*once, batch, rounds)))
         return
     result = {"machine": describe(), "batch": batch, "steps": []}
     for size in map(int, sizes.split(",")):
@@ -93,7 +92,7 @@ def main(out, sizes, batch, turns, rounds, once):
             for _ in range(turns):
                 for name in SETTINGS:
                     command = [sys.executable, "-m", "benchmarks.training", "--batch", batch, "--rounds", rounds]
-                    command += ["--once", folder, name, size]
+                    command += ["--once", folder, name]
                     answer = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
                     runs[name].append(json.loads(answer))
         for name, parts in runs.items():

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import click
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dnnlib.console import UserError
-from torch_utils.build import library
+from torch_utils.build import library, say_once
 
 IMPLS = ("auto", "reference", "cpp")
 LARGEST = 60_000.0  # terms can pass the end of float16, 65504
@@ -103,7 +102,7 @@ def build() -> tuple[Native | None, str]:
     try:
         lib = library(Path(__file__).with_suffix(".cpp"))
     except UserError as error:
-        click.echo(f"Rendering goes on without its C++ code, some 1.3 times slower: {error}", err=True)
+        say_once(f"Rendering goes on without its C++ code, some 1.3 times slower: {error}")
         return None, str(error)
     lib.chain.restype = None
     rows, strip = (ctypes.c_int64.in_dll(lib, name).value for name in ("chain_rows", "chain_strip"))
