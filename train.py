@@ -57,6 +57,8 @@ CHANGEABLE = {
     "data.path",
     "data.workers",
     "G.recompute",
+    "G.impl",
+    "D.impl",
     "train.batch_gpu",
     "train.kimg",
     "train.tick",

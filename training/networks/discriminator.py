@@ -4,6 +4,7 @@ Legend: N images, C channels, R the resolution of a block. Features are [N,C,H,W
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from dnnlib.config import Config
 from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
 from torch_utils.ops.resample import lowpass
 from torch_utils.precision import full_precision
-from training.networks.layers import CLAMP, EqualLinear
+from training.networks.layers import CLAMP, IMPL, EqualLinear, Layer, choose_impl
 from training.networks.mapping import Mapping, check_label
 
 
@@ -26,6 +27,7 @@ class DiscriminatorConfig(Config):
     channel_max: int = Field(512, ge=1)
     mbstd_group: int = Field(4, ge=1, description="images per group of the minibatch standard deviation, at most")
     mapping_layers: int = Field(8, ge=0, le=64, description="layers of the label's mapping, when conditional")
+    impl: Literal["auto", "reference"] = IMPL
 
     @model_validator(mode="after")
     def _buildable(self):
@@ -42,7 +44,7 @@ class DiscriminatorConfig(Config):
         return min(self.channel_base // resolution, self.channel_max)
 
 
-class EqualConv2d(nn.Module):
+class EqualConv2d(Layer):
     """[N,I,H,W] -> [N,O,·,·]: k×k convolution with an equalised learning rate, activation with its gain, clamp.
 
     With `halve` the picture is low-passed and every second sample kept: H and W become half.
@@ -67,7 +69,7 @@ class EqualConv2d(nn.Module):
             x = F.conv2d(lowpass(x, padding=1)[:, :, ::2, ::2], weight)
         else:
             x = F.conv2d(lowpass(x, padding=2), weight, stride=2)
-        return bias_act(x, self.bias, act=self.act, gain=self.gain, clamp=self.clamp, dim=1)
+        return bias_act(x, self.bias, act=self.act, gain=self.gain, clamp=self.clamp, dim=1, impl=self.impl)
 
 
 class ResidualBlock(nn.Module):
@@ -138,6 +140,7 @@ class Discriminator(nn.Module):
         last = config.channels(4)
         self.mapping = Mapping(0, config.c_dim, last, config.mapping_layers) if config.c_dim else None
         self.epilogue = Epilogue(last, last if config.c_dim else 1, config.mbstd_group)
+        choose_impl(self, config.impl)
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         expected = (self.config.img_channels, self.config.img_resolution, self.config.img_resolution)

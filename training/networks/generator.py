@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dnnlib.config import Config
+from training.networks.layers import IMPL, choose_impl
 from training.networks.lines import Lines, LineSynthesis
 from training.networks.mapping import Mapping
 from training.networks.pixels import PixelSynthesis
@@ -39,6 +40,7 @@ class GeneratorConfig(Config):
     recompute: Literal["none", "pixels", "all"] = Field(
         "pixels", description="what the backward pass computes again, part by part, instead of keeping it in memory"
     )
+    impl: Literal["auto", "reference"] = IMPL
 
     @model_validator(mode="after")
     def _buildable(self):
@@ -169,6 +171,7 @@ class Generator(nn.Module):
         self.config = config
         self.mapping = StyleMapping(config)
         self.synthesis = Synthesis(config)
+        choose_impl(self, config.impl)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from torch_utils.ops.bias_act import bias_act
@@ -16,9 +17,23 @@ from torch_utils.ops.modulated_linear import modulated_linear
 from torch_utils.precision import full_precision
 
 CLAMP = 256.0  # features of the synthesis and of the discriminator stay within ±256, far from float16's 65504
+IMPL = Field("auto", description="of the operations: the fastest that works on the device, or plain PyTorch")
 
 
-class EqualLinear(nn.Module):
+class Layer(nn.Module):
+    """A layer of one operation."""
+
+    impl = "auto"  # of the operation (see torch_utils.ops); `choose_impl` sets it
+
+
+def choose_impl(network: nn.Module, impl: str) -> None:
+    """Lets every layer of the network use the implementation `impl` of its operation."""
+    for module in network.modules():
+        if isinstance(module, Layer):
+            module.impl = impl
+
+
+class EqualLinear(Layer):
     """[…,I] -> […,O]: linear with an equalised learning rate, then the activation with its gain."""
 
     def __init__(self, inputs: int, outputs: int, *, act: str = "linear", lr_mult: float = 1.0, bias_init: float = 0.0):
@@ -30,10 +45,11 @@ class EqualLinear(nn.Module):
         self.bias_gain = lr_mult
 
     def forward(self, x: Tensor) -> Tensor:
-        return bias_act(F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain), act=self.act)
+        x = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
+        return bias_act(x, act=self.act, impl=self.impl)
 
 
-class SynthesisLayer(nn.Module):
+class SynthesisLayer(Layer):
     """[N,P,I], w [N,w_dim] -> [N,P,O]: modulated and demodulated 1×1 convolution, leaky ReLU, clamp."""
 
     def __init__(self, inputs: int, outputs: int, w_dim: int):
@@ -45,10 +61,10 @@ class SynthesisLayer(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         with full_precision(w):
             style = self.affine(w)
-        return modulated_linear(x, self.weight, style, self.bias, clamp=CLAMP)
+        return modulated_linear(x, self.weight, style, self.bias, clamp=CLAMP, impl=self.impl)
 
 
-class Head(nn.Module):
+class Head(Layer):
     """[N,P,I], w [N,w_dim] -> [N,P,O] in at least float32: modulated 1×1 convolution without demodulation, bias, clamp.
 
     It ends a stage: lines that are summed, or colours.
@@ -64,5 +80,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         with full_precision(w):
             style = self.affine(w) * self.style_gain
-        y = modulated_linear(x, self.weight, style, self.bias, demodulate=False, act="linear", clamp=CLAMP)
+        y = modulated_linear(
+            x, self.weight, style, self.bias, demodulate=False, act="linear", clamp=CLAMP, impl=self.impl
+        )
         return y.to(torch.promote_types(y.dtype, torch.float32))
