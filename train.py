@@ -57,6 +57,7 @@ CHANGEABLE = {
     "data.path",
     "data.workers",
     "G.recompute",
+    "D.recompute",
     "G.impl",
     "D.impl",
     "train.batch_gpu",

@@ -42,7 +42,7 @@ def saved_bytes(function) -> int:
 def expected_bytes(config: RunConfig, micro: int, device: str) -> int:
     """Memory of one process on a `device` ("cpu" or "cuda"), in float32.
 
-    Parameters with gradients, Adam and average, and the hungrier phase of G, counted on tensors without data. Half
+    Parameters with gradients, Adam and average, and the hungriest phase, counted on tensors without data. Half
     precision needs less, and libraries' workspaces come on top.
     """
     with torch.device("meta"):
@@ -52,6 +52,7 @@ def expected_bytes(config: RunConfig, micro: int, device: str) -> int:
         height, width = config.G.img_shape
         noise = torch.empty(half, config.G.img_channels, height, width)
         rows, cols = torch.empty(height), torch.empty(width)
+        judged = slice(1 if config.D.recompute == "images" else None)
         count = max(1, part_size(device) // width) if G.synthesis.pixels.recompute else height
 
         def synthesis(ws: torch.Tensor) -> torch.Tensor:
@@ -61,12 +62,19 @@ def expected_bytes(config: RunConfig, micro: int, device: str) -> int:
             return part.repeat(1, 1, -(-height // count), 1)[:, :, :height]
 
         def adversarial():
-            D(synthesis(G.mapping(z, c)), c).sum().backward()
+            D(synthesis(G.mapping(z, c))[judged], c[judged]).sum().backward()
 
         def path_length():
             losses.path_lengths(synthesis, G.mapping(z[:half], c[:half]), noise).sum().backward()
 
-        phases = [adversarial, path_length] if config.loss.pl_weight else [adversarial]
+        def r1():
+            losses.r1(lambda real: D(real, c[judged]), torch.empty(micro, *noise.shape[1:])[judged]).sum().backward()
+
+        phases = [
+            adversarial,
+            *([path_length] if config.loss.pl_weight else []),
+            *([r1] if config.loss.r1_gamma else []),
+        ]
         most = max(saved_bytes(phase) for phase in phases)
     # G has weights, gradients, two moments and the average; D all but the average. The parameters saved for the
     # backward pass are counted twice, and the temporaries of a pass are not: the two are of one size.

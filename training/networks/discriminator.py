@@ -3,6 +3,7 @@
 Legend: N images, C channels, R the resolution of a block. Features are [N,C,H,W].
 """
 
+import itertools
 import math
 from typing import Literal
 
@@ -15,6 +16,7 @@ from dnnlib.config import Config
 from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
 from torch_utils.ops.resample import lowpass
 from torch_utils.precision import full_precision
+from torch_utils.recompute import by_parts
 from training.networks.layers import CLAMP, IMPL, EqualLinear, Layer, choose_impl
 from training.networks.mapping import Mapping, check_label
 
@@ -27,6 +29,9 @@ class DiscriminatorConfig(Config):
     channel_max: int = Field(512, ge=1)
     mbstd_group: int = Field(4, ge=1, description="images per group of the minibatch standard deviation, at most")
     mapping_layers: int = Field(8, ge=0, le=64, description="layers of the label's mapping, when conditional")
+    recompute: Literal["none", "images"] = Field(
+        "none", description="what the backward pass computes again, one image at a time, instead of keeping it"
+    )
     impl: Literal["auto", "reference"] = IMPL
 
     @model_validator(mode="after")
@@ -142,6 +147,13 @@ class Discriminator(nn.Module):
         self.epilogue = Epilogue(last, last if config.c_dim else 1, config.mbstd_group)
         choose_impl(self, config.impl)
 
+    def features(self, img: Tensor) -> Tensor:
+        """[N,img_channels,R,R] -> [N,C,4,4], each image by itself."""
+        x = self.from_rgb(img)
+        for block in self.blocks.values():
+            x = block(x)
+        return x
+
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         expected = (self.config.img_channels, self.config.img_resolution, self.config.img_resolution)
         if img.ndim != 4 or img.shape[1:] != expected:
@@ -149,9 +161,11 @@ class Discriminator(nn.Module):
         if not len(img):
             raise ValueError("img is an empty batch; the minibatch standard deviation needs an image")
         check_label(c, self.config.c_dim, len(img))
-        x = self.from_rgb(img)
-        for block in self.blocks.values():
-            x = block(x)
+        if self.config.recompute == "images":
+            shared = itertools.chain(self.from_rgb.parameters(), self.blocks.parameters())
+            x = torch.cat(by_parts(self.features, [(one,) for one in img.split(1)], shared))
+        else:
+            x = self.features(img)
         x = self.epilogue(x)
         if self.mapping is not None:
             x = (x * self.mapping(None, c)).sum(dim=1, keepdim=True) / math.sqrt(x.shape[1])

@@ -74,6 +74,12 @@ class LineBlock(nn.Module):
         self.head = Head(outputs, line_channels, w_dim) if head else None
 
 
+def again(layer: SynthesisLayer, x: Tensor, w: Tensor) -> Tensor:
+    """layer(x, w), of which the arguments alone are kept."""
+    (y,) = by_parts(layer, [(x, w)], layer.parameters())
+    return y
+
+
 class LineSynthesis(nn.Module):
     """ws [N,num_ws,w_dim], rows [H], cols [W] -> Lines. Paper section 3.2, with the layer-wise heads of section 3.3."""
 
@@ -90,7 +96,8 @@ class LineSynthesis(nn.Module):
     ):
         """`widths`: channels of the blocks. `every_block`: heads from the second block on, else on the last alone.
 
-        `recompute`: keep nothing for the backward pass, which computes one image's lines at a time again.
+        `recompute`: keep nothing for the backward pass, which computes one image's lines at a time again, and each of
+        their layers once more.
         """
         super().__init__()
         self.thickness, self.recompute = thickness, recompute
@@ -121,11 +128,12 @@ class LineSynthesis(nn.Module):
 
     def summed(self, ws: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """[K,N,H+W,D,C]: the sums of the lines after every fusion."""
+        run = again if self.recompute else SynthesisLayer.__call__
         x = self.input(rows, cols, ws[:, 0])
         total, sums = None, []
         for layers, head in self.styled():
             for layer, style in layers:
-                x = layer(x, ws[:, style])
+                x = run(layer, x, ws[:, style])
             if head is not None:
                 y = head[0](x, ws[:, head[1]])
                 total = y if total is None else total + y
