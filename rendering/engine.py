@@ -28,7 +28,8 @@ from training.networks import Generator
 # channels, are 2 MB. Points carry lines of their own, 14 KB each with the paper's widths.
 TILE = {"cpu": 64, "cuda": 1024}
 POINTS_TILE = {"cpu": 32, "cuda": 256}
-PIECE = 1024  # positions · thickness of a line that are computed together
+# Positions · thickness of a line that are computed together; on a GPU, some 400 MB with the paper's widths.
+PIECE = {"cpu": 1024, "cuda": 65536}
 BLOCK = 16384  # samples along a block's side: 2 · 118 MB of lines with the paper's widths
 POINTS_BLOCK = 1024
 DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)  # None: that of the generator
@@ -60,7 +61,7 @@ class Plan:
         elif tile < 1:
             raise ValueError(f"tile={tile} has no pixels; use 1 or more")
         block = (POINTS_BLOCK if view.field else BLOCK) // samples
-        piece = max(1, PIECE // (G.config.thickness * samples))
+        piece = max(1, PIECE[device] // (G.config.thickness * samples))
         return cls(view, exact, tile, max(1, block // tile) * tile, piece)
 
     @property
@@ -90,12 +91,12 @@ def paint(
     dtype: torch.dtype | None = None,
     only: Sequence[bool] | None = None,
     finish: Callable[[Tensor], Tensor] = torch.positive,
-    impl: str = "auto",
+    impl: str | None = None,
 ) -> Iterator[tuple[Box, Tensor]]:
     """Yields (box, finish(colours [N,C,h,w] about [-1,1], float32 at least)) for every tile of the plan.
 
     ws [N,num_ws,w_dim]. `dtype` of the matrix products, by default that of G. `only`: for each tile, whether it is
-    wanted. `finish` runs in the threads that paint. `impl` of the layers, as in torch_utils.ops.chain.
+    wanted. `finish` runs in the threads that paint. `impl` as in torch_utils.ops.chain, by default G's.
     Raises ValueError for a dtype that does not serve or other shapes.
     """
     if only is not None and len(only) != plan.tiles:
@@ -121,7 +122,9 @@ def paint(
         yield from tiles(block)
 
 
-def painters(G: Generator, ws: Tensor, dtype: torch.dtype | None, imap: Callable, impl: str = "auto") -> list[Painter]:
+def painters(
+    G: Generator, ws: Tensor, dtype: torch.dtype | None, imap: Callable, impl: str | None = None
+) -> list[Painter]:
     """One for each of ws [N,num_ws,w_dim]. Raises ValueError."""
     expected = (G.config.num_ws, G.config.w_dim)
     if ws.ndim != 3 or ws.shape[1:] != expected or not len(ws):
@@ -169,7 +172,7 @@ class Lines:
         samples, (y, x) = self.view.rows.samples, (self.block.y0, self.block.x0)
         rows = self.lines[i][0][..., (box.y0 - y) * samples : (box.y1 - y) * samples]
         cols = self.lines[i][1][..., (box.x0 - x) * samples : (box.x1 - x) * samples]
-        return self.made[i].window(rows, cols)
+        return self.made[i].pixels(rows, cols)
 
 
 @torch.no_grad()
@@ -213,7 +216,7 @@ def sample(made: list[Painter], spreads: Sequence[points.Spread], imap: Callable
     for axis, grid in enumerate(grids):
         if grid is not None:
             first, step, count = grid
-            piece = max(1, PIECE // made[0].thickness)
+            piece = max(1, PIECE[made[0].device.type] // made[0].thickness)
             t = first + torch.arange(count, dtype=torch.float64) * step
             work += [(painter, axis, part) for painter in made for part in t.split(piece)]
     lines: dict = {}

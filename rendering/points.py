@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rendering.network import Painter, fuse_points
+from rendering.network import Painter
+from torch_utils.ops.pixel_path import fuse_points
 
 DENSITY = 1024  # samples of a line per side of the picture at least; docs/rendering.md has the errors
 FINENESS = 1  # samples per pixel at least
@@ -78,4 +79,4 @@ def lines_at(painter: Painter, axis: int, t: Tensor, samples: Samples | None) ->
 def colours(painter: Painter, x: Tensor, y: Tensor, samples: tuple[Samples | None, Samples | None]) -> Tensor:
     """x, y float64 [P] -> colours [img_channels,P]. `samples` of rows and of columns."""
     rows, cols = (lines_at(painter, axis, t, samples[axis]) for axis, t in enumerate((y, x)))
-    return painter.pixels(fuse_points(rows, cols))
+    return painter.pixels.decode(fuse_points(rows, cols))

@@ -110,6 +110,8 @@ def test_networks_have_the_derivatives_of_the_reference_of_both_orders(device, m
 
 def test_the_doctor_finds_every_kernel_working(device):
     for name, impl, kind, dtypes, example in doctor.CHECKS:
+        if impl == "triton":  # tests/test_pixel_path.py has it
+            continue
         found = doctor.verdict(impl, "cpu", dtypes, example)
         assert found.startswith("works (distance to float64: "), (name, impl, kind, found)
 
@@ -140,7 +142,7 @@ def test_the_doctor_needs_neither_a_gpu_nor_compilers(fresh, monkeypatch):
     assert "no CUDA device: there is no NVIDIA GPU" in page.output
     assert "none: there is no CUDA compiler nvcc" in page.output
     assert "none: there is no C++ compiler /nowhere/c++; install g++" in page.output
-    assert page.output.count("no: it needs a CUDA device") == 3
+    assert page.output.count("no: it needs a CUDA device") == 4
 
 
 def test_the_benchmark_measures_whatever_can_run(device, tmp_path):

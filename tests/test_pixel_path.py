@@ -1,4 +1,4 @@
-"""The kernel from lines to picture, run by Triton's interpreter, is the chain that it replaces."""
+"""The path from lines to picture: its kernel, run by Triton's interpreter, is the chain that it replaces."""
 
 import importlib
 import sys
@@ -6,20 +6,23 @@ import sys
 import pytest
 import torch
 
-from rendering.network import Painter, fuse
+from dnnlib.console import UserError
+from rendering.network import Painter
+from torch_utils.ops.chain import Layer
+from torch_utils.ops.pixel_path import PixelPath
 from training.networks import Generator, GeneratorConfig
 
-pytest.importorskip("triton", reason="Triton comes with PyTorch for GPUs only")
 TINY = {"img_resolution": 16, "channel_base": 128, "channel_max": 16, "z_dim": 8, "w_dim": 8, "mapping_layers": 1}
 
 
 @pytest.fixture
 def kernel(monkeypatch):
     """The module, made for the interpreter: it runs the same code with NumPy."""
+    pytest.importorskip("triton", reason="Triton comes with PyTorch for GPUs only")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    sys.modules.pop("torch_utils.ops.pixel_path", None)
-    yield importlib.import_module("torch_utils.ops.pixel_path")
-    sys.modules.pop("torch_utils.ops.pixel_path")
+    sys.modules.pop("torch_utils.ops.pixel_kernel", None)
+    yield importlib.import_module("torch_utils.ops.pixel_kernel")
+    sys.modules.pop("torch_utils.ops.pixel_kernel")
 
 
 @pytest.mark.parametrize(
@@ -38,12 +41,45 @@ def test_the_kernel_is_the_chain(kernel, changes, dtype):
     G = Generator(GeneratorConfig(**TINY | changes)).eval().requires_grad_(False)
     w = G.mapping(torch.randn(1, 8))[0]
     painter = Painter(G, w, torch.float32, impl="reference")
-    rows, cols = (painter.line(axis, torch.rand(n, dtype=torch.float64)) for axis, n in enumerate((3, 70)))
-    rows, cols = rows[..., 1:], cols[..., :-1]  # windows of longer lines: two rows, a full block and a bit
+    rows, cols = (painter.line(axis, torch.rand(n, dtype=torch.float64)) for axis, n in enumerate((10, 20)))
+    rows, cols = rows[..., 1:], cols[..., :-1]  # windows of longer lines: full tiles and bits
     layers = [
-        part._replace(weight=part.weight.to(dtype), bias=part.bias.to(dtype)) for part in painter.colours.run.layers
+        part._replace(weight=part.weight.to(dtype), bias=part.bias.to(dtype))
+        for part in painter.pixels.chain.run.layers
     ]
-    image = kernel.PixelPath(layers, painter.summed)(rows, cols)
-    expected = painter.pixels(fuse(rows, cols))
-    assert image.shape == expected.shape == (G.config.img_channels, 2 * 69)
-    assert (image - expected).abs().max() <= {torch.float32: 1e-5, torch.float16: 1e-2}[dtype] * expected.abs().max()
+    expected = painter.pixels(rows, cols)
+    assert expected.shape == (G.config.img_channels, 9 * 19)
+    for tile in ((8, 8), (4, 16)):
+        image = kernel.PixelKernel(layers, painter.pixels.summed, tile=tile)(rows, cols)
+        assert image.shape == expected.shape
+        error = (image - expected).abs().max() / expected.abs().max()
+        assert error <= {torch.float32: 1e-5, torch.float16: 1e-2}[dtype]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_compiles_with_the_papers_channels(capability):
+    pytest.importorskip("triton", reason="Triton comes with PyTorch for GPUs only")
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from torch_utils.ops.pixel_kernel import LEAST, TILE, WARPS, _paint
+
+    constants = {"C": 32, "P": 32, "D": 8, "OUT": LEAST, "DOWN": TILE[0], "ACROSS": TILE[1], "CHUNK": 32}
+    types = dict.fromkeys(_paint.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+    types |= {"rows": "*fp32", "cols": "*fp32", "weights": "*bf16", "biases": "*fp32", "image": "*fp32"}
+    types |= {"clamp": "fp32", "largest": "fp32"}
+    where = {(_paint.arg_names.index(name),): value for name, value in constants.items()}
+    made = compile(ASTSource(_paint, types, where), GPUTarget("cuda", capability, 32), {"num_warps": WARPS})
+    ptx = made.asm["ptx"]
+    assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in ptx  # on tensor cores
+    assert "cp.async" in ptx  # weights are on their way while earlier ones are used
+
+
+def test_a_named_one_raises_where_it_cannot_be_had():
+    layers = [Layer(torch.eye(4), torch.zeros(4))] * 11
+    with pytest.raises(UserError, match=r"impl='triton' is for .* on CUDA devices, not .*32 on cpu"):
+        PixelPath(layers, 0, impl="triton")
+    with pytest.raises(UserError, match="impl='cuda' is unknown; use one of auto, reference, cpp, triton"):
+        PixelPath(layers, 0, impl="cuda")

@@ -118,7 +118,7 @@ def psnr(got, expected):
 def small(block=8, piece=9, points_block=8, density=64):
     """The engine's parts so small that tiny pictures are many of them, and points lie between few samples."""
     with (
-        mock.patch.multiple(engine, BLOCK=block, PIECE=piece, POINTS_BLOCK=points_block),
+        mock.patch.multiple(engine, BLOCK=block, PIECE={"cpu": piece}, POINTS_BLOCK=points_block),
         mock.patch.object(points, "DENSITY", density),
     ):
         yield

@@ -15,7 +15,7 @@ from torch import Tensor
 from dnnlib.console import UserError
 from dnnlib.files import cache_dir
 from torch_utils import build
-from torch_utils.ops import bias_act, chain, modulated_linear
+from torch_utils.ops import bias_act, chain, modulated_linear, pixel_path
 
 
 def noise(*shape: int) -> Tensor:
@@ -40,6 +40,18 @@ def native_chain(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[T
     return chain.Chain([small], impl=impl)(x.to(device, dtype)), chain.Chain([layer], impl="reference")(x)
 
 
+def whole_pixel_path(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two decoders and a refinement, on 16 channels."""
+    decoder = [(32, 16), (64, 32), (32, 64), (16, 32)]
+    shapes = [*decoder, *decoder, (3, 16), (64, 16), (64, 64), (3, 64), (32, 64), (32, 32), (3, 32)]
+    layers = [chain.Layer(noise(o, i) / i**0.5, noise(o), 1 if o == 3 else 0.2, branch=o == 3) for o, i in shapes]
+    layers[3] = layers[3]._replace(terms=1)
+    lines = noise(2, 16, 4, 20), noise(2, 16, 4, 30)
+    small = [m._replace(weight=m.weight.to(device, dtype), bias=m.bias.to(device, dtype)) for m in layers]
+    got = pixel_path.PixelPath(small, 0, impl=impl)(*(line.float().to(device) for line in lines))
+    return got, pixel_path.PixelPath(layers, 0, impl="reference")(*lines)
+
+
 # Operation, implementation, the device that it is for, its types, and (result, truth) of an example.
 CHECKS: list[tuple[str, str, str, tuple[torch.dtype, ...], Callable]] = [
     ("bias_act", "reference", "cpu", (torch.float32,), fused_bias_act),
@@ -49,6 +61,9 @@ CHECKS: list[tuple[str, str, str, tuple[torch.dtype, ...], Callable]] = [
     ("modulated_linear", "cublas", "cuda", (torch.float32, torch.float16, torch.bfloat16), fused_modulated_linear),
     ("chain", "reference", "cpu", (torch.float32,), native_chain),
     ("chain", "cpp", "cpu", (torch.float32,), native_chain),
+    ("pixel_path", "reference", "cpu", (torch.float32,), whole_pixel_path),
+    ("pixel_path", "cpp", "cpu", (torch.float32,), whole_pixel_path),
+    ("pixel_path", "triton", "cuda", (torch.float16, torch.bfloat16), whole_pixel_path),
 ]
 
 

@@ -1,10 +1,17 @@
-"""What only a GPU shows: streams, several devices, tensors beyond 2³¹ elements, and errors."""
+"""What only a GPU shows: streams, several devices, tensors beyond 2³¹ elements, pictures by Triton's kernel."""
+
+import copy
+import math
 
 import pytest
 import torch
 
+import rendering
+from rendering.network import Painter
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.modulated_linear import modulated_linear
+from torch_utils.ops.pixel_path import PixelPath
+from training.networks import Generator, GeneratorConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,6 +84,27 @@ def test_tensors_may_have_more_than_two_to_the_31_elements():
     z = modulated_linear(x[None], weight, weight[:1] * 0 + 1, bias, demodulate=False, act="linear", impl="cuda")[0]
     assert torch.equal(z[-6:], x[-6:] + bias.bfloat16())
     assert torch.equal(z[2**28 - 3 : 2**28], bias.bfloat16().expand(3, channels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"decoders": False}, {"biline_channels": 5, "img_channels": 1}, {"architecture": "orig"}], ids=str
+)
+def test_pictures_of_half_types_are_those_of_float64_to_45_db(dtype, changes):
+    """With the paper's channels and odd ones; odd sizes; the Triton kernel, and not what serves in its place."""
+    torch.manual_seed(0)
+    G = Generator(GeneratorConfig(img_resolution=64, channel_base=2048, **changes)).eval().requires_grad_(False)
+    ws = G.mapping(torch.randn(2, G.config.z_dim))
+    truth = rendering.render(copy.deepcopy(G).double(), ws.double(), (83, 130), dtype=torch.float64)
+    G = G.cuda()
+    got = rendering.render(G, ws.cuda(), (83, 130), dtype=dtype).cpu().double()
+    error = (got.clamp(-1, 1) - truth.clamp(-1, 1)).square().mean()
+    assert 10 * math.log10(4 / error) > 45
+
+    painter = Painter(G, ws[0].cuda(), dtype)
+    rows, cols = (painter.line(axis, torch.rand(9, dtype=torch.float64, device="cuda")) for axis in (0, 1))
+    path = PixelPath(painter.pixels.chain.run.layers, painter.pixels.summed, impl="triton")  # or it raises
+    assert path(rows, cols).shape == (G.config.img_channels, 81)
 
 
 def test_torch_compile_fuses_the_reference():

@@ -1,9 +1,10 @@
 """Lines to picture in one Triton kernel, for inference on GPUs: a pixel's features never leave the processor.
 
-Each program paints `BLOCK` pixels of a row: it reads their lines, passes them through all decoders and the refinement
-with weights that stay in the cache, and writes their colours. Products are of the weights' dtype, sums are float32.
+Each program paints a tile of pixels: it reads the lines that cross in it, passes the pixels through all decoders and
+the refinement with weights that stay in the cache, and writes their colours. Products are of the weights' dtype, sums
+are float32. The widest features of a decoder are made and used up in chunks, so that registers hold what there is.
 
-Legend: K fusions, C channels, D thickness, H×W pixels.
+Legend: K fusions, C channels, D thickness, H×W pixels, B pixels of a tile, P channels padded to a power of two.
 """
 
 import math
@@ -17,35 +18,50 @@ from torch import Tensor
 
 from torch_utils.ops.chain import LARGEST, Layer
 
-BLOCK, WARPS = 64, 4  # pixels; not tuned, for no GPU was at hand
+TILE, WARPS = (8, 8), 4  # pixels down and to the right. No register spills on 9.0; not tuned, for no GPU was at hand
 LEAST = 16  # of each side of a product on tensor cores
-DTYPES = (torch.float16, torch.bfloat16)
 
 
 @triton.jit
-def _layer(x, weights, biases, at_w, at_b, clamp, IN: tl.constexpr, OUT: tl.constexpr, LINEAR: tl.constexpr):
-    """x [B,IN] -> [B,OUT]. The weights lie at `at_w`, inputs first, the biases at `at_b`."""
+def _clip(x, largest):
+    return tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
+
+
+@triton.jit
+def _layer(x, weights, biases, IN: tl.constexpr, OUT: tl.constexpr):
+    """x [B,IN] -> [B,OUT]. The weights lie inputs first."""
     inputs, outputs = tl.arange(0, IN), tl.arange(0, OUT)
-    weight = tl.load(weights + at_w + inputs[:, None] * OUT + outputs[None, :])
-    y = tl.dot(x.to(weight.dtype), weight, input_precision="ieee") + tl.load(biases + at_b + outputs)[None, :]
-    if not LINEAR:
-        y = tl.where(y < 0, y * 0.2, y)
-    return tl.where(y > clamp, clamp, tl.where(y < -clamp, -clamp, y))
+    weight = tl.load(weights + inputs[:, None] * OUT + outputs[None, :])
+    return tl.dot(x.to(weight.dtype), weight, input_precision="ieee") + tl.load(biases + outputs)[None, :]
 
 
 @triton.jit
-def _fusion(
-    rows, cols, k, h, w, wanted, stride_h, stride_w, C: tl.constexpr, P: tl.constexpr, D: tl.constexpr, B: tl.constexpr
-):
-    """[B,P]: half the dot product over the thickness (paper section 3.2); 0 beyond the C channels."""
+def _two_layers(x, weights, biases, clamp, IN: tl.constexpr, MID: tl.constexpr, OUT: tl.constexpr, CHUNK: tl.constexpr):
+    """x [B,IN] -> [B,MID] -> [B,OUT], each with its leaky ReLU and clamp. The middle is never there as a whole."""
+    inputs, some, outputs = tl.arange(0, IN), tl.arange(0, CHUNK), tl.arange(0, OUT)
+    x = x.to(weights.dtype.element_ty)
+    y = tl.full([x.shape[0], OUT], 0.0, tl.float32) + tl.load(biases + MID + outputs)[None, :]
+    for first in range(0, MID, CHUNK):
+        weight = tl.load(weights + inputs[:, None] * MID + (first + some)[None, :])
+        part = tl.dot(x, weight, input_precision="ieee") + tl.load(biases + first + some)[None, :]
+        part = _clip(tl.where(part < 0, part * 0.2, part), clamp).to(weight.dtype)
+        weight = tl.load(weights + IN * MID + (first + some)[:, None] * OUT + outputs[None, :])
+        y = tl.dot(part, weight, y, input_precision="ieee")
+    return _clip(tl.where(y < 0, y * 0.2, y), clamp)
+
+
+@triton.jit
+def _fusion(rows, cols, h, w, height, width, stride_h, stride_w, C: tl.constexpr, P: tl.constexpr, D: tl.constexpr):
+    """[B,P]: half the dot product over the thickness (paper section 3.2); 0 beyond the C channels and the window."""
     c = tl.arange(0, P)
-    x = tl.full([B, P], 0.0, tl.float32)
-    for d in range(D):
-        at = ((k * C + c) * D + d).to(tl.int64)
-        row = tl.load(rows + at * stride_h + h, mask=c < C, other=0.0)
-        col = tl.load(cols + at[None, :] * stride_w + w[:, None], mask=wanted[:, None] & (c < C)[None, :], other=0.0)
-        x += row[None, :] * col
-    return x * 0.5
+    rows += (c * D)[None, :] * stride_h + h[:, None]
+    cols += (c * D)[None, :] * stride_w + w[:, None]
+    x = tl.full([h.shape[0], w.shape[0], P], 0.0, tl.float32)
+    for d in tl.range(0, D, num_stages=3):
+        row = tl.load(rows + d * stride_h, mask=(h < height)[:, None] & (c < C)[None, :], other=0.0)
+        col = tl.load(cols + d * stride_w, mask=(w < width)[:, None] & (c < C)[None, :], other=0.0)
+        x += row[:, None, :] * col[None, :, :]
+    return tl.reshape(x * 0.5, [h.shape[0] * w.shape[0], P])
 
 
 @triton.jit
@@ -68,53 +84,47 @@ def _paint(
     P: tl.constexpr,
     D: tl.constexpr,
     OUT: tl.constexpr,
-    B: tl.constexpr,
+    DOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     no_clamp = float("inf")
-    h = tl.program_id(0)
-    w = tl.program_id(1) * B + tl.arange(0, B)
-    wanted = w < width
-    x = _fusion(rows, cols, 0, h, w, wanted, stride_h, stride_w, C, P, D, B)
-    for k in range(1, summed + 1):
-        x += _fusion(rows, cols, k, h, w, wanted, stride_h, stride_w, C, P, D, B)
-    at_w = 0
-    at_b = 0
-    for k in range(decoders):
-        x = tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
-        y = _layer(x, weights, biases, at_w, at_b, no_clamp, P, 2 * P, False)
-        y = _layer(y, weights, biases, at_w + 2 * P * P, at_b + 2 * P, no_clamp, 2 * P, 4 * P, False)
-        y = _layer(y, weights, biases, at_w + 10 * P * P, at_b + 6 * P, no_clamp, 4 * P, 2 * P, False)
-        x = _layer(y, weights, biases, at_w + 18 * P * P, at_b + 8 * P, no_clamp, 2 * P, P, False)
-        if k + 1 < decoders:
-            x += _fusion(rows, cols, summed + k + 1, h, w, wanted, stride_h, stride_w, C, P, D, B)
-        at_w += 20 * P * P
-        at_b += 9 * P
-    colours = _layer(x, weights, biases, at_w, at_b, no_clamp, P, OUT, True)
-    at_w += P * OUT
-    at_b += OUT
-    x = _layer(x, weights, biases, at_w, at_b, clamp, P, 4 * P, False)
-    x = _layer(x, weights, biases, at_w + 4 * P * P, at_b + 4 * P, clamp, 4 * P, 4 * P, False)
-    at_w += 20 * P * P
-    at_b += 8 * P
-    colours += _layer(x, weights, biases, at_w, at_b, clamp, 4 * P, OUT, True)
-    at_w += 4 * P * OUT
-    at_b += OUT
-    x = _layer(x, weights, biases, at_w, at_b, clamp, 4 * P, 2 * P, False)
-    x = _layer(x, weights, biases, at_w + 8 * P * P, at_b + 2 * P, clamp, 2 * P, 2 * P, False)
-    colours += _layer(x, weights, biases, at_w + 12 * P * P, at_b + 4 * P, clamp, 2 * P, OUT, True)
+    h = tl.program_id(0) * DOWN + tl.arange(0, DOWN)
+    w = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)
+    x = tl.full([DOWN * ACROSS, P], 0.0, tl.float32)
+    for k in range(summed + decoders):
+        x += _fusion(rows, cols, h, w, height, width, stride_h, stride_w, C, P, D)
+        if k >= summed:
+            x = _clip(x, largest)
+            x = _layer(x, weights, biases, P, 2 * P)
+            x = tl.where(x < 0, x * 0.2, x)
+            x = _two_layers(x, weights + 2 * P * P, biases + 2 * P, no_clamp, 2 * P, 4 * P, 2 * P, CHUNK)
+            x = _layer(x, weights + 18 * P * P, biases + 8 * P, 2 * P, P)
+            x = tl.where(x < 0, x * 0.2, x)
+            weights += 20 * P * P
+            biases += 9 * P
+        rows += C * D * stride_h
+        cols += C * D * stride_w
+    colours = _layer(x, weights, biases, P, OUT)
+    x = _two_layers(x, weights + P * OUT, biases + OUT, clamp, P, 4 * P, 4 * P, CHUNK)
+    weights += P * OUT + 20 * P * P
+    biases += OUT + 8 * P
+    colours += _clip(_layer(x, weights, biases, 4 * P, OUT), clamp)
+    x = _two_layers(x, weights + 4 * P * OUT, biases + OUT, clamp, 4 * P, 2 * P, 2 * P, CHUNK)
+    weights += 4 * P * OUT + 12 * P * P
+    biases += OUT + 4 * P
+    colours += _clip(_layer(x, weights, biases, 2 * P, OUT), clamp)
     o = tl.arange(0, OUT)
-    place = image + (o[None, :].to(tl.int64) * height + h) * width + w[:, None]
-    tl.store(place, colours, mask=wanted[:, None] & (o < channels)[None, :])
+    colours = tl.reshape(colours, [DOWN, ACROSS, OUT])
+    place = image + (o[None, None, :].to(tl.int64) * height + h[:, None, None]) * width + w[None, :, None]
+    tl.store(place, colours, mask=((h < height)[:, None] & (w < width)[None, :])[:, :, None] & (o < channels))
 
 
-class PixelPath:
-    """rows [K,C,D,H] and cols [K,C,D,W], float32 -> colours float32 [img_channels,H·W], about [-1,1].
+class PixelKernel:
+    """As torch_utils.ops.pixel_path.PixelPath, for layers in half types on a CUDA device."""
 
-    layers: those of a Chain from features to colours: decoders of four, then the six of the refinement with its heads.
-    summed: how many fusions are added to the first one before the first decoder
-    """
-
-    def __init__(self, layers: Sequence[Layer], summed: int):
+    def __init__(self, layers: Sequence[Layer], summed: int, *, tile: tuple[int, int] = TILE, warps: int = WARPS):
+        self.tile, self.warps = tile, warps
         self.channels, self.decoders, self.summed = layers[0].weight.shape[1], (len(layers) - 7) // 4, summed
         self.outputs = len(layers[-1].bias)
         self.padded = triton.next_power_of_2(max(self.channels, LEAST))
@@ -135,7 +145,7 @@ class PixelPath:
         height, width = rows.shape[3], cols.shape[3]
         image = rows.new_empty(self.outputs, height * width)
         half = self.weights.dtype == torch.float16
-        _paint[(height, triton.cdiv(width, BLOCK))](
+        _paint[(triton.cdiv(height, self.tile[0]), triton.cdiv(width, self.tile[1]))](
             rows,
             cols,
             self.weights,
@@ -154,8 +164,10 @@ class PixelPath:
             P=self.padded,
             D=rows.shape[2],
             OUT=LEAST,
-            B=BLOCK,
-            num_warps=WARPS,
+            DOWN=self.tile[0],
+            ACROSS=self.tile[1],
+            CHUNK=min(32, self.padded),
+            num_warps=self.warps,
         )
         return image
 
