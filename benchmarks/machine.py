@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +30,11 @@ def describe() -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def device_name(kind: str) -> str:
+    """For names of files: "cpu", or the name of the GPU that "cuda" is."""
+    return "cpu" if kind == "cpu" else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
 
 
 def peak_mib() -> float:

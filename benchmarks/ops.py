@@ -6,9 +6,9 @@ rate of a large matrix product. A share of the floor can pass 1 where tensors st
 """
 
 import contextlib
+import functools
 import json
 import math
-import re
 import shutil
 import statistics
 import subprocess
@@ -21,11 +21,14 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe, interleaved
+from benchmarks.machine import describe, device_name, interleaved
+from benchmarks.rendering import flops
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
+from rendering.network import Painter
 from torch_utils.build import choose
 from torch_utils.ops import bias_act, modulated_linear
+from training.networks import Generator, GeneratorConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LINES, PIXELS = 8 * (512 + 512), 512**2  # positions per image
@@ -73,11 +76,47 @@ def modulated_case(n: int, p: int, i: int, o: int) -> Case:
     )
 
 
+# Tiles and warps of the kernel of pixel_path that are tried beside its own.
+TILES = {"8×16, 4 warps": ((8, 16), 4), "8×16, 8 warps": ((8, 16), 8), "16×16, 8 warps": ((16, 16), 8)}
+
+
+def pixel_path_case(side: int) -> Case:
+    """A picture from its lines. Its products are of the dtype; lines and colours are float32."""
+    torch.manual_seed(0)
+    G = Generator(GeneratorConfig()).requires_grad_(False)
+
+    @functools.cache
+    def painter(device: torch.device, dtype: torch.dtype, impl: str) -> Painter:
+        w = torch.zeros(G.config.num_ws, G.config.w_dim, device=device)
+        made = Painter(G.to(device), w, dtype, impl="auto" if impl in TILES else impl)
+        if impl in TILES:
+            if made.pixels.kernel is None:
+                raise UserError("there is no kernel to try tiles with")
+            made.pixels.kernel.tile, made.pixels.kernel.warps = TILES[impl]
+        return made
+
+    def inputs(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        t = torch.linspace(0, 1, side, dtype=torch.float64, device=device)
+        lines = painter(device, dtype, "reference")
+        return [lines.line(0, t), lines.line(1, t), torch.empty(0, dtype=dtype)]
+
+    lines = 2 * side * G.config.num_fusions * G.config.biline_channels * G.config.thickness
+    return Case(
+        "pixel_path",
+        f"{side}×{side}",
+        inputs,
+        lambda rows, cols, like, impl: painter(rows.device, like.dtype, impl).pixels(rows, cols),
+        ("auto", *TILES),
+        {"forward": 2 * (lines + G.config.img_channels * side**2)},
+        {"forward": flops(G, side)["pixels"]},
+    )
+
+
 def cases(share: int) -> list[Case]:
     """The paper's layers; `share`: by what their positions are divided."""
     lines, pixels, side = LINES // share, PIXELS // share, 512 // math.isqrt(share)
     found = [bias_act_case(8, lines, 1024), bias_act_case(4, pixels, 128), bias_act_case(4, pixels, 32)]
-    found.append(bias_act_case(4, 64, side, side, dim=1))
+    found += [bias_act_case(4, 64, side, side, dim=1), pixel_path_case(side), pixel_path_case(2 * side)]
     for i, o in ((1024, 1024), (512, 512), (256, 256), (1024, 32)):
         found.append(modulated_case(8, lines, i, o))
     for i, o in ((32, 128), (128, 128), (128, 64), (64, 64), (128, 3)):
@@ -196,7 +235,7 @@ def driver() -> str | None:
 
 def table(result: dict) -> str:
     """Markdown: milliseconds, and for "auto" its share of the floor and how many times faster than eager it is."""
-    machine, names = result["machine"], ("eager", "compile", "auto", "cuda", "cublas")
+    machine, names = result["machine"], list(dict.fromkeys(name for run in result["runs"] for name in run["median"]))
     rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in result["matmul FLOP/s"].items())
     lines = [
         f"{machine['gpu'] or machine['cpu']}, driver {machine['driver']}, torch {machine['torch']}. "
@@ -224,7 +263,7 @@ def table(result: dict) -> str:
 @click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results", show_default=True)
 @click.option("--device", "kind", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--dtypes", default=None, help="Of bf16, fp16 and fp32. [default: bf16,fp32 on a GPU, fp32 on a CPU]")
-@click.option("--ops", "wanted", default="bias_act,modulated_linear", show_default=True)
+@click.option("--ops", "wanted", default="bias_act,modulated_linear,pixel_path", show_default=True)
 @click.option("--share", type=click.IntRange(1), default=1, help="Divide the positions by this square. [default: 1]")
 @click.option("--rounds", type=click.IntRange(1), default=11, show_default=True)
 @click.option("--minutes", type=click.FloatRange(0), default=5, show_default=True, help="Start no case after so many.")
@@ -240,7 +279,6 @@ def main(out, kind, dtypes, wanted, share, rounds, minutes, compile):
         choose(
             "cuda", module.IMPLS, module.SOURCE, torch.empty(0, device=clock.device)
         )  # raises where it cannot be built
-    device = re.sub(r"[^a-z0-9]+", "-", (result["machine"]["gpu"] if kind == "cuda" else "cpu").lower())
     for dtype in names:
         for case in (case for case in cases(share) if case.op in wanted.split(",")):
             if time.monotonic() - start > 60 * minutes:
@@ -255,7 +293,7 @@ def main(out, kind, dtypes, wanted, share, rounds, minutes, compile):
                 brief = {name: f"{1e3 * value:.3g} ms" for name, value in run["median"].items()}
                 click.echo(f"{case.op} {case.name} {dtype} {run['kind']}: {json.dumps(brief)}")
             for suffix, text in ((".json", json.dumps(result, indent=1) + "\n"), (".md", table(result))):
-                with atomic_write(out / f"ops-{device}{suffix}") as temporary:
+                with atomic_write(out / f"ops-{device_name(kind)}{suffix}") as temporary:
                     temporary.write_text(text)
     click.echo(table(result))
 

@@ -6,19 +6,23 @@ processes too. FLOPs are those of the matrix products: 2 for each multiplication
 """
 
 import copy
+import functools
+import itertools
 import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import torch
 
 import rendering
-from benchmarks.machine import describe, interleaved, matmul_rate, peak_mib
+from benchmarks.machine import describe, device_name, interleaved, matmul_rate, peak_mib
 from dnnlib.files import atomic_write
 from training.networks import Generator, GeneratorConfig, positions
+from training.networks.layers import choose_impl
 
 LIMIT = 2048**2  # pixels at once: plain synthesis keeps several layers of up to 128 channels, 2 GiB each there
 
@@ -29,7 +33,8 @@ def network() -> Generator:
 
 
 def styles(G: Generator, batch: int) -> torch.Tensor:
-    return G.mapping(torch.randn(batch, G.config.z_dim, generator=torch.Generator().manual_seed(1)))
+    z = torch.randn(batch, G.config.z_dim, generator=torch.Generator().manual_seed(1))
+    return G.mapping(z.to(G.mapping.w_avg.device))
 
 
 def plain(G: Generator, ws: torch.Tensor, size: int) -> torch.Tensor:
@@ -37,11 +42,19 @@ def plain(G: Generator, ws: torch.Tensor, size: int) -> torch.Tensor:
     return G.synthesis(ws, rows=t, cols=t)
 
 
-METHODS = {
-    "plain": plain,
-    "engine fp32": lambda G, ws, size: rendering.render(G, ws, (size, size)),
-    "engine bf16": lambda G, ws, size: rendering.render(G, ws, (size, size), dtype=torch.bfloat16),
-}
+def plain_fp16(G: Generator, ws: torch.Tensor, size: int) -> torch.Tensor:
+    """Without any kernel of this project."""
+    choose_impl(G, "reference")
+    with torch.autocast("cuda", torch.float16):
+        return plain(G, ws, size)
+
+
+def engine(dtype: torch.dtype) -> Callable:
+    return lambda G, ws, size: rendering.render(G, ws, (size, size), dtype=dtype)
+
+
+METHODS = {"plain": plain, "engine fp32": engine(torch.float32), "engine bf16": engine(torch.bfloat16)}
+GPU_METHODS = {"plain": plain_fp16, "engine bf16": engine(torch.bfloat16), "engine fp16": engine(torch.float16)}
 
 
 def flops(G: Generator, size: int) -> dict[str, float]:
@@ -61,11 +74,11 @@ def fresh(*arguments: object) -> dict | float:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def errors(G: Generator, ws: torch.Tensor, size: int) -> dict:
+def errors(G: Generator, ws: torch.Tensor, size: int, methods: dict[str, Callable] = METHODS) -> dict:
     """Against plain synthesis in float64: the largest difference over the largest value, and PSNR of colours in ±1."""
     truth = plain(copy.deepcopy(G).double(), ws.double(), size)
     result = {}
-    for name, method in METHODS.items():
+    for name, method in methods.items():
         image = method(G, ws, size).double()
         squares = (image.clamp(-1, 1) - truth.clamp(-1, 1)).square().mean()
         result[name] = {
@@ -95,6 +108,35 @@ def compare(G: Generator, size: int, batch: int, rounds: int, rates: dict[str, f
         },
         "peak MiB": {n: fresh("--once", n, size, batch) for n in METHODS},
     }
+
+
+def on_gpu(G: Generator, sizes: list[int], batches: list[int], rounds: int) -> dict:
+    """All in this process, for a GPU tells the peak of each method. It is on top of the network's weights."""
+
+    def peak(method: Callable, ws: torch.Tensor, size: int) -> float:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        method(G, ws, size)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    G = G.cuda()
+    result: dict = {"errors": {"256": errors(G, styles(G, 1), 256, GPU_METHODS)}, "pictures": []}
+    for size, batch in itertools.product(sizes, batches):
+        ws = styles(G, batch)
+        tasks = {name: functools.partial(method, G, ws, size) for name, method in GPU_METHODS.items()}
+        seconds = interleaved(tasks, rounds, torch.cuda.synchronize)
+        middle = median(seconds)
+        run = {"size": size, "batch": batch, "seconds": seconds, "median": middle}
+        run["times faster"] = {name: middle["plain"] / s for name, s in middle.items()}
+        run["peak MiB"] = {name: peak(method, ws, size) for name, method in GPU_METHODS.items()}
+        result["pictures"].append(run)
+        click.echo(json.dumps({key: run[key] for key in ("size", "batch", "median", "times faster", "peak MiB")}))
+    name, ws = "engine bf16", styles(G, 1)
+    seconds = interleaved({name: functools.partial(GPU_METHODS[name], G, ws, 6144)}, 3, torch.cuda.synchronize)
+    large = {"size": 6144, "batch": 1, "seconds": seconds, "median": median(seconds)}
+    result["pictures"].append({**large, "peak MiB": {name: peak(GPU_METHODS[name], ws, 6144)}})
+    click.echo(json.dumps(result["pictures"][-1]))
+    return result
 
 
 def turned(G: Generator, size: int, rounds: int) -> dict:
@@ -145,10 +187,11 @@ def draw(result: dict, path: Path) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results/rendering.json", show_default=True)
 @click.option("--sizes", default="64,256,512,1024,2048", show_default=True)
 @click.option("--batches", default="1,4", show_default=True)
+@click.option("--device", "kind", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--once", nargs=3, hidden=True)
 @click.option("--turns", nargs=3, type=int, hidden=True)
-def main(out, sizes, batches, rounds, once, turns):
+def main(out, sizes, batches, kind, rounds, once, turns):
     """Time, memory and error of the engine and of plain synthesis; writes JSON and a plot beside it."""
     torch.set_grad_enabled(False)
     G = network()
@@ -165,6 +208,11 @@ def main(out, sizes, batches, rounds, once, turns):
         click.echo(json.dumps(interleaved(tasks, rounds, warm=size <= 512)))
         return
     result = {"machine": describe()}
+    if kind == "cuda":
+        result |= on_gpu(G, *([int(n) for n in numbers.split(",")] for numbers in (sizes, batches)), rounds)
+        with atomic_write(out.with_stem(f"{out.stem}-{device_name(kind)}")) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        return
     result["matmul FLOP/s"] = {"fp32": matmul_rate(torch.float32), "bf16": matmul_rate(torch.bfloat16)}
     click.echo(json.dumps(result, indent=1))
     result["errors"] = {"256": errors(G, styles(G, 1), 256)}

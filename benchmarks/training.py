@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.machine import describe, peak_mib
+from benchmarks.machine import describe, device_name, peak_mib
 from dnnlib.config import merge
 from dnnlib.files import atomic_write
 from torch_utils.distributed import Processes
@@ -27,16 +27,23 @@ from training.data import ImageArchive
 from training.memory import GIB, expected_bytes
 from training.trainer import Trainer, new_state
 
-SETTINGS = ("none", "pixels", "all")  # of G.recompute
+# Of the networks: what they recompute and, on GPUs, plain PyTorch without the project's kernels.
+SETTINGS = {
+    "none": {"G": {"recompute": "none"}},
+    "pixels": {"G": {"recompute": "pixels"}},
+    "pixels, images": {"G": {"recompute": "pixels"}, "D": {"recompute": "images"}},
+    "all, images": {"G": {"recompute": "all"}, "D": {"recompute": "images"}},
+}
+EAGER = {"eager": {"G": {"recompute": "none", "impl": "reference"}, "D": {"impl": "reference"}}}
 
 
-def phases(folder: str, recompute: str, batch: int, rounds: int) -> dict:
+def phases(folder: str, name: str, batch: int, rounds: int) -> dict:
     """Seconds of each phase, `rounds` times, and the peak of memory in MiB."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     images = ImageArchive(folder)
-    settings = {"data": {"path": folder}, "G": {"recompute": recompute}, "train": {"batch": batch}}
-    config = resolve(merge({"loss": {"r1_gamma": 10}, "augment": {"mode": "none"}}, settings), images, "this benchmark")
+    fixed = {"data": {"path": folder}, "train": {"batch": batch}, "loss": {"r1_gamma": 10}, "augment": {"mode": "none"}}
+    config = resolve(merge(fixed, (SETTINGS | EAGER)[name]), images, "this benchmark")
     trainer = Trainer(config, new_state(config, device), images, Processes(0, 1, device))
     real = torch.stack([images[i][0] for i in range(batch)]).to(device, trainer.dtype) / 127.5 - 1
     c = torch.zeros(batch, 0, device=device)
@@ -70,27 +77,28 @@ def step_seconds(seconds: dict[str, list[float]]) -> float:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results/training.json", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results", show_default=True)
 @click.option("--sizes", default="256,512", show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--turns", type=click.IntRange(1), default=2, show_default=True, help="Processes of each setting.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of each phase in a process.")
 @click.option("--once", nargs=2, hidden=True)
 def main(out, sizes, batch, turns, rounds, once):
-    """Time and memory of a training step for each setting of G.recompute, as JSON."""
+    """Time and memory of a training step with each setting, as JSON."""
     if once:
         click.echo(json.dumps(phases(*once, batch, rounds)))
         return
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
     result = {"machine": describe(), "batch": batch, "steps": []}
     for size in map(int, sizes.split(",")):
-        runs: dict[str, list[dict]] = {name: [] for name in SETTINGS}
+        runs: dict[str, list[dict]] = {name: [] for name in [*(EAGER if kind == "cuda" else ()), *SETTINGS]}
         with tempfile.TemporaryDirectory() as folder:
             random = np.random.default_rng(0)
             for i in range(batch):
                 pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(Path(folder) / f"{i}.png")
             for _ in range(turns):
-                for name in SETTINGS:
+                for name in runs:
                     command = [sys.executable, "-m", "benchmarks.training", "--batch", batch, "--rounds", rounds]
                     command += ["--once", folder, name]
                     answer = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
@@ -101,7 +109,7 @@ def main(out, sizes, batch, turns, rounds, once):
             }
             summary = {
                 "size": size,
-                "recompute": name,
+                "setting": name,
                 "step seconds": step_seconds(seconds),
                 "peak MiB": max(part["peak MiB"] for part in parts),
                 "expected MiB": parts[0]["expected MiB"],
@@ -109,7 +117,7 @@ def main(out, sizes, batch, turns, rounds, once):
             }
             click.echo(json.dumps(summary))
             result["steps"].append({**summary, "seconds": seconds})
-        with atomic_write(out) as temporary:
+        with atomic_write(out / f"training-{device_name(kind)}.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
