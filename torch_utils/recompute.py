@@ -1,4 +1,4 @@
-"""A function computed part by part that keeps only its arguments: derivatives compute each part again, one at a time.
+"""Gradient checkpointing part by part: only the arguments are kept, and derivatives compute each part again by itself.
 
 So the memory of a pass is that of one part, in second derivatives too (torch.utils.checkpoint keeps every part's graph
 there).
@@ -22,6 +22,12 @@ def by_parts(
         return [function(*part) for part in parts]
     shared = list(shared)
     return [_Value.apply(_as_now(function, part[0].device.type), len(part), *part, *shared) for part in parts]
+
+
+def recomputed(module: torch.nn.Module, *arguments: Tensor) -> Tensor:
+    """module(*arguments), differentiable twice, of which the arguments alone are kept."""
+    (value,) = by_parts(module, [arguments], module.parameters())
+    return value
 
 
 def _as_now(function: Callable, device: str) -> Callable:

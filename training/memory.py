@@ -53,6 +53,7 @@ def expected_bytes(config: RunConfig, micro: int, device: str) -> int:
         noise = torch.empty(half, config.G.img_channels, height, width)
         rows, cols = torch.empty(height), torch.empty(width)
         judged = slice(1 if config.D.recompute == "images" else None)
+        real = torch.empty(micro, *noise.shape[1:])[judged]
         count = max(1, part_size(device) // width) if G.synthesis.pixels.recompute else height
 
         def synthesis(ws: torch.Tensor) -> torch.Tensor:
@@ -67,14 +68,15 @@ def expected_bytes(config: RunConfig, micro: int, device: str) -> int:
         def path_length():
             losses.path_lengths(synthesis, G.mapping(z[:half], c[:half]), noise).sum().backward()
 
-        def r1():
-            losses.r1(lambda real: D(real, c[judged]), torch.empty(micro, *noise.shape[1:])[judged]).sum().backward()
+        def critic():
+            (D(real, c[judged]) + D(real, c[judged])).sum().backward()
 
-        phases = [
-            adversarial,
-            *([path_length] if config.loss.pl_weight else []),
-            *([r1] if config.loss.r1_gamma else []),
-        ]
+        def r1():
+            losses.r1(lambda x: D(x, c[judged]), real).sum().backward()
+
+        phases = [adversarial, critic]
+        phases += [path_length] if config.loss.pl_weight else []
+        phases += [r1] if config.loss.r1_gamma else []
         most = max(saved_bytes(phase) for phase in phases)
     # G has weights, gradients, two moments and the average; D all but the average. The parameters saved for the
     # backward pass are counted twice, and the temporaries of a pass are not: the two are of one size.

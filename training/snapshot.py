@@ -18,11 +18,15 @@ FORMAT = "creps-generator-1"
 
 
 def save_generator(G: Generator, path: str | os.PathLike) -> None:
-    """Writes parameters, buffers and config of G to `path` (.safetensors), whole or not at all."""
+    """Writes parameters, buffers and config of G to `path` (.safetensors), whole or not at all.
+
+    How G was computed (`impl`) is not part of what it is.
+    """
+    config = G.config.model_copy(update={"impl": "auto"})
     tensors = {name: t.detach().contiguous().cpu() for name, t in G.state_dict().items()}
     with atomic_write(path) as temporary:
         # One entry: safetensors writes several in random order, and equal generators shall give equal files.
-        save_file(tensors, temporary, {FORMAT: G.config.model_dump_json()})
+        save_file(tensors, temporary, {FORMAT: config.model_dump_json()})
 
 
 def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:

@@ -16,7 +16,7 @@ from dnnlib.config import Config
 from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
 from torch_utils.ops.resample import lowpass
 from torch_utils.precision import full_precision
-from torch_utils.recompute import by_parts
+from torch_utils.recompute import by_parts, recomputed
 from training.networks.layers import CLAMP, IMPL, EqualLinear, Layer, choose_impl
 from training.networks.mapping import Mapping, check_label
 
@@ -30,7 +30,7 @@ class DiscriminatorConfig(Config):
     mbstd_group: int = Field(4, ge=1, description="images per group of the minibatch standard deviation, at most")
     mapping_layers: int = Field(8, ge=0, le=64, description="layers of the label's mapping, when conditional")
     recompute: Literal["none", "images"] = Field(
-        "none", description="what the backward pass computes again, one image at a time, instead of keeping it"
+        "none", description="what the backward pass computes again, one image and one block at a time"
     )
     impl: Literal["auto", "reference"] = IMPL
 
@@ -149,9 +149,10 @@ class Discriminator(nn.Module):
 
     def features(self, img: Tensor) -> Tensor:
         """[N,img_channels,R,R] -> [N,C,4,4], each image by itself."""
+        call = ResidualBlock.__call__ if self.config.recompute == "none" else recomputed
         x = self.from_rgb(img)
         for block in self.blocks.values():
-            x = block(x)
+            x = call(block, x)
         return x
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_utils.precision import full_precision
-from torch_utils.recompute import by_parts
+from torch_utils.recompute import by_parts, recomputed
 from training.networks.layers import EqualLinear, Head, SynthesisLayer
 
 
@@ -74,12 +74,6 @@ class LineBlock(nn.Module):
         self.head = Head(outputs, line_channels, w_dim) if head else None
 
 
-def again(layer: SynthesisLayer, x: Tensor, w: Tensor) -> Tensor:
-    """layer(x, w), of which the arguments alone are kept."""
-    (y,) = by_parts(layer, [(x, w)], layer.parameters())
-    return y
-
-
 class LineSynthesis(nn.Module):
     """ws [N,num_ws,w_dim], rows [H], cols [W] -> Lines. Paper section 3.2, with the layer-wise heads of section 3.3."""
 
@@ -120,20 +114,20 @@ class LineSynthesis(nn.Module):
 
     def forward(self, ws: Tensor, rows: Tensor, cols: Tensor) -> Lines:
         if self.recompute and len(ws):
-            parts = [(w,) for w in ws.split(1)]
-            lines = torch.cat(by_parts(lambda w: self.summed(w, rows, cols), parts, self.parameters()), dim=1)
+            parts = [(w, rows, cols) for w in ws.split(1)]
+            lines = torch.cat(by_parts(self.summed, parts, self.parameters()), dim=1)
         else:
             lines = self.summed(ws, rows, cols)
         return Lines(*lines.split([len(rows), len(cols)], dim=2))
 
     def summed(self, ws: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """[K,N,H+W,D,C]: the sums of the lines after every fusion."""
-        run = again if self.recompute else SynthesisLayer.__call__
+        call = recomputed if self.recompute else SynthesisLayer.__call__
         x = self.input(rows, cols, ws[:, 0])
         total, sums = None, []
         for layers, head in self.styled():
             for layer, style in layers:
-                x = run(layer, x, ws[:, style])
+                x = call(layer, x, ws[:, style])
             if head is not None:
                 y = head[0](x, ws[:, head[1]])
                 total = y if total is None else total + y

@@ -74,14 +74,14 @@ class PixelSynthesis(nn.Module):
     def forward(self, lines: Lines, w: Tensor) -> Tensor:
         if not (self.recompute and len(w)):
             return self.window(*lines, w)
-        count = max(1, part_size(w.device.type) // lines.cols.shape[2])  # rows of a part
-        parts = [
-            (rows, cols, style)
-            for picture, cols, style in zip(lines.rows.split(1, 1), lines.cols.split(1, 1), w.split(1), strict=True)
-            for rows in picture.split(count, 2)
-        ]
-        made = torch.cat(by_parts(self.window, parts, self.parameters()), dim=2)  # [1,C,N·H,W]
-        return made.unflatten(2, (len(w), -1)).squeeze(0).transpose(0, 1)
+        height, width = lines.rows.shape[2], lines.cols.shape[2]
+        size = part_size(w.device.type)
+        images, count = max(1, size // (height * width)), max(1, size // width)  # several images, or rows of one
+        groups = zip(lines.rows.split(images, 1), lines.cols.split(images, 1), w.split(images), strict=True)
+        parts = [(part, cols, style) for rows, cols, style in groups for part in rows.split(count, 2)]
+        made = by_parts(self.window, parts, self.parameters())
+        bands = -(-height // count)
+        return torch.cat([torch.cat(made[i : i + bands], dim=2) for i in range(0, len(made), bands)])
 
     def window(self, rows: Tensor, cols: Tensor, w: Tensor) -> Tensor:
         """rows [K,N,H,D,C], cols [K,N,W,D,C], w [N,w_dim] -> [N,img_channels,H,W]."""
