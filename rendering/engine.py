@@ -96,7 +96,7 @@ def paint(
     """Yields (box, finish(colours [N,C,h,w] about [-1,1], float32 at least)) for every tile of the plan.
 
     ws [N,num_ws,w_dim]. `dtype` of the matrix products, by default that of G. `only`: for each tile, whether it is
-    wanted. `finish` runs in the threads that paint. `impl` as in torch_utils.ops.chain, by default G's.
+    wanted. `finish` runs in the threads that paint. `impl` as in torch_utils.ops.pixel_path, by default G's.
     Raises ValueError for a dtype that does not serve or other shapes.
     """
     if only is not None and len(only) != plan.tiles:

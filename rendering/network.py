@@ -45,7 +45,8 @@ class Painter:
     """Paints the picture of w [num_ws,w_dim]: `line` for its rows and columns, then `pixels`.
 
     `dtype` is that of the matrix products in the layers; sums of lines, features and colours are float32 at least.
-    `imap` makes the weights of the layers (see engine.workers). `impl` as in torch_utils.ops.chain, by default G's.
+    `imap` makes the weights of the layers (see engine.workers). `impl` as in torch_utils.ops.pixel_path; by default,
+    that of G.
     """
 
     def __init__(self, G: Generator, w: Tensor, dtype: torch.dtype, imap: Callable = map, impl: str | None = None):
@@ -71,7 +72,7 @@ class Painter:
             colour.append((block.head, w[-1], {"branch": True}))
 
         made = list(imap(lambda part: ready(part[0], dtype, part[1])._replace(**part[2]), line + colour))
-        self.lines = Chain(made[: len(line)], every=True, impl=impl, imap=imap)
+        self.lines = Chain(made[: len(line)], every=True, impl="auto" if impl == "triton" else impl, imap=imap)
         self.pixels = PixelPath(made[len(line) :], summed, impl=impl, imap=imap)
 
     def line(self, axis: int, positions: Tensor) -> Tensor:

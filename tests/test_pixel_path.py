@@ -8,6 +8,7 @@ import torch
 
 from dnnlib.console import UserError
 from rendering.network import Painter
+from torch_utils.ops import pixel_path
 from torch_utils.ops.chain import Layer
 from torch_utils.ops.pixel_path import PixelPath
 from training.networks import Generator, GeneratorConfig
@@ -83,3 +84,24 @@ def test_a_named_one_raises_where_it_cannot_be_had():
         PixelPath(layers, 0, impl="triton")
     with pytest.raises(UserError, match="impl='cuda' is unknown; use one of auto, reference, cpp, triton"):
         PixelPath(layers, 0, impl="cuda")
+
+
+def test_a_kernel_that_fails_is_told_once_and_not_tried_again(capsys):
+    def kernel(rows, cols):
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    layers = [Layer(torch.eye(4), torch.zeros(4))] * 4 + [Layer(torch.ones(3, 4), torch.zeros(3), branch=True)]
+    lines = torch.ones(1, 4, 2, 3), torch.ones(1, 4, 2, 5)
+    expected = PixelPath(layers, 0)(*lines)
+    paths = [PixelPath(layers, 0) for _ in range(2)]
+    for path in paths:
+        path.kernel = kernel
+        assert torch.equal(path(*lines), expected)
+        assert path.kernel is None
+        assert path.key in pixel_path.failed
+    pixel_path.failed.clear()
+    said = "pixel_path goes on without its Triton kernel, which is slower: out of resource: shared memory\n"
+    assert capsys.readouterr().err == said
+    paths[0].kernel, paths[0].named = kernel, True
+    with pytest.raises(RuntimeError, match="out of resource"):
+        paths[0](*lines)

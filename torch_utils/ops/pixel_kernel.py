@@ -127,6 +127,7 @@ class PixelKernel:
         self.tile, self.warps = tile, warps
         self.channels, self.decoders, self.summed = layers[0].weight.shape[1], (len(layers) - 7) // 4, summed
         self.outputs = len(layers[-1].bias)
+        self.colours = triton.next_power_of_2(max(self.outputs, LEAST))
         self.padded = triton.next_power_of_2(max(self.channels, LEAST))
         self.clamp = layers[-1].clamp
         wide = [self._pad(layer) for layer in layers]
@@ -134,10 +135,10 @@ class PixelKernel:
         self.biases = torch.cat([bias for _, bias in wide]).float()
 
     def _pad(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Weight and bias with zeros behind: as many times wider as the channels become, and colours to the least."""
+        """Weight and bias with zeros behind, as many times wider as the channels become; colours to a power of two."""
         outputs, inputs = layer.weight.shape
         more_inputs = inputs // self.channels * self.padded - inputs
-        more_outputs = (LEAST if layer.branch else outputs // self.channels * self.padded) - outputs
+        more_outputs = (self.colours if layer.branch else outputs // self.channels * self.padded) - outputs
         return F.pad(layer.weight, (0, more_inputs, 0, more_outputs)), F.pad(layer.bias, (0, more_outputs))
 
     def __call__(self, rows: Tensor, cols: Tensor) -> Tensor:
@@ -145,30 +146,32 @@ class PixelKernel:
         height, width = rows.shape[3], cols.shape[3]
         image = rows.new_empty(self.outputs, height * width)
         half = self.weights.dtype == torch.float16
-        _paint[(triton.cdiv(height, self.tile[0]), triton.cdiv(width, self.tile[1]))](
-            rows,
-            cols,
-            self.weights,
-            self.biases,
-            image,
-            height,
-            width,
-            rows.stride(2),
-            cols.stride(2),
-            self.summed,
-            self.decoders,
-            self.clamp,
-            LARGEST if half else math.inf,
-            self.outputs,
-            C=self.channels,
-            P=self.padded,
-            D=rows.shape[2],
-            OUT=LEAST,
-            DOWN=self.tile[0],
-            ACROSS=self.tile[1],
-            CHUNK=min(32, self.padded),
-            num_warps=self.warps,
-        )
+        grid = triton.cdiv(height, self.tile[0]), triton.cdiv(width, self.tile[1])
+        with torch.cuda.device_of(rows):
+            _paint[grid](
+                rows,
+                cols,
+                self.weights,
+                self.biases,
+                image,
+                height,
+                width,
+                rows.stride(2),
+                cols.stride(2),
+                self.summed,
+                self.decoders,
+                self.clamp,
+                LARGEST if half else math.inf,
+                self.outputs,
+                C=self.channels,
+                P=self.padded,
+                D=rows.shape[2],
+                OUT=self.colours,
+                DOWN=self.tile[0],
+                ACROSS=self.tile[1],
+                CHUNK=min(32, self.padded),
+                num_warps=self.warps,
+            )
         return image
 
 

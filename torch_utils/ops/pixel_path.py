@@ -14,6 +14,7 @@ from torch_utils.ops.chain import Chain, Layer
 
 IMPLS = ("auto", "reference", "cpp", "triton")
 TRITON_DTYPES = (torch.float16, torch.bfloat16)
+failed: set[tuple] = set()  # devices, types and channels for which the kernel did not compile or run in this process
 
 
 class PixelPath:
@@ -41,22 +42,26 @@ class PixelPath:
             )
         self.summed, self.named = summed, impl == "triton"
         self.chain = Chain(layers, impl="auto" if self.named else impl, imap=imap)
-        self.kernel = None
-        if serves and impl in ("auto", "triton"):
+        self.kernel, self.key = None, (weight.device, weight.dtype, weight.shape[1])
+        if serves and (self.named or (impl == "auto" and self.key not in failed)):
             try:
                 from torch_utils.ops.pixel_kernel import PixelKernel  # Triton comes with PyTorch for GPUs only
 
                 self.kernel = PixelKernel(layers, summed)
             except ImportError as problem:
+                if self.named:
+                    raise UserError(
+                        f"impl='triton' of pixel_path cannot be had: {problem}; install triton"
+                    ) from problem
                 self._without(problem)
 
     def __call__(self, rows: Tensor, cols: Tensor) -> Tensor:
         if self.kernel:
             try:
                 return self.kernel(rows, cols)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as problem:  # Triton's compiler and the driver fail in many ways
+                if self.named or isinstance(problem, torch.OutOfMemoryError):
+                    raise
                 self._without(problem)
         return self.decode(fuse(rows, cols))
 
@@ -69,9 +74,9 @@ class PixelPath:
         return self.chain(x, fusions)
 
     def _without(self, problem: Exception) -> None:
-        if self.named:
-            raise UserError(f"impl='triton' of pixel_path cannot be had: {problem}") from problem
-        say_once(f"pixel_path goes on without its Triton kernel, which is slower: {problem}")
+        reason = next(iter(str(problem).splitlines()), type(problem).__name__)
+        say_once(f"pixel_path goes on without its Triton kernel, which is slower: {reason}")
+        failed.add(self.key)
         self.kernel = None
 
 
