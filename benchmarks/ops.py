@@ -5,13 +5,10 @@ measured in the same run: no operation is faster than its bytes at the bandwidth
 rate of a large matrix product. A share of the floor can pass 1 where tensors stay in the cache.
 """
 
-import contextlib
 import functools
 import json
 import math
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,16 +79,16 @@ TILES = {"8×16, 4 warps": ((8, 16), 4), "8×16, 8 warps": ((8, 16), 8), "16×16
 
 def pixel_path_case(side: int) -> Case:
     """A picture from its lines. Its products are of the dtype; lines and colours are float32."""
-    torch.manual_seed(0)
-    G = Generator(GeneratorConfig()).requires_grad_(False)
+    config = GeneratorConfig()
 
     @functools.cache
     def painter(device: torch.device, dtype: torch.dtype, impl: str) -> Painter:
-        w = torch.zeros(G.config.num_ws, G.config.w_dim, device=device)
-        made = Painter(G.to(device), w, dtype, impl="auto" if impl in TILES else impl)
+        torch.manual_seed(0)
+        with device:
+            G = Generator(config).requires_grad_(False)
+            w = torch.zeros(config.num_ws, config.w_dim)
+        made = Painter(G, w, dtype, impl="triton" if impl in TILES else impl)
         if impl in TILES:
-            if made.pixels.kernel is None:
-                raise UserError("there is no kernel to try tiles with")
             made.pixels.kernel.tile, made.pixels.kernel.warps = TILES[impl]
         return made
 
@@ -100,28 +97,30 @@ def pixel_path_case(side: int) -> Case:
         lines = painter(device, dtype, "reference")
         return [lines.line(0, t), lines.line(1, t), torch.empty(0, dtype=dtype)]
 
-    lines = 2 * side * G.config.num_fusions * G.config.biline_channels * G.config.thickness
+    lines = 2 * side * config.num_fusions * config.biline_channels * config.thickness
+    with torch.device("meta"):
+        work = flops(Generator(config), side)["pixels"]
     return Case(
         "pixel_path",
         f"{side}×{side}",
         inputs,
         lambda rows, cols, like, impl: painter(rows.device, like.dtype, impl).pixels(rows, cols),
         ("auto", *TILES),
-        {"forward": 2 * (lines + G.config.img_channels * side**2)},
-        {"forward": flops(G, side)["pixels"]},
+        {"forward": 2 * (lines + config.img_channels * side**2)},
+        {"forward": work},
     )
 
 
 def cases(share: int) -> list[Case]:
     """The paper's layers; `share`: by what their positions are divided."""
     lines, pixels, side = LINES // share, PIXELS // share, 512 // math.isqrt(share)
-    found = [bias_act_case(8, lines, 1024), bias_act_case(4, pixels, 128), bias_act_case(4, pixels, 32)]
-    found += [bias_act_case(4, 64, side, side, dim=1), pixel_path_case(side), pixel_path_case(2 * side)]
+    found = [pixel_path_case(side), pixel_path_case(2 * side)]
     for i, o in ((1024, 1024), (512, 512), (256, 256), (1024, 32)):
         found.append(modulated_case(8, lines, i, o))
     for i, o in ((32, 128), (128, 128), (128, 64), (64, 64), (128, 3)):
         found.append(modulated_case(4, pixels, i, o))
-    return found
+    found += [bias_act_case(8, lines, 1024), bias_act_case(4, pixels, 128), bias_act_case(4, pixels, 32)]
+    return [*found, bias_act_case(4, 64, side, side, dim=1)]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -185,20 +184,32 @@ def tasks(case: Case, kind: str, methods: dict[str, Callable], inputs: list[Tens
     return {name: lambda m=method: torch.autograd.grad(m(*leaves), wanted, g) for name, method in methods.items()}
 
 
+def leave_out(method: str, problem: Exception) -> None:
+    reason = next(iter(str(problem).splitlines()), type(problem).__name__)
+    click.echo(f"{method} is left out: {reason}", err=True)
+
+
 def measure(case: Case, dtype: str, clock: Clock, rates: dict, compile: bool) -> list[dict]:
     inputs = case.inputs(clock.device, DTYPES[dtype])
     methods = {"eager": lambda *t: case.call(*t, impl="reference")}
-    if compile:
+    if compile and case.op != "pixel_path":  # it would compile the making of the weights as well
         try:
             fast = compiled(case.call)
             fast(*inputs)
             methods["compile"] = fast
         except Exception as problem:  # it needs compilers of its own
-            click.echo(f"torch.compile is left out: {str(problem).splitlines()[0]}", err=True)
+            leave_out("torch.compile", problem)
     for impl in case.impls:
-        with contextlib.suppress(UserError):  # not for this type, shape or device
+        try:
             case.call(*inputs, impl=impl)
-            methods[impl] = lambda *t, impl=impl: case.call(*t, impl=impl)
+        except UserError:  # not for this type, shape or device
+            continue
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:  # a kernel that does not compile or run
+            leave_out(impl, problem)
+            continue
+        methods[impl] = lambda *t, impl=impl: case.call(*t, impl=impl)
     runs = []
     for kind in case.bytes:
         seconds = clock.seconds(tasks(case, kind, methods, inputs))
@@ -226,13 +237,6 @@ def measure(case: Case, dtype: str, clock: Clock, rates: dict, compile: bool) ->
 # --- telling ----------------------------------------------------------------------------------------------------------
 
 
-def driver() -> str | None:
-    if not shutil.which("nvidia-smi"):
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
 def table(result: dict) -> str:
     """Markdown: milliseconds, and for "auto" its share of the floor and how many times faster than eager it is."""
     machine, names = result["machine"], list(dict.fromkeys(name for run in result["runs"] for name in run["median"]))
@@ -251,9 +255,10 @@ def table(result: dict) -> str:
         cells = [run["op"], run["shape"], run["dtype"], run["kind"], *times, f"{1e3 * run['floor']:.3g}"]
         cells += [f"{run['share of floor']['auto']:.0%}", f"{run['times faster']['auto']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    for op in dict.fromkeys(run["op"] for run in result["runs"]):
-        gains = [run["times faster"]["auto"] for run in result["runs"] if run["op"] == op]
-        lines.append(f"\n{op}: auto is {statistics.geometric_mean(gains):.2f} × as fast as eager (geometric mean).")
+    for op, dtype in dict.fromkeys((run["op"], run["dtype"]) for run in result["runs"]):
+        gains = [run["times faster"]["auto"] for run in result["runs"] if (run["op"], run["dtype"]) == (op, dtype)]
+        mean = statistics.geometric_mean(gains)
+        lines.append(f"\n{op} in {dtype}: auto is {mean:.2f} × as fast as eager (geometric mean).")
     if result["left out"]:
         lines.append(f"\nLeft out, for lack of time if nothing else is said: {'; '.join(result['left out'])}.")
     return "\n".join(lines) + "\n"
@@ -274,7 +279,7 @@ def main(out, kind, dtypes, wanted, share, rounds, minutes, compile):
         raise UserError("there is no CUDA device to measure; use --device=cpu --share=64")
     start, clock = time.monotonic(), Clock(torch.device(kind, 0) if kind == "cuda" else torch.device(kind), rounds)
     names = (dtypes or ("bf16,fp32" if kind == "cuda" else "fp32")).split(",")
-    result = {"machine": describe() | {"driver": driver()}, **floors(clock, names), "runs": [], "left out": []}
+    result = {"machine": describe(), **floors(clock, names), "runs": [], "left out": []}
     for module in (bias_act, modulated_linear) if kind == "cuda" else ():
         choose(
             "cuda", module.IMPLS, module.SOURCE, torch.empty(0, device=clock.device)

@@ -12,7 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -20,6 +20,7 @@ import torch
 
 import rendering
 from benchmarks.machine import describe, device_name, interleaved, matmul_rate, peak_mib
+from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from training.networks import Generator, GeneratorConfig, positions
 from training.networks.layers import choose_impl
@@ -29,7 +30,7 @@ LIMIT = 2048**2  # pixels at once: plain synthesis keeps several layers of up to
 
 def network() -> Generator:
     torch.manual_seed(0)
-    return Generator(GeneratorConfig()).eval().requires_grad_(False)
+    return Generator(GeneratorConfig(recompute="none")).eval().requires_grad_(False)
 
 
 def styles(G: Generator, batch: int) -> torch.Tensor:
@@ -43,8 +44,6 @@ def plain(G: Generator, ws: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def plain_fp16(G: Generator, ws: torch.Tensor, size: int) -> torch.Tensor:
-    """Without any kernel of this project."""
-    choose_impl(G, "reference")
     with torch.autocast("cuda", torch.float16):
         return plain(G, ws, size)
 
@@ -110,8 +109,8 @@ def compare(G: Generator, size: int, batch: int, rounds: int, rates: dict[str, f
     }
 
 
-def on_gpu(G: Generator, sizes: list[int], batches: list[int], rounds: int) -> dict:
-    """All in this process, for a GPU tells the peak of each method. It is on top of the network's weights."""
+def on_gpu(G: Generator, sizes: list[int], batches: list[int], rounds: int) -> Iterator[dict]:
+    """Yields the results so far after each picture. Peaks of memory are on top of the network's weights."""
 
     def peak(method: Callable, ws: torch.Tensor, size: int) -> float:
         torch.cuda.reset_peak_memory_stats()
@@ -120,6 +119,7 @@ def on_gpu(G: Generator, sizes: list[int], batches: list[int], rounds: int) -> d
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     G = G.cuda()
+    choose_impl(G, "reference")  # of plain synthesis; the engine has layers of its own
     result: dict = {"errors": {"256": errors(G, styles(G, 1), 256, GPU_METHODS)}, "pictures": []}
     for size, batch in itertools.product(sizes, batches):
         ws = styles(G, batch)
@@ -131,12 +131,13 @@ def on_gpu(G: Generator, sizes: list[int], batches: list[int], rounds: int) -> d
         run["peak MiB"] = {name: peak(method, ws, size) for name, method in GPU_METHODS.items()}
         result["pictures"].append(run)
         click.echo(json.dumps({key: run[key] for key in ("size", "batch", "median", "times faster", "peak MiB")}))
+        yield result
     name, ws = "engine bf16", styles(G, 1)
     seconds = interleaved({name: functools.partial(GPU_METHODS[name], G, ws, 6144)}, 3, torch.cuda.synchronize)
     large = {"size": 6144, "batch": 1, "seconds": seconds, "median": median(seconds)}
     result["pictures"].append({**large, "peak MiB": {name: peak(GPU_METHODS[name], ws, 6144)}})
     click.echo(json.dumps(result["pictures"][-1]))
-    return result
+    yield result
 
 
 def turned(G: Generator, size: int, rounds: int) -> dict:
@@ -193,6 +194,8 @@ def draw(result: dict, path: Path) -> None:
 @click.option("--turns", nargs=3, type=int, hidden=True)
 def main(out, sizes, batches, kind, rounds, once, turns):
     """Time, memory and error of the engine and of plain synthesis; writes JSON and a plot beside it."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device to measure; use --device=cpu")
     torch.set_grad_enabled(False)
     G = network()
     if once:
@@ -209,9 +212,9 @@ def main(out, sizes, batches, kind, rounds, once, turns):
         return
     result = {"machine": describe()}
     if kind == "cuda":
-        result |= on_gpu(G, *([int(n) for n in numbers.split(",")] for numbers in (sizes, batches)), rounds)
-        with atomic_write(out.with_stem(f"{out.stem}-{device_name(kind)}")) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        for part in on_gpu(G, *([int(n) for n in numbers.split(",")] for numbers in (sizes, batches)), rounds):
+            with atomic_write(out.with_stem(f"{out.stem}-{device_name(kind)}")) as temporary:
+                temporary.write_text(json.dumps(result | part, indent=1) + "\n")
         return
     result["matmul FLOP/s"] = {"fp32": matmul_rate(torch.float32), "bf16": matmul_rate(torch.bfloat16)}
     click.echo(json.dumps(result, indent=1))
