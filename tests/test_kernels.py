@@ -146,7 +146,8 @@ def test_the_doctor_needs_neither_a_gpu_nor_compilers(fresh, monkeypatch):
 
 
 def test_the_benchmark_measures_whatever_can_run(device, tmp_path):
-    arguments = ["--device=cpu", "--share=4096", "--rounds=1", "--no-compile", f"--out={tmp_path}", "--ops=bias_act"]
+    arguments = ["--device=cpu", "--share=4096", "--rounds=1", "--no-compile", f"--out={tmp_path}"]
+    arguments.append("--ops=bias_act,pixel_path")
     ran = CliRunner().invoke(ops.main, arguments, catch_exceptions=False)
     assert ran.exit_code == 0
     result = json.loads((tmp_path / "ops-cpu.json").read_text())
@@ -154,6 +155,7 @@ def test_the_benchmark_measures_whatever_can_run(device, tmp_path):
     cases = [(run["op"], run["shape"], run["kind"]) for run in result["runs"]]
     assert len(set(cases)) == len(cases)
     assert {kind for _, _, kind in cases} == {"forward", "gradient", "training"}
+    assert ("pixel_path", "8×8", "forward") in cases
     for run in result["runs"]:
         assert {"eager", "auto"} <= set(run["median"])
         assert run["share of floor"]["eager"] == pytest.approx(run["floor"] / run["median"]["eager"])
@@ -164,13 +166,14 @@ def test_the_benchmark_measures_whatever_can_run(device, tmp_path):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-@pytest.mark.parametrize("capability", [80, 90])
-def test_cuda_sources_compile_without_a_warning(source, capability, tmp_path):
+@pytest.mark.parametrize("capability", [75, 80, 90])
+def test_cuda_sources_compile_without_a_warning_or_a_spill(source, capability, tmp_path):
     try:
         compiler = build.cuda_compiler()
     except UserError as problem:
         pytest.skip(str(problem))
-    flags = [*build.CUDA_FLAGS, f"-arch=sm_{capability}", "-Werror=all-warnings", "-Xcompiler=-Wall"]
+    strict = ["-Werror=all-warnings", "-Xcompiler=-Wall", "-Xptxas=--warn-on-spills"]
+    flags = [*build.CUDA_FLAGS, f"-arch=sm_{capability}", *strict]
     made = subprocess.run(
         [*compiler, *flags, str(source), "-o", str(tmp_path / "made.so")], capture_output=True, text=True
     )
@@ -178,9 +181,10 @@ def test_cuda_sources_compile_without_a_warning(source, capability, tmp_path):
     assert made.stdout + made.stderr == ""
 
 
-def test_kernels_are_built_once_and_loaded(fresh):
+def test_kernels_are_built_once_and_loaded(fresh, monkeypatch):
     if not shutil.which("nvcc"):
         pytest.skip("there is no nvcc on the PATH")
+    monkeypatch.setattr(build.Kernels, "call", lambda self, name: None)  # the probe, which needs a GPU
     for _ in range(2):
         build.kernels.cache_clear()
         found, reason = build.kernels(SOURCES[0], CARD.device)
@@ -215,6 +219,19 @@ def test_a_failing_nvcc_shows_its_first_error_and_the_mend(fresh, monkeypatch, t
     with pytest.raises(UserError, match=r"impl='cuda' of bias_act cannot be had: .*no such thing"):
         build.choose("cuda", bias_act_module.IMPLS, SOURCES[0], CARD)
     assert [path for path in fresh.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_a_library_that_the_driver_refuses_is_not_used(fresh, emulated, monkeypatch, capfd, source):
+    monkeypatch.setattr(build, "cuda_library", lambda source, capability: emulated[source].functions)
+    monkeypatch.setattr(build.Kernels, "call", lambda self, name: self.invoke(name, 1, 0, ()))  # there is but device 0
+    for _ in range(2):
+        assert build.choose("auto", bias_act_module.IMPLS, source, CARD) is None
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{source.stem} goes on in plain PyTorch, which is slower: the CUDA function probe failed: ")
+    assert "update the NVIDIA driver, or choose an older CUDA toolkit by the variable CUDA_HOME" in line
+    with pytest.raises(UserError, match=f"impl='cuda' of {source.stem} cannot be had: .* invalid device ordinal;"):
+        build.choose("cuda", bias_act_module.IMPLS, source, CARD)
 
 
 def test_without_nvcc_the_line_says_where_it_was_looked_for(fresh, monkeypatch, capfd):

@@ -40,7 +40,8 @@ def cpp_compiler() -> list[str]:
 def cuda_compiler() -> list[str]:
     """The command of nvcc: of CUDA_HOME, of the PATH, of pip's wheels, or of /usr/local/cuda.
 
-    Raises UserError when there is none.
+    Wheels come after the PATH, for other packages bring an nvcc without the headers. Raises UserError when there is
+    none.
     """
     places = [Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"] if os.environ.get("CUDA_HOME") else []
     places += [Path(found) for found in [shutil.which("nvcc")] if found]
@@ -131,8 +132,9 @@ class Kernels(NamedTuple):
             self.invoke(name, self.device.index, torch.cuda.current_stream().cuda_stream, arguments)
 
     def invoke(self, name: str, device: int, stream: int, arguments: Sequence[Tensor | int | float | None]) -> None:
-        if strange := {str(a.device) for a in arguments if isinstance(a, Tensor)} - {str(self.device)}:
-            raise ValueError(f"all tensors must be on {self.device}; got one on {', '.join(strange)}")
+        for a in arguments:
+            if isinstance(a, Tensor) and a.device != self.device:
+                raise ValueError(f"all tensors must be on {self.device}; got one on {a.device}")
         function = getattr(self.functions, name)
         function.restype = ctypes.c_char_p
         if problem := function(ctypes.c_int64(device), ctypes.c_void_p(stream), *map(_in_c, arguments)):
@@ -149,15 +151,18 @@ def _in_c(value: Tensor | int | float | None):
 
 @functools.lru_cache
 def kernels(source: Path, device: torch.device) -> tuple[Kernels | None, str]:
-    """The kernels of `source` for `device`, or None and the reason."""
+    """The kernels of `source`, which has a function `probe`, for `device`; or None and the reason."""
     if device.type != "cuda":
         return None, f"it needs a CUDA device, and the tensors are on {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
     try:
-        functions = cuda_library(source, 10 * major + minor)
+        found = Kernels(cuda_library(source, 10 * major + minor), device, 10 * major + minor)
+        found.call("probe")
     except UserError as error:
         return None, str(error)
-    return Kernels(functions, device, 10 * major + minor), ""
+    except RuntimeError as error:
+        return None, f"{error}; update the NVIDIA driver, or choose an older CUDA toolkit by the variable CUDA_HOME"
+    return found, ""
 
 
 def choose(impl: str, impls: tuple[str, ...], source: Path, x: Tensor) -> Kernels | None:

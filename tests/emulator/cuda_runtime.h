@@ -6,6 +6,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -30,6 +31,7 @@ struct dim3 {
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+using std::min;
 using std::sqrt;
 
 // --- fibers -----------------------------------------------------------------------------------------------------------
@@ -41,7 +43,7 @@ enum State { READY, WARP, BLOCK, DONE };  // WARP, BLOCK: it waits for the threa
 struct Copy {
     void *to;
     const void *from;  // nullptr: the end of a group
-    size_t size;
+    size_t size, zeros;  // the last of the bytes are zeros
 };
 
 struct Fiber {
@@ -112,7 +114,7 @@ inline void run_block(unsigned threads) {
 
 }  // namespace emulator
 
-inline void __stcs(uint4 *to, uint4 value) {
+inline void __stcg(uint4 *to, uint4 value) {
     if (uintptr_t(to) % sizeof(uint4)) emulator::fail("a store is not aligned");
     std::memcpy(to, &value, sizeof(value));
 }
@@ -132,16 +134,24 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 // --- launching --------------------------------------------------------------------------------------------------------
 
 using cudaStream_t = void *;
-enum cudaError_t { cudaSuccess };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxThreadsPerMultiProcessor };
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
     size_t dynamicSmemBytes;
     cudaStream_t stream;
 };
-inline const char *cudaGetErrorString(cudaError_t) { return "no error"; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
+struct cudaFuncAttributes {};
+inline const char *cudaGetErrorString(cudaError_t error) { return error ? "invalid device ordinal" : "no error"; }
+inline cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidDevice : cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
+    return *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : 2048, cudaSuccess;
+}
+
+template <typename F>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, F *) {
+    return cudaSuccess;
+}
 
 template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(P...), A... arguments) {

@@ -243,6 +243,16 @@ def test_a_modulated_layer_has_the_derivatives_of_finite_differences(device, siz
     assert gradgradcheck(f, inputs)
 
 
+@pytest.mark.parametrize("demodulate", [True, False])
+def test_freezing_some_inputs_leaves_the_gradients_of_the_others(device, demodulate):
+    inputs = leaves(*layer_inputs(device, 2, 9, 8, 16))
+    together = grad(modulated_linear(*inputs, demodulate=demodulate, impl="cublas").sum(), inputs)
+    for leaf, expected in zip(inputs, together, strict=True):
+        others_frozen = [t if t is leaf else t.detach() for t in inputs]
+        (got,) = grad(modulated_linear(*others_frozen, demodulate=demodulate, impl="cublas").sum(), leaf)
+        assert distance(got, expected) <= 8 * UNIT[torch.float64]
+
+
 @pytest.mark.parametrize(
     ("impl", "dtype"), [("cuda", torch.float16), ("cublas", torch.float16), ("cublas", torch.float32)]
 )

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-constexpr int THREADS = 256, BLOCKS = 8;  // per multiprocessor: all the threads that it holds
+constexpr int THREADS = 256;
 
 template <typename T>
 __device__ Pack<T> load(const T *x, int64_t first, int64_t count) {
@@ -49,16 +49,16 @@ __device__ void pick(const A *bias, Place p, int64_t channels, int64_t inner, A 
 }
 
 // y = formula(x + bias) for x [A,C,B] of `count` elements, and the codes of its packs unless `codes` is null.
+// A step moves the place by `shift`: no division in the loop. Channels last, where C divides the step, have the same
+// biases at every step. 32 registers, so that 2048 threads fit; with the shift in registers too it would be 40.
 template <typename T>
 __global__ void __launch_bounds__(THREADS) value(const T *x, const Wide<T> *bias, T *y, uint16_t *codes, int64_t count,
-                                                 int64_t channels, int64_t inner, Formula<Wide<T>> formula) {
+                                                 int64_t channels, int64_t inner, Place shift,
+                                                 Formula<Wide<T>> formula) {
     constexpr int SIZE = Pack<T>::size;
     int64_t first = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * SIZE;
     const int64_t step = int64_t(gridDim.x) * THREADS * SIZE;
-    // A step moves the place by a fixed amount: no division in the loop. Channels last, where C divides the step, have
-    // the same biases at every step.
     Place place{first / inner % channels, first % inner};
-    const Place shift{step / inner % channels, step % inner};
     Wide<T> biases[SIZE] = {};
     if (bias && first < count) pick(bias, place, channels, inner, biases);
     for (; first < count; first += step) {
@@ -92,15 +92,18 @@ __global__ void __launch_bounds__(THREADS) gradient(const T *g, const uint16_t *
     }
 }
 
-// Blocks that pass over `count` elements together.
+// Blocks that pass over `count` elements together: no more than the device holds at once.
 static int64_t blocks(int64_t device, int64_t count, int size) {
-    int processors = 1;
+    int processors = 1, threads = THREADS;  // of one of them
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, int(device));
+    cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, int(device));
     const int64_t per_block = int64_t(THREADS) * size;
-    return std::min((count + per_block - 1) / per_block, int64_t(BLOCKS) * processors);
+    return std::min((count + per_block - 1) / per_block, int64_t(processors) * (threads / THREADS));
 }
 
 extern "C" {
+
+const char *probe(int64_t device, cudaStream_t) { return examine(device, value<float>); }
 
 // x, y: `count` elements [A,channels,inner]; bias [channels] in float (double for double) or null; codes: one for each
 // 16 bytes of x, or null. All begin at multiples of 16 bytes. Infinity is no clamp.
@@ -110,9 +113,10 @@ const char *bias_act(int64_t device, cudaStream_t stream, int64_t dtype, const v
     return dispatch(dtype, [=](auto type) {
         using T = typename decltype(type)::type;
         using A = Wide<T>;
-        return launch(device, stream, blocks(device, count, Pack<T>::size), THREADS, value<T>,
-                      static_cast<const T *>(x), static_cast<const A *>(bias), static_cast<T *>(y), codes, count,
-                      channels, inner, Formula<A>{A(slope), A(gain), A(clamp)});
+        const int64_t grid = blocks(device, count, Pack<T>::size), step = grid * THREADS * Pack<T>::size;
+        return launch(device, stream, grid, THREADS, value<T>, static_cast<const T *>(x),
+                      static_cast<const A *>(bias), static_cast<T *>(y), codes, count, channels, inner,
+                      Place{step / inner % channels, step % inner}, Formula<A>{A(slope), A(gain), A(clamp)});
     });
 }
 

@@ -33,7 +33,7 @@ __device__ Pack<T> get(const T *from) {
 }
 template <typename T>
 __device__ void put(T *to, const Pack<T> &pack) {
-    __stcs(reinterpret_cast<uint4 *>(to), reinterpret_cast<const uint4 &>(pack));  // nvcc may split an assignment
+    __stcg(reinterpret_cast<uint4 *>(to), reinterpret_cast<const uint4 &>(pack));  // nvcc may split an assignment
 }
 
 template <typename A>
@@ -74,6 +74,17 @@ const char *dispatch(int64_t dtype, F f) {
     }
 }
 
+static const char *told(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+// Whether the device could run the kernel: the driver may be too old for this library. Returns as `launch`.
+template <typename... P>
+const char *examine(int64_t device, void (*kernel)(P...)) {
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaSetDevice(int(device));
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+    return told(error);
+}
+
 // Starts the kernel. Returns nullptr, or what is wrong.
 template <typename... P, typename... A>
 const char *launch(int64_t device, cudaStream_t stream, int64_t blocks, int threads, void (*kernel)(P...),
@@ -87,5 +98,5 @@ const char *launch(int64_t device, cudaStream_t stream, int64_t blocks, int thre
     // This library has a CUDA runtime of its own, which must look at the device that PyTorch's looks at.
     cudaError_t error = cudaSetDevice(int(device));
     if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return told(error);
 }

@@ -7,6 +7,8 @@
 #include <cuda_pipeline_primitives.h>
 #include <mma.h>
 
+using namespace nvcuda::wmma;
+
 // --- the weights of all images ---------------------------------------------------------------------------------------
 
 constexpr int THREADS = 256;
@@ -39,7 +41,6 @@ __global__ void __launch_bounds__(THREADS) rows(const A *weight, const A *style,
 // fragments of 16 × 16. While it multiplies one stage, the next one is on its way.
 constexpr int ROWS = 128, COLS = 64, DEPTH = 32, WARPS = 4;
 constexpr int PITCH = DEPTH + 8;  // 8 rows of 80 bytes begin in different banks
-constexpr int STRIP = 32 + 4;     // of 16 rows of sums, likewise
 
 struct alignas(16) Floats {
     float at[8];
@@ -50,34 +51,53 @@ struct alignas(128) Stage {
     T at[(ROWS + COLS) * PITCH];  // positions, then outputs, DEPTH inputs each
 };
 
+// A fragment from a stage. nvcc does not see that those of bfloat16 come from shared memory, and would load each by 4
+// instructions instead of 1.
+template <typename F, typename T>
+__device__ void load(F &to, const T *from) {
+    load_matrix_sync(to, from, PITCH);
+}
+#if __CUDA_ARCH__ >= 800
+#define LOAD_SHARED(WHICH, ORDER)                                                                                      \
+    __device__ inline void load(fragment<matrix_##WHICH, 16, 16, 16, __nv_bfloat16, ORDER##_major> &to,                \
+                                const __nv_bfloat16 *from) {                                                           \
+        unsigned *bits = reinterpret_cast<unsigned *>(to.x);                                                           \
+        asm volatile("wmma.load." #WHICH ".sync.aligned." #ORDER ".m16n16k16.shared.bf16 {%0, %1, %2, %3}, [%4], %5;"  \
+                     : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])                                      \
+                     : "r"(unsigned(__cvta_generic_to_shared(from))), "n"(PITCH)                                       \
+                     : "memory");                                                                                      \
+    }
+LOAD_SHARED(a, row)
+LOAD_SHARED(b, col)
+#endif
+
 // y[n,p,o] = formula(Σ_i x[n,p,i] · weight[n,o,i] + bias[o]), and the codes of its packs unless `codes` is null.
 // I and O are multiples of 8.
 template <typename T>
 __global__ void __launch_bounds__(32 * WARPS, 4) product(const T *x, const T *weight, const float *bias, T *y,
                                                       uint16_t *codes, int64_t positions, int64_t inputs,
                                                       int64_t outputs, Formula<float> formula) {
-    using namespace nvcuda::wmma;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // before, there are no fragments of bfloat16
     __shared__ Stage<T> stages[2];
-    static_assert(sizeof(stages) >= WARPS * 16 * STRIP * sizeof(float), "the strips lie where the stages were");
 
-    // Tiles of the same positions are neighbours, so that x comes from memory once.
-    const int64_t across = (outputs + COLS - 1) / COLS, down = (positions + ROWS - 1) / ROWS;
-    const int64_t col = blockIdx.x % across * COLS, row = blockIdx.x / across % down * ROWS;
+    // Tiles of the same positions are neighbours, so that x comes from memory once. Blocks fit into 32 bits (`launch`).
+    const unsigned across = unsigned((outputs + COLS - 1) / COLS), down = unsigned((positions + ROWS - 1) / ROWS);
+    const int64_t col = int64_t(blockIdx.x % across) * COLS, row = int64_t(blockIdx.x / across % down) * ROWS;
     const int64_t n = blockIdx.x / across / down;
-    x += n * positions * inputs;
-    weight += n * outputs * inputs;
+
+    // A thread fetches 16 bytes of every STRIDEth line, or of the last one where there is none: nobody stores its sums.
+    constexpr int STRIDE = 32 * WARPS * 8 / DEPTH;
+    const int line = threadIdx.x / (DEPTH / 8), input = threadIdx.x % (DEPTH / 8) * 8;
+    const T *from[(ROWS + COLS) / STRIDE];
+    for (int j = 0; j < ROWS / STRIDE; j++)
+        from[j] = x + (n * positions + min(row + line + j * STRIDE, positions - 1)) * inputs + input;
+    for (int j = 0; j < COLS / STRIDE; j++)
+        from[ROWS / STRIDE + j] = weight + (n * outputs + min(col + line + j * STRIDE, outputs - 1)) * inputs + input;
 
     auto fetch = [&](T *stage, int64_t depth) {
-        for (int chunk = threadIdx.x; chunk < (ROWS + COLS) * DEPTH / 8; chunk += 32 * WARPS) {
-            const int line = chunk / (DEPTH / 8), i = chunk % (DEPTH / 8) * 8;
-            const bool of_x = line < ROWS;
-            const int64_t from = of_x ? row + line : col + line - ROWS;
-            T *to = stage + line * PITCH + i;
-            if (from < (of_x ? positions : outputs) && depth + i < inputs)
-                __pipeline_memcpy_async(to, (of_x ? x : weight) + from * inputs + depth + i, 16);
-            else
-                *reinterpret_cast<uint4 *>(to) = uint4{0, 0, 0, 0};
-        }
+        const int zeros = depth + input < inputs ? 0 : 16;
+        for (int j = 0; j < (ROWS + COLS) / STRIDE; j++)
+            __pipeline_memcpy_async(stage + (line + j * STRIDE) * PITCH + input, from[j] + depth, 16, zeros);
         __pipeline_commit();
     };
 
@@ -101,14 +121,16 @@ __global__ void __launch_bounds__(32 * WARPS, 4) product(const T *x, const T *we
             const T *stage = stages[present].at + k;
             fragment<matrix_a, 16, 16, 16, T, row_major> a[4];
             fragment<matrix_b, 16, 16, 16, T, col_major> b[2];
-            for (int i = 0; i < 4; i++) load_matrix_sync(a[i], stage + (top + 16 * i) * PITCH, PITCH);
-            for (int j = 0; j < 2; j++) load_matrix_sync(b[j], stage + (ROWS + left + 16 * j) * PITCH, PITCH);
+            for (int i = 0; i < 4; i++) load(a[i], stage + (top + 16 * i) * PITCH);
+            for (int j = 0; j < 2; j++) load(b[j], stage + (ROWS + left + 16 * j) * PITCH);
             for (int i = 0; i < 4; i++)
                 for (int j = 0; j < 2; j++) mma_sync(sums[i][j], a[i], b[j], sums[i][j]);
         }
         __syncthreads();  // nobody reads this stage any more
     }
 
+    constexpr int STRIP = 32 + 4;  // 16 rows of sums, which begin in different banks, lie where the stages were
+    static_assert(sizeof(stages) >= WARPS * 16 * STRIP * sizeof(float));
     float *strip = reinterpret_cast<float *>(stages) + warp * 16 * STRIP;
     for (int i = 0; i < 4; i++) {
         for (int j = 0; j < 2; j++) store_matrix_sync(strip + 16 * j, sums[i][j], STRIP, mem_row_major);
@@ -127,6 +149,7 @@ __global__ void __launch_bounds__(32 * WARPS, 4) product(const T *x, const T *we
         }
         __syncwarp();  // before the next 16 rows
     }
+#endif
 }
 
 template <typename T>
@@ -139,6 +162,8 @@ static const char *multiply(int64_t device, cudaStream_t stream, const void *x, 
 }
 
 extern "C" {
+
+const char *probe(int64_t device, cudaStream_t) { return examine(device, rows<float, float>); }
 
 // weight [O,I], style [N,I] -> out [N,O,I]. weight and style are float (double for a double `out`).
 const char *modulate(int64_t device, cudaStream_t stream, int64_t dtype, const void *weight, const void *style,

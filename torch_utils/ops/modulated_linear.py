@@ -133,17 +133,20 @@ class Modulate(Function):
         q = d² Σ_i h m, the gradient by m is h − q m, and q m needs no tensor of N·O·I.
         """
         weight, style = ctx.saved_tensors
+        by_weight, by_style = ctx.needs_input_grad[:2]
         with full_precision(g):
             h = g.to(weight.dtype)
             if not ctx.demodulate:
-                return (h * style[:, None]).sum(0), (h * weight).sum(1), None, None, None
+                g_weight = (h * style[:, None]).sum(0) if by_weight else None
+                g_style = (h * weight).sum(1) if by_style else None
+                return g_weight, g_style, None, None, None
             weight2, style2 = weight.square(), style.square()
             d2 = (style2 @ weight2.mT + EPSILON).reciprocal()  # [N,O]
             h = h * d2.sqrt()[..., None]
             hw = h * weight
             q = d2 * (hw @ style[..., None]).squeeze(-1)  # [N,O]
-            g_weight = (h * style[:, None]).sum(0) - weight * (q.mT @ style2)
-            g_style = hw.sum(1) - style * (q @ weight2)
+            g_weight = (h * style[:, None]).sum(0) - weight * (q.mT @ style2) if by_weight else None
+            g_style = hw.sum(1) - style * (q @ weight2) if by_style else None
         return g_weight, g_style, None, None, None
 
 
