@@ -37,6 +37,7 @@ bench: .venv/ready
 # With the Python that is given, whatever its torch, and without a network. The measurements follow failing tests too.
 gpu:
 	$(PYTHON) -m torch_utils.doctor
+	@$(PYTHON) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make gpu needs a CUDA device; the page above says why there is none")'
 	timeout 140 $(PYTHON) -m pytest tests/gpu --confcutdir=tests/gpu -p no:cacheprovider -rs || bad=1; \
 	timeout 120 $(PYTHON) -m benchmarks.ops --device=cuda --no-compile --minutes=1.5 || bad=1; \
 	timeout 70 $(PYTHON) -m benchmarks.rendering --device=cuda --sizes=512,1024 --rounds=11 || bad=1; \
