@@ -139,6 +139,8 @@ class PixelKernel:
         outputs, inputs = layer.weight.shape
         more_inputs = inputs // self.channels * self.padded - inputs
         more_outputs = (self.colours if layer.branch else outputs // self.channels * self.padded) - outputs
+        if not (more_inputs or more_outputs):
+            return layer.weight, layer.bias  # F.pad would copy them, and starting a kernel takes longer than its work
         return F.pad(layer.weight, (0, more_inputs, 0, more_outputs)), F.pad(layer.bias, (0, more_outputs))
 
     def __call__(self, rows: Tensor, cols: Tensor) -> Tensor:
