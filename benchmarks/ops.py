@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.machine import describe, device_name, interleaved
 from benchmarks.rendering import flops
-from dnnlib.console import UserError
+from dnnlib.console import UserError, brief
 from dnnlib.files import atomic_write
 from rendering.network import Painter
 from torch_utils.build import choose
@@ -185,8 +185,7 @@ def tasks(case: Case, kind: str, methods: dict[str, Callable], inputs: list[Tens
 
 
 def leave_out(method: str, problem: Exception) -> None:
-    reason = next(iter(str(problem).splitlines()), type(problem).__name__)
-    click.echo(f"{method} is left out: {reason}", err=True)
+    click.echo(f"{method} is left out: {brief(problem)}", err=True)
 
 
 def measure(case: Case, dtype: str, clock: Clock, rates: dict, compile: bool) -> list[dict]:

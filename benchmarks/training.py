@@ -20,6 +20,7 @@ from PIL import Image
 
 from benchmarks.machine import describe, device_name, peak_mib
 from dnnlib.config import merge
+from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from torch_utils.distributed import processes
 from training.config import resolve
@@ -90,6 +91,7 @@ def main(out, sizes, batch, turns, rounds, once):
         return
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     result = {"machine": describe(), "batch": batch, "steps": []}
+    failed = []
     for size in map(int, sizes.split(",")):
         runs: dict[str, list[dict]] = {name: [] for name in [*(EAGER if kind == "cuda" else ()), *SETTINGS]}
         with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +105,7 @@ def main(out, sizes, batch, turns, rounds, once):
                     command += ["--once", folder, name]
                     ran = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
                     if ran.returncode:
-                        click.echo(f"{name} at {size}² ended with code {ran.returncode} and is left out", err=True)
+                        failed.append(f"{name!r} at {size}² ended with code {ran.returncode}")
                     else:
                         runs[name].append(json.loads(ran.stdout))
         for name, parts in runs.items():
@@ -124,6 +126,10 @@ def main(out, sizes, batch, turns, rounds, once):
             result["steps"].append({**summary, "seconds": seconds})
         with atomic_write(out / f"training-{device_name(kind)}.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
+    if failed:
+        raise UserError(
+            f"{'; '.join(failed)}: left out (what was wrong stands above; -9 is most often a lack of memory)"
+        )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,11 @@ class UserError(click.ClickException, ValueError):
     exit_code = 2
 
 
+def brief(problem: Exception) -> str:
+    """The first line of what an exception says, or its name: compilers and drivers say pages."""
+    return next(iter(str(problem).splitlines()), type(problem).__name__)
+
+
 def progress(iterable, *, desc: str, total: int | None = None, unit: str = "img", scale: bool = False) -> tqdm:
     """`iterable` behind a bar with rate and ETA on stderr; silent when stderr is no terminal. `scale`: 3M for 3e6."""
     return tqdm(iterable, desc=desc, total=total, unit=unit, unit_scale=scale, dynamic_ncols=True, disable=None)

@@ -12,7 +12,7 @@ import click
 import torch
 from torch import Tensor
 
-from dnnlib.console import UserError
+from dnnlib.console import UserError, brief
 from dnnlib.files import cache_dir
 from torch_utils import build
 from torch_utils.ops import bias_act, chain, modulated_linear, pixel_path
@@ -79,7 +79,7 @@ def verdict(impl: str, kind: str, dtypes: tuple[torch.dtype, ...], example: Call
         except UserError as problem:
             return f"no: {problem}"
         except Exception as problem:  # a driver that fails, a kernel that crashes: the page goes on
-            return f"FAILS in {dtype}: {problem}"
+            return f"FAILS in {dtype}: {brief(problem)}"
         if not error <= 10 * torch.finfo(dtype).eps:
             return f"WRONG in {dtype}: it is {error:.1e} away from the reference"
         names.append(f"{str(dtype).removeprefix('torch.')} {error:.0e}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dnnlib.console import UserError
+from dnnlib.console import UserError, brief
 from torch_utils.build import say_once
 from torch_utils.ops.chain import Chain, Layer
 
@@ -74,8 +74,7 @@ class PixelPath:
         return self.chain(x, fusions)
 
     def _without(self, problem: Exception) -> None:
-        reason = next(iter(str(problem).splitlines()), type(problem).__name__)
-        say_once(f"pixel_path goes on without its Triton kernel, which is slower: {reason}")
+        say_once(f"pixel_path goes on without its Triton kernel, which is slower: {brief(problem)}")
         failed.add(self.key)
         self.kernel = None
 
