@@ -6,7 +6,6 @@ import torch
 from dnnlib.console import UserError
 from torch_utils import lite0
 
-
 # (mean, deviation) of each feature, from timm 1.0.22's tf_efficientnet_lite0 with these weights.
 EXPECTED = [(0.594545, 9.779658), (-0.163517, 8.865546), (0.009110, 5.995442), (0.005116, 2.515925)]
 
