@@ -1,4 +1,4 @@
-"""Turns a folder or ZIP of pictures into a training dataset: equal-size PNGs and a dataset.json in a ZIP or folder."""
+"""Turns a folder or ZIP of pictures, or drawn letters, into a training dataset: equal-size PNGs and a dataset.json."""
 
 import contextlib
 import csv
@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shutil
+import string
 import sys
 import tempfile
 import warnings
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
@@ -26,7 +28,11 @@ from dnnlib.console import UserError, progress
 from dnnlib.files import atomic_write
 from training.data import BadImage, ImageFiles, channels_of, label_array, parse_dataset_json, to_channels
 
+if TYPE_CHECKING:
+    from training.letters import Letters  # needs matplotlib, so it is imported when it is asked for
+
 MAX_SIDE = 16384  # 16384² RGB pixels are 0.8 GB while one picture is made
+DRAWINGS = 176  # per character, eight or nine in each of matplotlib's 21 text fonts; from A to Z that makes 4,576
 TRANSFORMS = ("center-crop", "center-crop-wide", "random-crops")
 PHOTOS_IN_SKIMAGE = (
     "astronaut.png",
@@ -116,7 +122,7 @@ class Recipe:
 Labels = tuple[dict[str, object] | None, list[str] | None]
 
 
-def read_labels(choice: str | None, files: ImageFiles) -> Labels:
+def read_labels(choice: str | None, files: "ImageFiles | Letters") -> Labels:
     """The labels that --labels chooses: the source's own, none, one class per folder, or those of a file."""
     if choice is None:
         return files.dataset_json()
@@ -136,7 +142,7 @@ def read_labels(choice: str | None, files: ImageFiles) -> Labels:
     return labels, class_names
 
 
-def folder_labels(files: ImageFiles) -> Labels:
+def folder_labels(files: "ImageFiles | Letters") -> Labels:
     """One class for each top-level folder, numbered in sorted order."""
     names = files.names()
     loose = next((name for name in names if "/" not in name), None)
@@ -229,7 +235,7 @@ def check_dest(dest: Path, source: Path) -> None:
 
 
 def convert(
-    files: ImageFiles,
+    files: "ImageFiles | Letters",
     dest: Path,
     recipe: Recipe,
     labels: Labels = (None, None),
@@ -390,13 +396,20 @@ def resolution(context: click.Context, option: click.Parameter, text: str | None
 
 
 @click.group(invoke_without_command=True, context_settings={"max_content_width": 100})
-@click.option("--source", metavar="DIR|ZIP|skimage-photos", help="Where the images come from.")
+@click.option("--source", metavar="DIR|ZIP|skimage-photos|letters", help="Where the images come from.")
 @click.option(
     "--dest", type=click.Path(path_type=Path), metavar="ZIP|DIR", help="What to write; a ZIP if it ends in .zip."
 )
 @click.option("--resolution", callback=resolution, metavar="WxH", help="Size of the result; without it, sizes stay.")
 @click.option("--transform", type=click.Choice(TRANSFORMS), help="How to reach --resolution; stretched by default.")
 @click.option("--crops", type=click.IntRange(min=1), metavar="N", help="random-crops: crops per image.")
+@click.option("--characters", metavar="TEXT", help="letters: what to draw, a class each; A to Z by default.")
+@click.option(
+    "--drawings",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"letters: drawings per character; {DRAWINGS} by default.",
+)
 @click.option("--labels", metavar="folders|none|FILE", help="Labels; the source's own dataset.json by default.")
 @click.option(
     "--channels", type=click.Choice(["1", "3", "4"]), default="3", show_default=True, help="Grey, RGB or RGBA."
@@ -405,9 +418,23 @@ def resolution(context: click.Context, option: click.Parameter, text: str | None
     "--max-images", type=click.IntRange(min=1), metavar="N", help="Use only the first N images, sorted by name."
 )
 @click.option("--skip-bad", is_flag=True, help="Leave out unreadable images instead of stopping at the first.")
-@click.option("--seed", type=int, default=0, show_default=True, help="random-crops: which crops.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which random crops or letters.")
 @click.pass_context
-def main(context, source, dest, resolution, transform, crops, labels, channels, max_images, skip_bad, seed):
+def main(
+    context,
+    source,
+    dest,
+    resolution,
+    transform,
+    crops,
+    characters,
+    drawings,
+    labels,
+    channels,
+    max_images,
+    skip_bad,
+    seed,
+):
     """Make a training dataset of equal-size PNGs, in the format of StyleGAN, from a folder or ZIP of images.
 
     \b
@@ -415,7 +442,9 @@ def main(context, source, dest, resolution, transform, crops, labels, channels, 
     python dataset_tool.py check photos256.zip
 
     Folders are read with all their sub-folders. "skimage-photos" stands for the eight colour photographs that come with
-    scikit-image, for trials without a download.
+    scikit-image, for trials without a download. "letters" stands for --characters drawn in the fonts that come with
+    matplotlib, each in two colours and with its class as label; the same --seed at another --resolution gives the same
+    drawings.
 
     \b
     center-crop       the largest centred crop of the shape of WxH, resized to WxH
@@ -441,10 +470,17 @@ def main(context, source, dest, resolution, transform, crops, labels, channels, 
     for name, value in (("--source", source), ("--dest", dest)):
         if not value:
             raise click.UsageError(f"Missing option '{name}'.")
+    if source != "letters" and (characters is not None or drawings is not None):
+        raise UserError(
+            "--characters and --drawings only say what --source letters draws; leave them out, or use that source"
+        )
     recipe = Recipe(resolution, transform, crops, seed)
     # Panoramas above 89 million pixels are fine and would each print a warning; Pillow still refuses twice that.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    files = skimage_photos() if source == "skimage-photos" else ImageFiles(source)
+    if source == "letters":
+        files = letters(resolution, transform, characters, drawings, seed)
+    else:
+        files = skimage_photos() if source == "skimage-photos" else ImageFiles(source)
     click.echo(convert(files, dest, recipe, read_labels(labels, files), int(channels), max_images, skip_bad))
 
 
@@ -467,6 +503,21 @@ def skimage_photos() -> ImageFiles:
     if package is None:
         raise UserError("skimage-photos needs scikit-image, which is not installed; run: pip install scikit-image")
     return ImageFiles(Path(package.submodule_search_locations[0]) / "data", PHOTOS_IN_SKIMAGE)
+
+
+def letters(
+    resolution: Size | None, transform: str | None, characters: str | None, drawings: int | None, seed: int
+) -> "Letters":
+    if resolution is None or transform:
+        raise UserError(
+            "letters are drawn at the size of the result; give --resolution, e.g. 64x64, and no --transform"
+        )
+    try:
+        from training.letters import Letters
+    except ModuleNotFoundError as error:
+        raise UserError("letters needs matplotlib, which is not installed; run: pip install matplotlib") from error
+    characters = string.ascii_uppercase if characters is None else characters
+    return Letters(characters, resolution, drawings or DRAWINGS, seed)
 
 
 if __name__ == "__main__":

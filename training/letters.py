@@ -1,0 +1,174 @@
+"""Draws letters in many fonts and colours: labelled images of any size, without a download. Needs matplotlib."""
+
+import colorsys
+import functools
+import random
+import string
+import unicodedata
+from pathlib import Path
+
+import matplotlib
+from fontTools.agl import toUnicode  # matplotlib depends on fontTools
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.ft2font import FT2Font, LoadFlags
+from matplotlib.path import Path as Outline
+from matplotlib.transforms import Affine2D
+from PIL import Image
+
+from dnnlib.console import UserError
+from training.data import to_channels
+
+EXTENT = (0.55, 0.85)  # the longer side of a letter's box, in shorter sides of the image
+MARGIN = 0.06  # the least distance of that box, made square, from the edge, in the same unit
+ROTATION = 10  # degrees, to either side
+CONTRAST = 4.5  # the least ratio of ink to ground: what WCAG 2.1 asks of text
+FLATTENED_AT = 4096  # pixels per em: curves become polygons that deviate by less than a pixel at this size
+
+Size = tuple[int, int]  # width, height
+Colour = tuple[int, int, int]  # sRGB, 0..255
+
+
+class Letters:
+    """Draws characters, with the members of ImageFiles that dataset_tool.py converts.
+
+    characters  one class each, in this order; composed characters (NFC) may be given decomposed
+    size        width and height in pixels: how finely a drawing is sampled, not what it shows
+    drawings    per character; the fonts take turns
+    seed        chooses size, place, rotation and colours, together with the character and the drawing's number
+
+    Another release of matplotlib may bring other fonts, and so other drawings.
+    Raises UserError when there are no characters, one is there twice, or no font draws all of them.
+    """
+
+    def __init__(self, characters: str, size: Size, drawings: int, seed: int = 0):
+        self.path = Path(matplotlib.get_data_path(), "fonts", "ttf")
+        self._size, self._drawings, self._seed = size, drawings, seed
+        self._characters = unicodedata.normalize("NFC", characters)
+        if not self._characters:
+            raise UserError("characters is empty; give at least one, e.g. ABC")
+        for character in self._characters:
+            if self._characters.count(character) > 1:
+                raise UserError(
+                    f"characters {characters!r} holds {character!r} twice; give each class's character once"
+                )
+        faces = [face for face in sorted(self.path.glob("*.ttf")) if is_text_face(face)]
+        missing = {face: "".join(c for c in self._characters if not draws(face, c)) for face in faces}
+        self._faces = [face for face in faces if not missing[face]]
+        if not self._faces:
+            fewest = min(missing.values(), key=len, default=self._characters)
+            raise UserError(f"no font in {self.path} draws all of {characters!r}; leave out {fewest!r}")
+
+    def names(self) -> list[str]:
+        """Lists CHARACTER/NUMBER, the first drawing of every character before the second of any."""
+        return [f"{character}/{number}" for number in range(self._drawings) for character in self._characters]
+
+    def dataset_json(self) -> tuple[dict[str, int], list[str]]:
+        """Returns the class number of each name, and the characters as names of the classes."""
+        number = {character: number for number, character in enumerate(self._characters)}
+        return {name: number[name[0]] for name in self.names()}, list(self._characters)
+
+    def image(self, name: str, channels: int) -> Image.Image:
+        """Draws one of names()."""
+        rng = random.Random(f"{self._seed} {name}")
+        face = self._faces[int(name[2:]) % len(self._faces)]
+        inked = coverage(outline(face, name[0]), self._size, rng)
+        ink, ground = two_colours(rng)
+        image = Image.new("RGB", self._size, ground)
+        image.paste(ink, mask=inked)
+        return to_channels(image, channels)
+
+
+@functools.cache
+def glyph_names(face: Path) -> dict[int, str]:
+    """Reads the PostScript name of the glyph at each code point."""
+    font = FT2Font(str(face))
+    return {code: font.get_glyph_name(index) for code, index in font.get_charmap().items()}
+
+
+def holds(face: Path, character: str) -> bool:
+    """Tells whether the glyph at a character's code point also has its name, by the Adobe Glyph List.
+
+    Only the name tells: cmex10 has brackets at the letters, cmr10 bare accents at the umlauts, and LastResort one box
+    for each alphabet.
+    """
+    name = glyph_names(face).get(ord(character), "")
+    return unicodedata.normalize("NFC", toUnicode(name)) == character  # the list has the ohm sign for Omega
+
+
+def is_text_face(face: Path) -> bool:
+    """Tells whether a font holds A to Z, a to z and 0 to 9, unlike fonts of symbols or of mathematical italics."""
+    return all(holds(face, character) for character in string.ascii_letters + string.digits)
+
+
+def draws(face: Path, character: str) -> bool:
+    """Tells whether a font holds a character and gives it an outline, unlike a space."""
+    return holds(face, character) and len(curves(face, character).vertices) > 0
+
+
+@functools.cache
+def outline(face: Path, character: str) -> Outline:
+    """Returns a character's outline as polygons.
+
+    They are made once, at a large size: drawing would flatten curves to within half a pixel of the image at hand, and
+    so make another shape at each size.
+    """
+    return curves(face, character).cleaned()
+
+
+def curves(face: Path, character: str) -> Outline:
+    """Reads a character's outline, FLATTENED_AT pixels per em; it is empty for a space."""
+    font = FT2Font(str(face))
+    font.set_size(FLATTENED_AT, dpi=72)
+    font.load_char(ord(character), flags=LoadFlags.NO_HINTING)
+    return Outline(*font.get_path())
+
+
+def coverage(shape: Outline, size: Size, rng: random.Random) -> Image.Image:
+    """Rotates, scales and places an outline at random; returns how much of each pixel it covers, 0..255.
+
+    Agg integrates the polygon's area in each pixel, so a drawing is the box-filtered drawing of a larger size.
+    """
+    side, extent = min(size), rng.uniform(*EXTENT)
+    room = (1 - extent) / 2 - MARGIN
+    placed = Affine2D().rotate_deg(rng.uniform(-ROTATION, ROTATION))
+    box = shape.get_extents(placed)
+    placed.translate(-(box.x0 + box.x1) / 2, -(box.y0 + box.y1) / 2)
+    placed.scale(extent / max(box.width, box.height))
+    placed.translate(rng.uniform(-room, room), rng.uniform(-room, room))
+    placed.scale(side).translate(size[0] / 2, size[1] / 2)
+
+    renderer = RendererAgg(*size, dpi=72)
+    pen = renderer.new_gc()
+    pen.set_linewidth(0)
+    pen.set_snap(False)
+    renderer.draw_path(pen, shape, placed, rgbFace=(1, 1, 1))
+    return Image.frombuffer("RGBA", size, renderer.buffer_rgba(), "raw", "RGBA", 0, 1).getchannel("A")
+
+
+def two_colours(rng: random.Random) -> tuple[Colour, Colour]:
+    """Chooses a saturated ink, and a ground that is dark or light with equal chance, at a ratio of CONTRAST or more."""
+    lightness = rng.choice([(0.06, 0.25), (0.78, 0.95)])
+    while True:
+        ink = random_colour(rng, lightness=(0.2, 0.8), saturation=(0.7, 1))
+        ground = random_colour(rng, lightness, saturation=(0.2, 0.8))
+        if contrast(ink, ground) >= CONTRAST:
+            return ink, ground
+
+
+def random_colour(rng: random.Random, lightness: tuple[float, float], saturation: tuple[float, float]) -> Colour:
+    """Chooses a colour of any hue, uniform in lightness and saturation (HLS)."""
+    red, green, blue = colorsys.hls_to_rgb(rng.random(), rng.uniform(*lightness), rng.uniform(*saturation))
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def contrast(first: Colour, second: Colour) -> float:
+    """Computes the contrast ratio of two colours, 1..21 (WCAG 2.1)."""
+    darker, lighter = sorted((luminance(first), luminance(second)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def luminance(colour: Colour) -> float:
+    """Computes the relative luminance of an sRGB colour, 0..1 (WCAG 2.1)."""
+    parts = [value / 255 for value in colour]
+    red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
