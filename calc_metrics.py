@@ -32,7 +32,7 @@ from torch_utils.pictures import to_uint8
 from torch_utils.randomness import generator
 from training.data import ImageArchive, ImageFiles, listed
 from training.networks import Generator
-from training.snapshot import load_generator
+from training.snapshot import find_network, load_generator
 
 READERS = 3  # processes that read ahead
 WORTH = 1000  # pictures from which on they are worth their start
@@ -290,7 +290,7 @@ def parse_size(text: str, option: str) -> Size:
 
 def trained_on(network: str) -> dict:
     """The settings `data` of the run in whose directory the network lies; {} when it lies elsewhere."""
-    path = Path(network).parent / "options.yaml"
+    path = find_network(network).parent / "options.yaml"
     return read_yaml(path).get("data", {}) if path.is_file() else {}
 
 
@@ -310,7 +310,9 @@ def open_labelled(path: str, G: Generator, mirror: bool) -> ImageArchive:
 
 
 @click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
-@click.option("--network", metavar="FILE", help="A network-snapshot-*.safetensors, or a released .pkl.")
+@click.option(
+    "--network", metavar="NAME|FILE", help="A name in models/, a network-snapshot-*.safetensors, or a released .pkl."
+)
 @click.option("--images", metavar="ZIP|DIR", help="Pictures to measure, instead of a network's.")
 @click.option(
     "--data", metavar="ZIP|DIR", help="Photographs to compare with.  [default: those the network was trained on]"
@@ -337,7 +339,7 @@ def open_labelled(path: str, G: Generator, mirror: bool) -> ImageArchive:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of latents, labels, windows.")
 @click.option("--batch", type=click.IntRange(min=1), help="Pictures at once.  [default: 32 on a GPU, else 8]")
 @click.option("--weights", metavar="DIR", help="Where the weights of detectors lie, if not in the cache.")
-@click.option("--outdir", metavar="DIR", help="Where results are added.  [default: beside the network]")
+@click.option("--outdir", metavar="DIR", help="Where results are added.  [default: beside the network's file]")
 @click.pass_context
 def main(context, network, images, outdir, **options):
     """Measure a trained generator, or a folder of pictures.
@@ -425,7 +427,8 @@ def calculate(
             reals = Archive(ImageArchive(data, mirror=bool(mirror), channels=3), bool(mirror))
     if photos and photos.left_out and procs.is_first:
         click.echo(f"{photos.left_out:,} photographs smaller than {max(fakes.size)} pixels are left out", err=True)
-    folder = Path(outdir or Path(network).parent) if outdir or network else None
+    # Of pictures and of networks in models/ the results are printed, and kept only where --outdir says.
+    folder = Path(outdir) if outdir else Path(network).parent if network and Path(network).is_file() else None
     if folder and procs.is_first:
         check_writable(folder)
 

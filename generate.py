@@ -15,15 +15,16 @@ from torch import Tensor
 import rendering
 from dnnlib.console import UserError, progress
 from dnnlib.files import sha256
-from rendering.grid import FITS
+from rendering.grid import FITS, Box
 from rendering.video import Film
 from rendering.writers import FORMATS, SUFFIXES, Canvas, check_format, guess_format
 from torch_utils.distributed import Processes, processes
 from torch_utils.pictures import to_uint8
 from training.networks import Generator
-from training.snapshot import load_generator, save_generator
+from training.snapshot import find_network, load_generator, network_names, save_generator
 
 MAX_SIDE = 10**7  # pixels; a square of it would take 300 TB
+GRIDS = {suffix: format for format, suffix in SUFFIXES.items()}  # how a grid is written
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -49,17 +50,13 @@ def latent(G: Generator, seed: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).randn(1, G.config.z_dim)).float()
 
 
-def label(G: Generator, text: str | int | None) -> Tensor:
+def label(G: Generator, text: str | None) -> Tensor:
     """[1,c_dim]: class "2", or the blend "2:0.3+5:0.7" of classes; equal parts without numbers. Raises UserError."""
     c_dim = G.config.c_dim
-    if text is None:
-        if c_dim:
-            raise UserError(
-                f"the network is conditional; choose one of its {c_dim} classes with --class=0 to {c_dim - 1}"
-            )
-        return torch.zeros(1, 0)
     c = torch.zeros(1, c_dim)
-    for part in str(text).split("+"):
+    if text is None:  # a network without classes
+        return c
+    for part in text.split("+"):
         match = re.fullmatch(r"\s*(\d{1,9})(?::([0-9.]{1,12}))?\s*", part)
         weight = number(match[2] or "1") if match else None
         if weight is None:
@@ -87,7 +84,7 @@ class Styles(NamedTuple):
 
     trunc: float
     cutoff: int | None
-    classes: list[str | None]  # of the first seed, of the second, …; then again from the start
+    classes: list[str]  # of the first seed, of the second, …; then again from the start
     mix: list[str]  # "SEED:LAYERS"
 
     def of(self, G: Generator, seeds: list[int], device: torch.device) -> Tensor:
@@ -103,12 +100,18 @@ class Styles(NamedTuple):
         result = []
         with torch.no_grad():
             for i, seed in enumerate(seeds):
-                c = label(G, self.classes[i % len(self.classes)])
+                c = label(G, self.class_of(G, i, seed))
                 ws = styles(seed, c)
                 for other, layers in mixed:
                     ws[:, layers] = styles(other, c)[:, layers]
                 result.append(ws)
         return torch.cat(result)
+
+    def class_of(self, G: Generator, i: int, seed: int) -> str | None:
+        """Returns the class of the i-th seed: where none are given, seed mod c_dim, or None of an unconditional G."""
+        if self.classes:
+            return self.classes[i % len(self.classes)]
+        return str(seed % G.config.c_dim) if G.config.c_dim else None
 
     @staticmethod
     def parse_mix(text: str, count: int) -> tuple[int, list[int]]:
@@ -273,17 +276,44 @@ def write_pictures(
             path = outdir / f"seed{seed:04d}{SUFFIXES[format]}"
             kind, ws = work[seed]
             settings = job.settings | {"seed": seed, "class": kind, "camera": camera, "tile": plan.tile}
-            write_picture(job, group, ws, plan, path, format, settings, bar)
+            write_sheet(job, group, ws[None], 1, plan, path, format, settings, bar)
 
 
-def write_picture(
-    job: Job, group: Processes, ws: Tensor, plan: rendering.Plan, path: Path, format: str, settings: dict, bar
+def write_grid(
+    job: Job, group: Processes, seeds: list[int], classes: list[str | None], ws: Tensor, camera: Camera, path: Path
 ) -> None:
-    """Renders ws [num_ws,w_dim] into the file `path`, each process of the group a part of the tiles."""
+    """Writes the pictures of ws [N,num_ws,w_dim] into the file `path`, row by row, nearly as many pixels high as wide.
+
+    Cells that are left over in the last row stay black.
+    """
+    height, width = job.geometry["size"]
+    columns = min(len(ws), math.ceil(math.sqrt(len(ws) * height / width)))
+    format = GRIDS[path.suffix]
+    plan = job.plan(camera, 0)
+    settings = job.settings | {"seeds": seeds, "classes": classes, "camera": camera, "tile": plan.tile}
+    total = len(ws) * height * width // group.world
+    with progress(None, desc=path.name, total=total, unit="px", scale=True) as bar:
+        write_sheet(job, group, ws, columns, plan, path, format, settings, bar)
+
+
+def write_sheet(
+    job: Job,
+    group: Processes,
+    ws: Tensor,
+    columns: int,
+    plan: rendering.Plan,
+    path: Path,
+    format: str,
+    settings: dict,
+    bar,
+) -> None:
+    """Renders ws [N,num_ws,w_dim] into the file `path`, `columns` pictures a row; the processes share the tiles."""
+    height, width = plan.view.size
+    tiles = len(ws) * plan.tiles
     known = {
-        "size": plan.view.size,
+        "size": (-(-len(ws) // columns) * height, columns * width),
         "channels": job.G.config.img_channels,
-        "tiles": plan.tiles,
+        "tiles": tiles,
         "job": settings,
         "format": format,
     }
@@ -292,13 +322,16 @@ def write_picture(
     missing = group.share(np.flatnonzero(~canvas.done) if group.is_first else None)
     if not group.is_first:
         canvas = Canvas(path, **known)
-    mine = np.zeros(plan.tiles, bool)
-    mine[np.array_split(missing, group.world)[group.rank]] = True
-    bar.update((plan.tiles - len(missing)) * plan.tile**2 // group.world)
+    mine = np.zeros((len(ws), plan.tiles), bool)
+    mine.flat[np.array_split(missing, group.world)[group.rank]] = True
+    bar.update((tiles - len(missing)) * plan.tile**2 // group.world)
     with canvas:
-        for box, pixels in job.paint(ws, plan, only=mine):
-            canvas.write(plan.number(box), *box.slices, pixels)
-            bar.update(pixels.shape[0] * pixels.shape[1])
+        for i in np.flatnonzero(mine.any(1)):
+            top, left = i // columns * height, i % columns * width
+            for box, pixels in job.paint(ws[i], plan, only=mine[i]):
+                place = Box(top + box.y0, top + box.y1, left + box.x0, left + box.x1)
+                canvas.write(i * plan.tiles + plan.number(box), *place.slices, pixels)
+                bar.update(pixels.shape[0] * pixels.shape[1])
     group.wait()  # until all have closed the canvas
     if group.is_first:
         canvas.finish()
@@ -335,15 +368,24 @@ def write_film(job: Job, group: Processes, ws: Tensor, camera: Camera, frames: i
 
 
 @click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
-@click.option("--network", metavar="FILE", help="A network-snapshot-*.safetensors, or a released .pkl.")
+@click.option(
+    "--network",
+    metavar="NAME|FILE",
+    help="A name in models/, a network-snapshot-*.safetensors, or a released .pkl.  "
+    "[default: emoji-people, or else the first name in models/]",
+)
 @click.option("--seeds", metavar="0-3,7", help="One picture for each seed; the stations of a film.")
 @click.option("--outdir", metavar="DIR", help="Where seed0000.png … are written.")
+@click.option("--grid", metavar="FILE.png", help="All pictures in one file, row by row; or .webp, .tif, .dzi.")
 @click.option(
     "--trunc", type=float, default=1, show_default=True, help="Truncation ψ: 1 is the full variety, 0 the average."
 )
 @click.option("--trunc-cutoff", type=click.IntRange(min=0), help="Truncate so many styles only.  [default: all]")
 @click.option(
-    "--class", "classes", metavar="C[,C…]", help="Classes of the seeds, in turn: 2, or a blend such as 2:0.3+5:0.7."
+    "--class",
+    "classes",
+    metavar="C[,C…]",
+    help="Classes of the seeds, in turn: 2, or a blend such as 2:0.3+5:0.7.  [default: seed mod number of classes]",
 )
 @click.option("--mix", multiple=True, metavar="SEED:STYLES", help="Take these styles from another seed, e.g. 7:4-8.")
 @click.option("--size", metavar="WxH", help="Size in pixels.  [default: that trained at]")
@@ -375,11 +417,12 @@ def write_film(job: Job, group: Processes, ws: Tensor, camera: Camera, frames: i
 @click.option("--w-frames", type=click.IntRange(min=1), default=60, show_default=True, help="Frames for each seed.")
 @click.option("--fps", type=click.FloatRange(min=0, min_open=True), default=30, show_default=True)
 @click.pass_context
-def main(context, network, seeds, outdir, trunc, trunc_cutoff, classes, mix, video, w_frames, fps, **options):
+def main(context, network, seeds, outdir, grid, trunc, trunc_cutoff, classes, mix, video, w_frames, fps, **options):
     """Render pictures and films of a trained generator.
 
     \b
     python generate.py --network=net.safetensors --seeds=0-7 --outdir=out
+    python generate.py --network=emoji-people --seeds=0-63 --grid=out/grid.png
     python generate.py --network=net.safetensors --seeds=3 --size=3840x2160 --trunc=0.7 --outdir=out
     python generate.py --network=net.safetensors --seeds=3 --scale=64 --window=0.3,0.3,0.4,0.4 --outdir=out
     python generate.py --network=net.safetensors --seeds=3 --size=40000x40000 --format=dzi --outdir=out
@@ -389,16 +432,20 @@ def main(context, network, seeds, outdir, trunc, trunc_cutoff, classes, mix, vid
     """
     if context.invoked_subcommand:
         return
-    for name, value in {"network": network, "seeds": seeds}.items():
-        if not value:
-            raise UserError(f"--{name} is missing; see generate.py --help")
-    if bool(outdir) == bool(video):
-        raise UserError("give either --outdir, for pictures, or --video, for a film")
+    names = network_names()
+    if network is None and not names:
+        raise UserError("--network is missing, and models/ holds none; give a network-snapshot-*.safetensors of a run")
+    if not seeds:
+        raise UserError("--seeds is missing; see generate.py --help")
+    if sum(map(bool, (outdir, grid, video))) != 1:
+        raise UserError("give one of --outdir, for pictures, --grid, for all in one, and --video, for a film")
+    if grid and Path(grid).suffix not in GRIDS:
+        raise UserError(f"--grid={grid}: choose a name that ends in {', '.join(GRIDS)}")
     if not math.isfinite(trunc):
         raise UserError(f"--trunc={trunc}: give a finite number, for example 0.7")
     camera = Camera.parse(*(options[name] for name in ("window", "translate", "rotate", "zoom")))
     numbers = parse_seeds(seeds)
-    styles = Styles(trunc, trunc_cutoff, classes.split(",") if classes else [None], list(mix))
+    styles = Styles(trunc, trunc_cutoff, classes.split(",") if classes else [], list(mix))
     if video and not (camera.moves or len(numbers) > 1):
         raise UserError("the film would stand still; give several --seeds, or a path, for example --zoom=1:50")
     if video and not video.endswith(".mp4"):
@@ -408,12 +455,18 @@ def main(context, network, seeds, outdir, trunc, trunc_cutoff, classes, mix, vid
     geometry = {name: options[name] for name in ("fit", "supersample", "exact", "tile")}
     try:
         with processes() as group:
+            say = click.echo if group.is_first else lambda line: None
+            if network is None:
+                network = names[0]
+                say(f"--network={network}; models/ holds {', '.join(names)}")
             G = load_generator(network, group.device)
+            if G.config.c_dim and not classes:
+                say(f"{network} is conditional: seed i takes class i mod {G.config.c_dim}; choose with --class")
             size = picture_size(G, options["scale"], options["size"], camera.window[0])
             if options["dtype"] == "fp16" and group.device.type == "cpu":
                 raise UserError("--dtype=fp16 is for GPUs; use bf16 or fp32 on a CPU")
             settings = {
-                "network": sha256(network),
+                "network": sha256(find_network(network)),
                 "size": size,
                 **geometry,
                 "dtype": options["dtype"],
@@ -422,12 +475,15 @@ def main(context, network, seeds, outdir, trunc, trunc_cutoff, classes, mix, vid
                 "mix": styles.mix,
             }
             ws = styles.of(G, numbers, group.device)
+            drawn = [styles.class_of(G, i, seed) for i, seed in enumerate(numbers)]
             job = Job(G, DTYPES[options["dtype"]], {"size": size, **geometry}, settings, options["resume"])
             if video:
-                job.settings.update(seeds=numbers, classes=styles.classes, camera=camera)
+                job.settings.update(seeds=numbers, classes=drawn, camera=camera)
                 write_film(job, group, ws, camera, w_frames * len(numbers), Path(video), fps)
+            elif grid:
+                write_grid(job, group, numbers, drawn, ws, camera, Path(grid))
             else:
-                work = {seed: (styles.classes[i % len(styles.classes)], ws[i]) for i, seed in enumerate(numbers)}
+                work = {seed: (kind, w) for seed, kind, w in zip(numbers, drawn, ws, strict=True)}
                 write_pictures(job, group, work, camera, Path(outdir), options["format"])
     except KeyboardInterrupt:
         click.echo("Interrupted; the same command with --resume goes on.", err=True)

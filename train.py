@@ -22,6 +22,7 @@ from metrics.runner import load_tools
 from torch_utils.distributed import launched, processes
 from training.config import RunConfig, resolve
 from training.data import ImageArchive
+from training.snapshot import find_network
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -101,8 +102,8 @@ def switch(name: str, text: str):
 )
 @click.option(
     "--init-from",
-    metavar="FILE",
-    help="Start a new run from the weights in a snapshot, a training state or a released .pkl.",
+    metavar="NAME|FILE",
+    help="Start a new run from the weights of a network in models/, a snapshot, a training state or a released .pkl.",
 )
 @click.option(
     "--aug", type=click.Choice(["noaug", "ada", "fixed"]), help="Augmentation.  [default: the recipe's, else ada]"
@@ -158,11 +159,7 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
             raise UserError(f"a new run needs {', '.join(missing)}; to continue a run, give --resume=RUN_DIR")
         if init_from:
             settings = merge(nested("augment.kimg", 100.0), settings)
-            if not Path(init_from).is_file():
-                raise UserError(
-                    f"--init-from: {init_from} does not exist; give a network-snapshot-*.safetensors, a "
-                    "training-state-*.pt or a released .pkl"
-                )
+            init_from = str(find_network(init_from))
         config = resolve(settings, open_images(settings), f"--cfg={cfg}")
 
     under_torchrun = launched()

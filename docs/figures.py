@@ -9,7 +9,7 @@ from torch import Tensor
 
 import rendering
 from dnnlib.files import atomic_write
-from generate import label, latent
+from generate import Styles
 from torch_utils.pictures import to_uint8
 from training.networks import Generator
 from training.snapshot import load_generator
@@ -40,14 +40,16 @@ def sheet(rows: list[dict[str, Image.Image]]) -> Image.Image:
 
 
 def scales(G: Generator, ws: Tensor) -> Image.Image:
-    """×1, ×2 and ×4, beside a Lanczos enlargement of ×1."""
+    """×1, ×2 and ×4 of the first style, beside a Lanczos enlargement of ×1."""
+    ws = ws[:1]
     height, width = G.config.img_shape
     row = {f"x{k}": picture(G, ws, (k * height, k * width)) for k in (1, 2, 4)}
     return sheet([row | {"x1 enlarged (Lanczos)": row["x1"].resize(row["x4"].size, Image.Resampling.LANCZOS)}])
 
 
 def views(G: Generator, ws: Tensor) -> Image.Image:
-    """×1, a window of ×8, turned pictures and a panorama, all of one seed."""
+    """×1, a window of ×8, turned pictures and a panorama, all of the first style."""
+    ws = ws[:1]
     side = 4 * G.config.img_resolution
     square = (side, side)
     top = {
@@ -60,21 +62,33 @@ def views(G: Generator, ws: Tensor) -> Image.Image:
     return sheet([top, wide])
 
 
-FIGURES = {"scales": scales, "views": views}
+def walks(G: Generator, ws: Tensor) -> Image.Image:
+    """Two rows of eight: on a straight line in W from the first style to the second, and from the third to the fourth.
+
+    The captions are the share of the way.
+    """
+    steps = torch.linspace(0, 1, 8)
+    pairs = (ws[:2], ws[2:])
+    return sheet(
+        [{f"{t:.2f}": picture(G, torch.lerp(a, b, t)[None], G.config.img_shape) for t in steps} for a, b in pairs]
+    )
+
+
+FIGURES = {"scales": scales, "views": views, "walks": walks}
 
 
 @click.command()
-@click.option("--network", metavar="FILE", required=True)
+@click.option("--network", metavar="NAME|FILE", required=True)
 @click.option("--figure", type=click.Choice(list(FIGURES)), default="scales", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--class", "kind", metavar="C")
+@click.option("--class", "kind", metavar="C", help="[default: seed mod number of classes]")
 @click.option("--trunc", type=float, default=1, show_default=True)
 @click.option("--out", metavar="PNG", required=True)
 def main(network, figure, seed, kind, trunc, out):
-    """One seed of a network: at several scales, or in several views."""
+    """One seed of a network at several scales or in several views, or walks between it and the three that follow."""
     G = load_generator(network)
-    with torch.no_grad():
-        ws = G.mapping(latent(G, seed), label(G, kind), truncation_psi=trunc)
+    styles = Styles(trunc, None, [kind] if kind else [], [])
+    ws = styles.of(G, list(range(seed, seed + 4)), torch.device("cpu"))
     with atomic_write(Path(out)) as temporary:
         FIGURES[figure](G, ws).save(temporary)
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import train
+from training import snapshot
 
 ROOT = Path(__file__).parents[1]
 RECIPE = {
@@ -91,6 +92,15 @@ class Tiny:
             start_new_session=True,
             **options,
         )
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """An empty folder for the networks that come along."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    monkeypatch.setattr(snapshot, "MODELS", folder)
+    return folder
 
 
 @pytest.fixture

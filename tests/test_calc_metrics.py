@@ -252,6 +252,17 @@ def test_images_alone_write_nothing_without_outdir(bench, monkeypatch):
     assert set(bench.folder.rglob("*.jsonl")) == before
 
 
+def test_of_a_network_that_comes_along_results_are_kept_where_outdir_says(bench, models, monkeypatch):
+    bench.network.rename(models / "letters.safetensors")
+    monkeypatch.chdir(bench.folder)
+    (bench.folder / "options.yaml").write_text("data: {path: elsewhere.zip}")  # of a run that letters is not from
+    options = {"network": "letters", "data": None, "metrics": "scale_psnr_2"}
+    assert "scale_psnr_2" in bench.call(**options).output
+    assert not set(bench.folder.rglob("*.jsonl"))
+    (record,) = bench.measure(**options, outdir=bench.folder).values()
+    assert record["network"] == "letters"
+
+
 def test_a_killed_run_goes_on_from_what_was_seen_in_the_photographs(bench, seen, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(calc_metrics.Generated, "paint", lambda *_, **__: signal.raise_signal(signal.SIGINT))

@@ -132,12 +132,61 @@ def test_classes_go_round_and_blend(networks, tmp_path):
         assert np.array_equal(found, to_uint8(image)[0].movedim(0, -1).numpy())
 
 
+def test_without_classes_a_seed_has_one_of_its_own(networks, tmp_path):
+    call = ("--network", networks / "cond.safetensors", "--outdir")
+    result = run(*call, tmp_path / "alone", "--seeds=5")
+    assert result.exit_code == 0
+    assert "seed i takes class i mod 3" in result.output
+    assert run(*call, tmp_path / "among", "--seeds=4-6").exit_code == 0
+    assert run(*call, tmp_path / "chosen", "--seeds=5", "--class=2").exit_code == 0
+    assert len({(tmp_path / name / "seed0005.png").read_bytes() for name in ("alone", "among", "chosen")}) == 1
+
+
+@pytest.mark.parametrize(("seeds", "size", "rows", "columns"), [("3-9", "20x20", 3, 3), ("0-4", "40x16", 3, 2)])
+def test_a_grid_holds_the_pictures_of_the_seeds_row_by_row(networks, tmp_path, seeds, size, rows, columns):
+    call = ("--network", networks / "cond.safetensors", f"--seeds={seeds}", f"--size={size}", "--tile=16")
+    assert run(*call, "--outdir", tmp_path / "single").exit_code == 0
+    assert run(*call, "--grid", tmp_path / "grid.png").exit_code == 0
+    width, height = map(int, size.split("x"))
+    grid = picture(tmp_path / "grid.png")
+    assert grid.shape == (rows * height, columns * width, 3)
+    cells = [cell for row in np.split(grid, rows) for cell in np.split(row, columns, axis=1)]
+    single = sorted((tmp_path / "single").iterdir())
+    for path, cell in zip(single, cells, strict=False):
+        assert np.array_equal(picture(path), cell)
+    assert not any(cell.any() for cell in cells[len(single) :])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "single"]
+
+
+def test_a_network_that_comes_along_goes_by_its_name(networks, models, tmp_path):
+    call = ("--seeds=0", "--outdir")
+    result = run(*call, tmp_path / "none")
+    assert result.exit_code == 2
+    assert "--network is missing" in result.output
+    for name, kind in (("letters", "plain"), ("clothing", "smooth")):
+        (models / f"{name}.safetensors").write_bytes((networks / f"{kind}.safetensors").read_bytes())
+    assert run("--network=letters", *call, tmp_path / "named").exit_code == 0
+    assert np.array_equal(picture(tmp_path / "named" / "seed0000.png"), expected(0))
+    result = run(*call, tmp_path / "first")
+    assert "--network=clothing" in result.output
+    save_generator(tiny(), models / "emoji-people.safetensors")
+    result = run(*call, tmp_path / "favourite")
+    assert "--network=emoji-people" in result.output
+    first, named, favourite = ((tmp_path / x / "seed0000.png").read_bytes() for x in ("first", "named", "favourite"))
+    assert first != named == favourite
+    result = run("--network=leters", *call, tmp_path / "wrong")
+    assert result.exit_code == 2
+    assert "did you mean letters?" in result.output
+    assert run("convert", "letters", tmp_path / "copy.safetensors").exit_code == 0
+    assert (tmp_path / "copy.safetensors").read_bytes() == (models / "letters.safetensors").read_bytes()
+
+
 def test_mixing_takes_styles_from_another_seed_and_truncation_stops_at_the_cutoff():
     G = tiny()
     G.mapping.w_avg.fill_(0.5)
     device = torch.device("cpu")
-    a, b = (generate.Styles(0.5, 3, [None], []).of(G, [seed], device)[0] for seed in (1, 7))
-    mixed = generate.Styles(0.5, 3, [None], ["7:0,4-5"]).of(G, [1], device)[0]
+    a, b = (generate.Styles(0.5, 3, [], []).of(G, [seed], device)[0] for seed in (1, 7))
+    mixed = generate.Styles(0.5, 3, [], ["7:0,4-5"]).of(G, [1], device)[0]
     for i in range(G.config.num_ws):
         assert torch.equal(mixed[i], b[i] if i in (0, 4, 5) else a[i])
     with torch.no_grad():
@@ -273,13 +322,13 @@ def test_a_killed_picture_is_resumed_to_the_same_bytes(networks, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", ["4", "4-6"])
-def test_two_processes_write_the_bytes_of_one(networks, tmp_path, seeds):
+@pytest.mark.parametrize(("seeds", "out"), [("4", "--outdir={}"), ("4-6", "--outdir={}"), ("4-6", "--grid={}/x.png")])
+def test_two_processes_write_the_bytes_of_one(networks, tmp_path, seeds, out):
     call = ("--network", networks / "plain.safetensors", f"--seeds={seeds}", "--size=300x200", "--tile=16")
-    assert run(*call, "--outdir", tmp_path / "one").exit_code == 0
+    assert run(*call, out.format(tmp_path / "one")).exit_code == 0
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     subprocess.run(
-        command(*call, "--outdir", tmp_path / "two", launcher=launcher),
+        command(*call, out.format(tmp_path / "two"), launcher=launcher),
         cwd=ROOT,
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -354,11 +403,11 @@ def test_a_wrong_conversion_is_a_sentence(released, tmp_path, source, dest, word
         (["--network", "cond", "--seeds", "0", "--class", "1:x"], ["1:x", "2:0.3+5:0.7"]),
         (["--network", "cond", "--seeds", "0", "--class", "0:0"], ["0:0", "larger"]),
         (["--network", "plain", "--seeds", "0", "--video", "x.mp4"], ["--outdir", "--video"]),
+        (["--network", "plain", "--seeds", "0", "--grid", "x.png"], ["--outdir", "--grid"]),
         (["--network", "plain", "--seeds", "a"], ["--seeds=a", "0-3,7"]),
         (["--network", "plain", "--seeds", "5-2"], ["5-2"]),
         (["--network", "plain", "--seeds", "-1"], ["-1"]),
         (["--network", "plain", "--seeds", "0", "--class", "1"], ["--class=1", "no classes"]),
-        (["--network", "cond", "--seeds", "0"], ["conditional", "--class=0 to 2"]),
         (["--network", "cond", "--seeds", "0", "--class", "3"], ["--class=3", "classes 0 to 2"]),
         (["--network", "plain", "--seeds", "0", "--size", "12"], ["--size=12", "1024x768"]),
         (["--network", "plain", "--seeds", "0", "--size", "0x5"], ["0x5"]),
@@ -391,10 +440,11 @@ def test_a_wrong_call_is_a_sentence_and_writes_nothing(networks, tmp_path, optio
         (["--seeds=0-1", "--size=31x32"], ["even", "30x32"]),
         (["--seeds=0-1", "--fps=0"], ["--fps"]),
         (["--seeds=0-1", "--video=film.avi"], ["film.avi", ".mp4"]),
-        (["--seeds=0-1", "--video=", "--outdir="], ["--outdir", "--video"]),
+        (["--seeds=0-1", "--video=", "--outdir="], ["--outdir", "--grid", "--video"]),
+        (["--seeds=0-1", "--video=", "--grid=sheet.jpg"], ["sheet.jpg", ".png"]),
     ],
 )
-def test_a_wrong_film_is_a_sentence_and_writes_nothing(networks, tmp_path, options, words):
+def test_a_wrong_film_or_grid_is_a_sentence_and_writes_nothing(networks, tmp_path, options, words):
     result = run("--network", networks / "plain.safetensors", "--video", tmp_path / "out" / "film.mp4", *options)
     assert result.exit_code == 2
     for word in words:

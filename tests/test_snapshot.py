@@ -81,6 +81,19 @@ def test_a_snapshot_overwrites_and_leaves_nothing_else(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_a_file_goes_before_a_name_and_a_name_before_a_folder(models, tmp_path, monkeypatch):
+    save_generator(generator_of(c_dim=2), models / "letters.safetensors")
+    save_generator(generator_of(c_dim=3), tmp_path / "file" / "letters")
+    (tmp_path / "folder" / "letters").mkdir(parents=True)
+    for place, c_dim in (("folder", 2), ("file", 3)):
+        monkeypatch.chdir(tmp_path / place)
+        assert load_generator("letters").config.c_dim == c_dim
+    with pytest.raises(UserError, match=r"x/letters does not exist.*did you mean letters\?"):
+        load_generator("x/letters")
+    with pytest.raises(UserError, match="does not exist"):
+        load_generator(f"../{models.name}/letters")  # names are bare
+
+
 # --- files that are no snapshots -------------------------------------------------------------------------------------
 
 

@@ -149,6 +149,14 @@ def test_a_run_begins_from_a_snapshot(tiny):
     assert yaml.safe_load((new / "options.yaml").read_text())["augment"]["kimg"] == 100
 
 
+def test_a_run_begins_from_a_network_that_comes_along(tiny, models):
+    (tiny.run() / "network-snapshot-000000.safetensors").rename(models / "letters.safetensors")
+    total = len(load_generator("letters").state_dict())
+    result = tiny.call(*tiny.new("--init-from=letters", "--kimg", 0.008))
+    assert result.exit_code == 0, result.output
+    assert f"G: {total} of {total} tensors from {models / 'letters.safetensors'}" in result.output
+
+
 def test_a_run_begins_from_a_training_state_with_its_discriminator(tiny):
     old = tiny.run()
     path = checkpoint.found(old)[0]

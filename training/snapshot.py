@@ -8,13 +8,31 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dnnlib.config import build
+from dnnlib.config import build, nearest
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from training.networks import Generator, GeneratorConfig
 from training.networks.released import load_released
 
 FORMAT = "creps-generator-1"
+MODELS = Path(__file__).parents[1] / "models"  # NAME.safetensors of each network that comes along, its card NAME.md
+
+
+def network_names() -> list[str]:
+    """Lists the networks in models/: emoji-people first, the others in alphabetical order."""
+    return sorted((path.stem for path in MODELS.glob("*.safetensors")), key=lambda name: (name != "emoji-people", name))
+
+
+def find_network(network: str | os.PathLike) -> Path:
+    """Returns the file that `network` means: the path of a file, or else a name in models/. Raises UserError."""
+    path, names = Path(network), network_names()
+    if path.is_file():
+        return path
+    if str(network) in names:
+        return MODELS / f"{network}.safetensors"
+    what = "is no file" if path.exists() else "does not exist"
+    known = f", or one of the networks in models/; {nearest(str(network), names)}" if names else ""
+    raise UserError(f"{path} {what}; give a network-snapshot-*.safetensors of a training run or a released .pkl{known}")
 
 
 def save_generator(G: Generator, path: str | os.PathLike) -> None:
@@ -32,12 +50,11 @@ def save_generator(G: Generator, path: str | os.PathLike) -> None:
 def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:
     """The generator in `path`, in eval mode and without gradients: of a `.pkl` that the authors released, its G_ema.
 
+    A name in models/ does as well: load_generator("emoji-people").
+
     Raises UserError when the file is missing, broken, or neither that nor a generator written by `save_generator`.
     """
-    path = Path(path)
-    if not path.is_file():
-        what = "is no file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}; give a network-snapshot-*.safetensors of a training run or a released .pkl")
+    path = find_network(path)
     if path.suffix == ".pkl":
         return load_released(path, ("G_ema",))["G_ema"].to(device)
     try:
