@@ -70,7 +70,7 @@ class Classifier(nn.Module):
 
 
 @torch.enable_grad()
-def train_classifier(images: Tensor, classes: Tensor, num_classes: int, seed: int, seen: int = SEEN) -> Classifier:
+def train_classifier(images: Tensor, classes: Tensor, num_classes: int, seed: int, seen: int) -> Classifier:
     """Trains on float [N,3,32,32] in [-1,1] and int64 [N]; on a CPU, the same arguments give the same weights.
 
     AdamW with a rate that falls from 2e-3 to 0 along a cosine, random shifts, and half of the flat units dropped.
@@ -206,7 +206,7 @@ def summary(found: dict) -> str:
 class Judges:
     """What is learned of an archive, and what it says of a generator."""
 
-    def __init__(self, images: ImageArchive, seed: int, device: torch.device, seen: int = SEEN):
+    def __init__(self, images: ImageArchive, seed: int, device: torch.device):
         self.images, self.seed = images, seed
         batches = [(small(pictures), labels) for pictures, labels in stacks(images)]
         self.small, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
@@ -223,7 +223,7 @@ class Judges:
         order = torch.from_numpy(epoch_order(len(images), 0, 0).copy())  # whatever the seed, the same are held out
         held, kept = order.tensor_split([len(images) // 10])
         began = time.perf_counter()
-        self.classifier = train_classifier(self.small[kept], classes[kept], images.label_dim, seed, seen)
+        self.classifier = train_classifier(self.small[kept], classes[kept], images.label_dim, seed, SEEN)
         seconds = time.perf_counter() - began
         self.features = apply(self.classifier.features, self.small[kept])
         accuracy = (apply(self.classifier, self.small[held]).argmax(1) == classes[held]).double().mean().item()
