@@ -352,6 +352,8 @@ def main(context, network, images, outdir, **options):
 
     \b
     fid50k_full fid50k fd_dinov2_50k_full   Fréchet distance; _full: against all photographs
+    fd_lite0_50k_full                       the same by a small network that comes with the installation
+    lines1k_full                            line artefacts: spectral energy along the axes
     kid50k_full pr50k3_full is50k           kernel distance; precision and recall; Inception score
     pfid50k_full                            Fréchet distance of windows of large pictures
     ppl2_wend                               path length in W

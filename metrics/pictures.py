@@ -8,7 +8,7 @@ Legend: N pictures, C channels, H×W pixels.
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,13 @@ from torch_utils.randomness import generator
 TOGETHER = 64  # windows of one photograph
 Size = tuple[int, int]
 Numbers = Sequence[int]
+
+
+class Activations(NamedTuple):
+    """What a detector sees in N pictures."""
+
+    features: Tensor  # float [N,F]
+    logits: Tensor | None = None  # float [N,K], of detectors that know K classes
 
 
 class Batch:
@@ -39,7 +46,7 @@ class Batch:
         """uint8 [N,C,H,W], by default of the size measured."""
         return self._made["pictures", size or self.size]
 
-    def activations(self, detector):
+    def activations(self, detector: Callable[[Tensor], Activations]) -> Activations:
         return self.once(detector, lambda: detector(self.pictures()))
 
 

@@ -175,11 +175,34 @@ class Plan:
 Finish = Callable[[], list[Result]]
 
 
-def frechet(plan: Plan, metric: Metric) -> Finish:
+def both_moments(plan: Plan, metric: Metric) -> tuple[tuple, tuple, int]:
+    """The keys of the moments of generated images and of photographs, and how many photographs."""
     name, (pictures, limit) = FAMILIES[metric.family].tool, plan.whole(metric)
     fake = plan.moments(("moments", name, metric.num), features_of(plan.tools[name]), metric, name)
-    real = plan.real("moments", pictures, name, limit)
+    return fake, plan.real("moments", pictures, name, limit), limit
+
+
+def frechet(plan: Plan, metric: Metric) -> Finish:
+    fake, real, limit = both_moments(plan, metric)
     return lambda: [plan.compared(metric, {"": frechet_distance(plan.found[fake], plan.found[real])}, limit)]
+
+
+def line_artefacts(plan: Plan, metric: Metric) -> Finish:
+    fake, real, limit = both_moments(plan, metric)
+
+    def finish() -> list[Result]:
+        both = plan.found[fake], plan.found[real]
+        shares = [Measure(m.mean.item(), math.sqrt(m.covariance.item() / m.count), m.count) for m in both]
+        if not shares[1].mean:
+            raise UserError(f"{metric.name}: the photographs have no fine detail, so there is nothing to compare with")
+        ratio = shares[0].mean / shares[1].mean
+        # The relative variances of independent factors add up.
+        errors = (s.standard_error / s.mean if s.mean else 0.0 for s in shares)
+        measures = dict(zip(("_fake", "_real"), shares, strict=True))
+        measures["_ratio"] = Measure(ratio, ratio * math.hypot(*errors), metric.num)
+        return [plan.compared(metric, measures, limit)]
+
+    return finish
 
 
 def kernel(plan: Plan, metric: Metric) -> Finish:
@@ -316,6 +339,8 @@ METRICS = {
     "pr": precision,
     "is": inception,
     "fd_dinov2": frechet,
+    "fd_lite0": frechet,
+    "lines": line_artefacts,
     "pfid": patches,
     "ppl2_wend": path_length,
     "eqt_int": equivariant,

@@ -32,6 +32,8 @@ FAMILIES = {
     "pr": Family("pr#_?3", "improved precision and recall, k = 3", "inception", reals=True, least=4),
     "is": Family("is#", "Inception score", "inception", least=10),
     "fd_dinov2": Family("fd_dinov2_#", "Fréchet distance of DINOv2's features", "dinov2", reals=True),
+    "fd_lite0": Family("fd_lite0_#", "Fréchet distance of EfficientNet-Lite0's features", "lite0", reals=True),
+    "lines": Family("lines#", "line artefacts", "lines", reals=True, default=1000, side=16),
     "pfid": Family("pfid#", "patch FID: windows of large pictures", "inception", reals=True, drawn=True),
     "ppl2_wend": Family("ppl2_wend[_#]", "path length in W", "lpips-vgg", drawn=True, side=16),
     "eqt_int": Family("eqt#_int", "equivariance to whole pixels of translation, dB", drawn=True, side=32),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dnnlib.console import UserError, progress
 from dnnlib.files import locate
 from metrics.cache import Statistics, cache_key, cached
+from metrics.lines import LineShare
 from metrics.pictures import Batch, Fakes, Files, Numbers, Whole, Windowed, cut
 from metrics.plan import (
     DISTANCES,
@@ -40,7 +41,7 @@ class Stopped(Exception):
 
 
 def load_tools(metrics: Iterable[Metric], procs: Processes, weights: str | os.PathLike | None = None) -> dict:
-    """name -> the network that some metric needs: a features.Detector or a perceptual.LPIPS. Raises UserError."""
+    """name -> what some metric needs: a features.Detector, a LineShare or a perceptual.LPIPS. Raises UserError."""
     needed = filter(None, dict.fromkeys(FAMILIES[metric.family].tool for metric in metrics))
     if not procs.is_first:
         procs.wait()  # until the first process has downloaded what is missing
@@ -71,6 +72,8 @@ def load_lpips(net: str) -> Callable:
 TOOLS = {
     "inception": load_detector("inception"),
     "dinov2": load_detector("dinov2"),
+    "lite0": load_detector("lite0"),
+    "lines": lambda device, weights: LineShare(),
     "lpips-vgg": load_lpips("vgg"),
     "lpips-alex": load_lpips("alex"),
 }
@@ -177,7 +180,7 @@ def photographs(plan: Plan, stop: Callable[[], bool]) -> None:
         for key in keys:
             _, kind, name, limit = key
             tool = plan.tools[name]
-            facts = cache_key(content, detector=tool.digest, **pictures.facts(limit))
+            facts = cache_key(content, detector=tool.digest or tool.name, **pictures.facts(limit))
             wanted[Statistics(kind, facts, tool.num_features)] = key
 
         def compute(missing: list[Statistics], pictures=pictures, wanted=wanted) -> list:

