@@ -1,9 +1,12 @@
-"""Tiny training runs that several test files share: two dozen 8×8 images, networks of a few thousand weights."""
+"""What several test files share: processes, and tiny training runs on two dozen 8×8 images."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +38,39 @@ RECIPE = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Lets SIGINT interrupt this process and all that it starts: a shell ignores it in what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Returns subprocess.Popen with a process group for each process; none of the processes outlives the test."""
+    started = []
+
+    def start(command: list, **options) -> subprocess.Popen:
+        started.append(subprocess.Popen(command, start_new_session=True, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with process:  # closes its pipes and waits
+            process.terminate()  # a launcher passes it on to its workers, which have process groups of their own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 class Tiny:
     """A recipe and images in one folder, and ways to train with them."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, start: Callable[..., subprocess.Popen]):
         self.folder = folder
+        self.start = start
         self.recipe = folder / "tiny.yaml"
         self.recipe.write_text(yaml.safe_dump(RECIPE))
         self.archive = self.images("images")
@@ -82,16 +113,8 @@ class Tiny:
         """train.py in a process group of its own, its output as text."""
         command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            **options,
-        )
+        pipe = subprocess.PIPE
+        return self.start(command, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe, **options)
 
 
 @pytest.fixture
@@ -104,10 +127,10 @@ def models(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
+def tiny(tmp_path, monkeypatch, start):
     # The order of float additions depends on the number of threads.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield Tiny(tmp_path)
+    yield Tiny(tmp_path, start)
     torch.set_num_threads(threads)

@@ -170,16 +170,22 @@ def test_wrong_calls_are_refused():
 
 
 @needs_compiler
-def test_pictures_are_those_of_the_reference():
+def test_pictures_are_those_of_the_reference(fresh, monkeypatch, tmp_path):
     config = GeneratorConfig(img_resolution=32, z_dim=16, w_dim=16, channel_base=1024, channel_max=64)
     G = Generator(config).eval().requires_grad_(False)
     ws = G.mapping(noise(2, 16), torch.zeros(2, 0))
-    pictures = []
-    for impl in ("reference", "cpp"):
+
+    def paint(impl):
         parts = rendering.paint(G, ws, rendering.plan(G, (70, 50)), impl=impl)
-        pictures.append(torch.cat([colours.flatten() for _, colours in parts]))
-    assert error(*pictures) < 1e-5
-    assert not torch.equal(*pictures)  # two ways, not one
+        return torch.cat([colours.flatten() for _, colours in parts])
+
+    assert error(paint("cpp"), paint("reference")) < 1e-5
+    build.cache_clear()
+    monkeypatch.setenv("CXX", "/elsewhere/c++")
+    monkeypatch.setenv("CREPS_CACHE", str(tmp_path))
+    paint("reference")
+    with pytest.raises(UserError, match="/elsewhere/c"):  # so the two above were not one
+        paint("cpp")
 
 
 # --- building ------------------------------------------------------------------------------------------------------

@@ -573,13 +573,11 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_ctrl_c_leaves_nothing_half_written(tmp_path):
+def test_ctrl_c_leaves_nothing_half_written(tmp_path, start):
     source = folder_of(tmp_path / "in", {f"{i}.png": encoded(noise(i, 64, 64)) for i in range(3)})
     options = ["--resolution", "256x256", "--transform", "random-crops", "--crops", "100000"]
     dest = tmp_path / "out" / "a.zip"
-    process = subprocess.Popen(
-        [sys.executable, TOOL, "--source", source, "--dest", dest, *options], stderr=subprocess.PIPE
-    )
+    process = start([sys.executable, TOOL, "--source", source, "--dest", dest, *options], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not (dest.parent.exists() and any(dest.parent.iterdir())) and time.monotonic() < deadline:
         time.sleep(0.05)

