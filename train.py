@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import click
 import torch
@@ -194,7 +195,8 @@ def command_settings(cfg: str | None, flags: dict, overrides: tuple[str, ...]) -
     for assignment in overrides:
         settings = merge(settings, override(assignment))
     for name, field in RunConfig.model_fields.items():
-        is_group = isinstance(field.annotation, type) and issubclass(field.annotation, Config)
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        is_group = any(issubclass(kind, Config) for kind in kinds)
         if is_group and not isinstance(settings.get(name, {}), dict):
             raise UserError(f"{name}={settings[name]!r}: this is a group of settings; set one of them, {name}.…")
     path = settings.get("data", {}).get("path")

@@ -4,7 +4,7 @@ import copy
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -80,13 +80,21 @@ def build(kind: type[C], settings: dict, where: str) -> C:
 
 
 def _sentence(kind: type[Config], problem: dict) -> str:
-    path = [str(part) for part in problem["loc"]]
+    path, owner = [], kind
+    for i, part in enumerate(problem["loc"]):
+        kinds = [k for k in get_args(owner) if isinstance(k, type) and issubclass(k, Config)]
+        if len(kinds) > 1:  # a union of configs: the part is the kind that was given
+            owner = next((k for k in kinds if k.model_fields["kind"].default == part), None)
+            continue
+        path.append(str(part))
+        if i < len(problem["loc"]) - 1:
+            owner = owner.model_fields[part].annotation if part in getattr(owner, "model_fields", {}) else None
     dotted = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        owner = kind
-        for part in path[:-1]:
-            owner = owner.model_fields[part].annotation
         return f"there is no setting {dotted}; {nearest(path[-1], owner.model_fields)}"
+    if problem["type"] == "union_tag_invalid":
+        known = problem["ctx"]["expected_tags"].replace("'", "")
+        return f"{dotted}.kind={problem['ctx']['tag']!r} is unknown; use one of {known}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{dotted} is missing"

@@ -182,3 +182,18 @@ def test_the_running_mean_settles_at_constant_lengths():
         got, mean = losses.path_penalty(lengths, mean, 0.01)
         assert mean.item() == pytest.approx(5 * (1 - 0.99**step))
         assert got[0].item() == pytest.approx((5 * 0.99**step) ** 2)
+
+
+@pytest.mark.parametrize("kind", losses.ADVERSARIAL)
+def test_several_logits_of_an_image_count_as_their_mean(kind):
+    a, b, loss = noise(3, 4), noise(3, 4, seed=1), losses.ADVERSARIAL[kind]
+    assert loss.generator(a).tolist() == pytest.approx([loss.generator(x[:, None]).mean().item() for x in a])
+    each = [loss.critic(x[:, None], y[:, None]).mean().item() for x, y in zip(a, b, strict=True)]
+    assert loss.critic(a, b).tolist() == pytest.approx(each)
+
+
+def test_hinge_is_its_formula():
+    real, fake = (torch.tensor(x, dtype=torch.float64)[:, None] for x in (LOGITS, LOGITS[::-1]))
+    expected = [max(0, 1 - r) + max(0, 1 + f) for r, f in zip(LOGITS, LOGITS[::-1], strict=True)]
+    assert losses.hinge_critic(real, fake).tolist() == pytest.approx(expected)
+    assert losses.hinge_generator(fake).tolist() == [-f for f in LOGITS[::-1]]

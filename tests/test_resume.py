@@ -25,12 +25,14 @@ from training.loop import train
 from training.trainer import new_state
 
 VOLATILE = ("Timing/", "Resources/", "timestamp")
+PROJECTED = ("D.kind=projected", "D.feature_size=64", "loss.kind=hinge", "augment.mode=diffaug", "D.mbstd_group=2")
 VARIANTS = {
     "plain": (),
     "ada": ("--aug", "ada", "--p", 0.4, "-o", "augment.kimg=0.2"),
     "labels and mirror": ("--cond", "--mirror", "--aug", "fixed", "--p", 0.5),
     "accumulation": ("--batch-gpu", 4, "--aug", "ada", "-o", "augment.kimg=0.1"),
     "no lazy terms": ("--gamma", 0, "-o", "loss.pl_weight=0"),
+    "projected": ("--cond", *(x for o in PROJECTED for x in ("-o", o))),
 }
 
 

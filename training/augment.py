@@ -66,6 +66,9 @@ class Draws:
     def __getitem__(self, pictures: slice) -> "Draws":
         return Draws(self.geometry[pictures], self.colour[pictures])
 
+    def apply(self, images: torch.Tensor) -> torch.Tensor:
+        return augment(images, self)
+
 
 def adjust(p: float, sign_mean: float, *, images: int, target: float = 0.6, kimg: float = 500) -> float:
     """The next probability of augmentation, in [0, 1] (Section 3, r_t).

@@ -8,7 +8,8 @@ from dnnlib.config import Config, build, merge, nested
 from dnnlib.console import UserError
 from training.augment import AugmentConfig
 from training.data import ImageArchive
-from training.networks import DiscriminatorConfig, GeneratorConfig
+from training.diffaug import Policy
+from training.networks import AnyDiscriminatorConfig, GeneratorConfig
 
 
 class DataConfig(Config):
@@ -19,13 +20,17 @@ class DataConfig(Config):
 
 
 class AugmentSettings(AugmentConfig):
-    mode: Literal["none", "ada", "fixed"] = Field("ada", description="no augmentation, adaptive, or fixed strength p")
+    mode: Literal["none", "ada", "fixed", "diffaug"] = Field(
+        "ada", description="no augmentation, adaptive, of fixed strength p, or DiffAugment"
+    )
+    policy: Policy = Field(("translation", "cutout"), description="what diffaug does; also color")
     p: float = Field(0.0, ge=0, le=1, description="strength: where ada begins, or what fixed keeps")
     target: float = Field(0.6, ge=-1, le=1, description="the mean sign of D(real) that ada steers to")
     kimg: float = Field(500.0, gt=0, description="thousand images in which ada can move p by one")
 
 
 class LossConfig(Config):
+    kind: Literal["logistic", "hinge"] = "logistic"
     r1_gamma: float = Field(ge=0, description="weight γ of R1: γ/2 · ‖gradient‖²")
     r1_interval: int = Field(16, ge=1, description="steps between R1 terms; each is multiplied by this")
     pl_weight: float = Field(2.0, ge=0, description="weight of the path-length penalty; 0 leaves it out")
@@ -60,12 +65,19 @@ class TrainConfig(Config):
 class RunConfig(Config):
     data: DataConfig
     G: GeneratorConfig
-    D: DiscriminatorConfig
+    D: AnyDiscriminatorConfig = Field(discriminator="kind")
     loss: LossConfig
     optim: OptimConfig = OptimConfig()
     augment: AugmentSettings = AugmentSettings()
     train: TrainConfig
     metrics: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before_there_were_kinds(cls, settings: object) -> object:
+        if isinstance(settings, dict) and isinstance(settings.get("D"), dict):
+            settings = merge({"D": {"kind": "residual"}}, settings)
+        return settings
 
     @model_validator(mode="after")
     def _consistent(self):

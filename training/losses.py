@@ -1,9 +1,10 @@
 """The four terms that train CREPS. Tensors in, one value per image out; no backward, no logging.
 
-Legend: N images, K styles per image, w the style dimension. Logits are [N,1], or any shape with N values.
+Legend: N images, w the style dimension; K styles or logits of an image. Logits are [N,K] or [N].
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,36 @@ from torch import Tensor
 
 
 def generator(fake_logits: Tensor) -> Tensor:
-    """[N,1] -> [N]: softplus(−D(G(z))), the non-saturating loss (Goodfellow et al., NeurIPS 2014)."""
-    return F.softplus(-fake_logits).flatten()
+    """[N,K] -> [N]: softplus(−D(G(z))), the non-saturating loss (Goodfellow et al., NeurIPS 2014)."""
+    return per_image(F.softplus(-fake_logits))
 
 
 def critic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """[N,1], [N,1] -> [N]: softplus(−D(real)) + softplus(D(fake))."""
-    return F.softplus(-real_logits.flatten()) + F.softplus(fake_logits.flatten())
+    """[N,K], [N,K] -> [N]: softplus(−D(real)) + softplus(D(fake))."""
+    return per_image(F.softplus(-real_logits)) + per_image(F.softplus(fake_logits))
+
+
+def hinge_generator(fake_logits: Tensor) -> Tensor:
+    """[N,K] -> [N]: −D(G(z)) (Lim and Ye, "Geometric GAN", 2017)."""
+    return per_image(-fake_logits)
+
+
+def hinge_critic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """[N,K], [N,K] -> [N]: max(0, 1 − D(real)) + max(0, 1 + D(fake))."""
+    return per_image(F.relu(1 - real_logits)) + per_image(F.relu(1 + fake_logits))
+
+
+def per_image(x: Tensor) -> Tensor:
+    """[N,…] -> [N]: means over all logits of an image."""
+    return x.flatten(1).mean(dim=1) if x.ndim > 1 else x
+
+
+class Adversarial(NamedTuple):
+    generator: Callable[[Tensor], Tensor]
+    critic: Callable[[Tensor, Tensor], Tensor]
+
+
+ADVERSARIAL = {"logistic": Adversarial(generator, critic), "hinge": Adversarial(hinge_generator, hinge_critic)}
 
 
 def r1(D: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from training import losses
 from training.config import RunConfig
-from training.networks import Discriminator, Generator
+from training.networks import Generator, build_discriminator
 from training.networks.pixels import part_size
 
 GIB = 2**30
@@ -46,7 +46,7 @@ def expected_bytes(config: RunConfig, micro: int, device: str) -> int:
     precision needs less, and libraries' workspaces come on top.
     """
     with torch.device("meta"):
-        G, D = Generator(config.G), Discriminator(config.D)
+        G, D = Generator(config.G), build_discriminator(config.D)
         z, c = torch.empty(micro, config.G.z_dim), torch.empty(micro, config.G.c_dim)
         half = (micro + 1) // 2
         height, width = config.G.img_shape
@@ -72,7 +72,7 @@ def expected_bytes(config: RunConfig, micro: int, device: str) -> int:
             (D(real, c[judged]) + D(real, c[judged])).sum().backward()
 
         def r1():
-            losses.r1(lambda x: D(x, c[judged]), real).sum().backward()
+            losses.r1(lambda x: D.regularised(x, c[judged]), real).sum().backward()
 
         phases = [adversarial, critic]
         phases += [path_length] if config.loss.pl_weight else []

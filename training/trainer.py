@@ -20,11 +20,11 @@ from torch_utils import checkpoint
 from torch_utils.distributed import Processes
 from torch_utils.randomness import generator
 from torch_utils.stats import Stats
-from training import ema, losses
-from training.augment import Draws, adjust, augment, draw
+from training import diffaug, ema, losses
+from training.augment import Draws, adjust, draw
 from training.config import RunConfig
 from training.data import ImageArchive
-from training.networks import Discriminator, Generator
+from training.networks import Generator, build_discriminator
 from training.networks.released import load_released
 from training.snapshot import load_generator
 
@@ -36,7 +36,7 @@ class TrainState:
     """What a crash must not lose. A field is saved and restored; what is no field may be lost."""
 
     G: Generator
-    D: Discriminator
+    D: nn.Module
     G_ema: Generator
     G_opt: torch.optim.Adam
     D_opt: torch.optim.Adam
@@ -93,7 +93,7 @@ def new_state(config: RunConfig, device: torch.device) -> TrainState:
     # Drawn on the CPU, so that a GPU starts from the same weights; the caller's random state is left alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        G, D = Generator(config.G).to(device, dtype), Discriminator(config.D).to(device, dtype)
+        G, D = Generator(config.G).to(device, dtype), build_discriminator(config.D).to(device, dtype)
     return TrainState(
         G=G,
         D=D,
@@ -155,6 +155,7 @@ class Trainer:
         self.rounds = config.rounds(procs.world)
         self.micro = config.train.batch // procs.world // self.rounds
         self.dtype = next(state.G.parameters()).dtype
+        self.adversarial = losses.ADVERSARIAL[config.loss.kind]
         self.half = half_precision(config, procs.device)
 
     def step(self, real: Tensor, c: Tensor) -> None:
@@ -186,8 +187,8 @@ class Trainer:
         for z, c, draws in self._fakes("generator", batch):
             with self._autocast():
                 ws = s.G.mapping(z, c)
-                logits = s.D(augment(s.G.synthesis(ws), draws), c)
-            loss = losses.generator(logits)
+                logits = s.D(draws.apply(s.G.synthesis(ws)), c)
+            loss = self.adversarial.generator(logits)
             (loss.mean() / self.rounds).backward()
             average = average + ws[:, 0].detach().mean(dim=0) / self.rounds
             s.stats.report("Loss/G/loss", loss)
@@ -249,11 +250,11 @@ class Trainer:
             with self._autocast():
                 with torch.no_grad():
                     fake = s.G(fake_z, fake_c)
-                fake_logits = s.D(augment(fake, fake_draws), fake_c)
-                real_logits = s.D(augment(x, x_draws), x_c)
-            loss = losses.critic(real_logits, fake_logits)
+                fake_logits = s.D(fake_draws.apply(fake), fake_c)
+                real_logits = s.D(x_draws.apply(x), x_c)
+            loss = self.adversarial.critic(real_logits, fake_logits)
             (loss.mean() / self.rounds).backward()
-            s.signs += torch.stack([real_logits.detach().sign().sum(), real_logits.new_full((), len(x))])
+            s.signs += torch.stack([real_logits.detach().sign().sum(), real_logits.new_full((), real_logits.numel())])
             s.stats.report("Loss/D/loss", loss)
             s.stats.report("Loss/scores/fake", fake_logits)
             s.stats.report("Loss/scores/real", real_logits)
@@ -271,7 +272,7 @@ class Trainer:
 
             def judge(x, x_c=x_c, x_draws=x_draws):
                 with self._autocast():
-                    return s.D(augment(x, x_draws), x_c)
+                    return s.D.regularised(x_draws.apply(x), x_c)
 
             penalty = losses.r1(judge, x)
             (penalty.mean() * (loss.r1_gamma / 2 * loss.r1_interval / self.rounds)).backward()
@@ -283,18 +284,17 @@ class Trainer:
     def _random(self, purpose: str) -> torch.Generator:
         return generator(self.config.train.seed, self.state.step, purpose)
 
-    def _deal(self, mine: Tensor | Draws) -> list:
+    def _deal(self, mine: Tensor | Draws | diffaug.Draws) -> list:
         """This process's share of a batch -> micro-batches, one per round."""
         return [mine[i :: self.rounds] for i in range(self.rounds)]
 
-    def _draws(self, purpose: str, count: int) -> list[Draws]:
-        draws = draw(
-            self.config.augment,
-            count,
-            self.state.augment_p,
-            image_shape=self.config.G.img_shape,
-            generator=self._random(purpose + " augmentation"),
-        )
+    def _draws(self, purpose: str, count: int) -> list[Draws | diffaug.Draws]:
+        settings, shape = self.config.augment, self.config.G.img_shape
+        random = self._random(purpose + " augmentation")
+        if settings.mode == "diffaug":
+            draws = diffaug.draw(settings.policy, count, shape, random)
+        else:
+            draws = draw(settings, count, self.state.augment_p, image_shape=shape, generator=random)
         return self._deal(draws[self.procs.rank :: self.procs.world])
 
     def _fakes(self, purpose: str, count: int) -> list[tuple[Tensor, Tensor, Draws]]:

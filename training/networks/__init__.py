@@ -1,7 +1,32 @@
-"""The networks: `Generator(GeneratorConfig(…))` and `Discriminator(DiscriminatorConfig(…))`."""
+"""The networks: `Generator(GeneratorConfig(…))`, and a discriminator of the kind that its config says."""
+
+from typing import Union
+
+from torch import nn
 
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
 from training.networks.generator import Generator, GeneratorConfig, positions
 from training.networks.lines import Lines
+from training.networks.projected import ProjectedConfig, ProjectedDiscriminator
 
-__all__ = ["Discriminator", "DiscriminatorConfig", "Generator", "GeneratorConfig", "Lines", "positions"]
+DISCRIMINATORS = {DiscriminatorConfig: Discriminator, ProjectedConfig: ProjectedDiscriminator}
+AnyDiscriminatorConfig = Union[tuple(DISCRIMINATORS)]  # noqa: UP007 (another kind is a line above)
+
+
+def build_discriminator(config: AnyDiscriminatorConfig) -> nn.Module:
+    return DISCRIMINATORS[type(config)](config)
+
+
+__all__ = [
+    "DISCRIMINATORS",
+    "AnyDiscriminatorConfig",
+    "Discriminator",
+    "DiscriminatorConfig",
+    "Generator",
+    "GeneratorConfig",
+    "Lines",
+    "ProjectedConfig",
+    "ProjectedDiscriminator",
+    "build_discriminator",
+    "positions",
+]

@@ -22,6 +22,7 @@ from training.networks.mapping import Mapping, check_label
 
 
 class DiscriminatorConfig(Config):
+    kind: Literal["residual"] = "residual"
     img_resolution: int = Field(512, description="side of the square it judges, a power of two of at least 8")
     img_channels: int = Field(3, ge=1)
     c_dim: int = Field(0, ge=0, description="label numbers per image; 0 is unconditional")
@@ -171,3 +172,7 @@ class Discriminator(nn.Module):
         if self.mapping is not None:
             x = (x * self.mapping(None, c)).sum(dim=1, keepdim=True) / math.sqrt(x.shape[1])
         return x
+
+    def regularised(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        """The logits whose gradient R1 penalises: all."""
+        return self(img, c)

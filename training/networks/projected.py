@@ -1,0 +1,138 @@
+"""The projected discriminator: heads on frozen features of a pretrained network, beside a residual one on pixels.
+
+Sauer et al., "Projected GANs Converge Faster" (NeurIPS 2021). The features alone leave colours and fine texture
+unseen; the residual discriminator sees them.
+
+Legend: N images, C channels, R the side of an image. Features are [N,C,H,W].
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from torch_utils.lite0 import CHANNELS, Lite0
+from torch_utils.precision import full_precision
+from training.networks.discriminator import Discriminator, DiscriminatorConfig
+from training.networks.mapping import Mapping
+
+MIXED = (64, 128, 256, 512)  # channels of the four features after mixing across channels …
+FUSED = (64, 64, 128, 256)  # … and across scales
+HEAD = (64, 128, 256, 512)  # channels at strides 4, 8, 16, 32 in the heads
+SPREAD = (9.8, 8.9, 6.0, 2.5)  # standard deviations of the features: divided by them, all scales weigh the same
+LABEL = 64  # numbers in which a head compares an image with its label
+
+
+class ProjectedConfig(DiscriminatorConfig):
+    """The widths are those of the discriminator on pixels."""
+
+    kind: Literal["projected"] = "projected"
+    channel_base: int = Field(2048, ge=1, description="resolution R has min(channel_base / R, channel_max) channels")
+    channel_max: int = Field(128, ge=1)
+    feature_size: int = Field(128, ge=64, multiple_of=32, description="side to which images are enlarged for features")
+
+
+class Projection(nn.Module):
+    """[N,3,R,R] in [-1,1] -> four features of FUSED channels: frozen, mixed by random frozen 1×1 convolutions."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+        self.network = Lite0()
+        for i, (inputs, mixed, fused) in enumerate(zip(CHANNELS, MIXED, FUSED, strict=True)):
+            self._freeze(f"mix{i}", mixed, inputs)
+            self._freeze(f"fuse{i}", fused, mixed)
+
+    def _freeze(self, name: str, outputs: int, inputs: int) -> None:
+        self.register_buffer(name, torch.randn(outputs, inputs, 1, 1) / math.sqrt(inputs))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        if x.shape[2] < self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear")
+        features = self.network(x.contiguous(memory_format=torch.channels_last))
+        result, coarse = [], None
+        for i in reversed(range(len(features))):
+            x = F.conv2d(features[i] / SPREAD[i], getattr(self, f"mix{i}"))
+            if coarse is not None:
+                x = x + F.interpolate(coarse, x.shape[2:], mode="bilinear")
+            coarse = F.conv2d(x, getattr(self, f"fuse{i}"))
+            result.append(coarse)
+        return result[::-1]
+
+
+class HeadLayer(nn.Module):
+    """[N,I,H,W] -> [N,O,H/2,W/2]: 4×4 convolution with stride 2, GroupNorm, leaky ReLU.
+
+    Where the paper has BatchNorm and spectral normalisation: neither lets an image be judged by itself.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=False)
+        self.norm = nn.GroupNorm(outputs // 16, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(self.norm(self.conv(x)), 0.2)
+
+
+class Head(nn.Module):
+    """[N,C,H,W] -> [N,outputs]: halved until 4×4 is reached, once at least, then one product with all that is left."""
+
+    def __init__(self, index: int, side: int, outputs: int):
+        super().__init__()
+        layers = []
+        channels = FUSED[index]
+        widths = HEAD[index:]
+        while side > 4 or not layers:
+            outputs_ = widths[min(len(layers), len(widths) - 1)]
+            layers.append(HeadLayer(channels, outputs_))
+            channels, side = outputs_, side // 2
+        self.layers = nn.Sequential(*layers)
+        self.out = nn.Linear(channels * side * side, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(x)
+        with full_precision(x):
+            return self.out(x.to(self.out.weight.dtype).flatten(1))
+
+
+class ProjectedDiscriminator(nn.Module):
+    """img [N,C,R,R] in [-1,1], c [N,c_dim] or None -> logits [N,5]: four of features, fine first, and one of pixels.
+
+    Conditional as the residual one is. The same errors.
+    """
+
+    def __init__(self, config: ProjectedConfig):
+        super().__init__()
+        self.config = config
+        self.pixels = Discriminator(config)
+        self.projection = Projection(config.feature_size)
+        outputs = LABEL if config.c_dim else 1
+        size = max(config.feature_size, config.img_resolution)
+        self.heads = nn.ModuleList(Head(i, size >> (i + 2), outputs) for i in range(4))
+        self.mappings = nn.ModuleList(
+            Mapping(0, config.c_dim, LABEL, config.mapping_layers) for _ in self.heads if config.c_dim
+        )
+
+    def regularised(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        return self.pixels(img, c)
+
+    def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        pixels = self.pixels(img, c)
+        features = self.projection(as_rgb(img))
+        logits = [head(x) for head, x in zip(self.heads, features, strict=True)]
+        if self.mappings:
+            pairs = zip(logits, self.mappings, strict=True)
+            logits = [(x * m(None, c)).sum(dim=1, keepdim=True) / math.sqrt(LABEL) for x, m in pairs]
+        return torch.cat([*logits, pixels], dim=1)
+
+
+def as_rgb(img: Tensor) -> Tensor:
+    """[N,1|3|4,H,W] in [-1,1] -> [N,3,H,W]: grey repeated, transparent parts over white."""
+    if img.shape[1] == 4:
+        alpha = (img[:, 3:] + 1) / 2
+        return 1 + (img[:, :3] - 1) * alpha
+    return img.expand(-1, 3, -1, -1)
