@@ -107,7 +107,9 @@ def switch(name: str, text: str):
     help="Start a new run from the weights of a network in models/, a snapshot, a training state or a released .pkl.",
 )
 @click.option(
-    "--aug", type=click.Choice(["noaug", "ada", "fixed"]), help="Augmentation.  [default: the recipe's, else ada]"
+    "--aug",
+    type=click.Choice(["noaug", "ada", "fixed", "diffaug"]),
+    help="Augmentation.  [default: the recipe's, else ada]",
 )
 @click.option("--p", type=click.FloatRange(0, 1), help="Strength of --aug=fixed, or where ada begins.  [default: 0]")
 @click.option("--target", type=click.FloatRange(-1, 1), help="What ada steers the sign of D(real) to.  [default: 0.6]")

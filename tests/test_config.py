@@ -16,7 +16,7 @@ from dnnlib.console import UserError
 from train import to_yaml
 from training.config import RunConfig, default_ema_kimg, default_gamma, resolve
 from training.data import ImageArchive
-from training.networks import Discriminator, Generator
+from training.networks import Generator, build_discriminator
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -43,10 +43,10 @@ def test_every_recipe_builds_networks_of_its_size(path, tmp_path):
     config = resolve(merge(settings, nested("data.path", str(tmp_path / "images"))), images, path.name)
     assert config.rounds(1) >= 1
     with torch.device("meta"):
-        G, D = Generator(config.G), Discriminator(config.D)
+        G, D = Generator(config.G), build_discriminator(config.D)
         picture = G(torch.empty(4, config.G.z_dim))
         assert picture.shape == (4, 3, size, size)
-        assert D(picture).shape == (4, 1)
+        assert D(picture).shape == (4, 5 if config.D.kind == "projected" else 1)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
