@@ -203,7 +203,8 @@ def test_two_processes_give_the_results_of_one(bench):
     assert process.stdout.count("eqt5_frac") == 1  # the other is silent
     for path in (bench.folder / "two").glob("*.jsonl"):
         two = json.loads(path.read_text())
-        assert value(two) == pytest.approx(value(one.pop(plain(two["metric"]))), rel=1e-9)
+        # Float32 features depend on the size of the batch; an image too many or missing changes 0.3 %.
+        assert value(two) == pytest.approx(value(one.pop(plain(two["metric"]))), rel=1e-5)
         assert two["num_gpus"] == 2
     assert not one
 
@@ -534,7 +535,7 @@ def test_snapshots_are_measured_as_the_command_measures_them(bench, run):
     records = bench.measure(
         metrics="fd_dinov2_6_full", data=None, network=folder / lines[1]["network"], outdir=bench.folder
     )
-    assert value(records["fd_dinov2_6_full"]) == pytest.approx(value(lines[1]), rel=1e-9)
+    assert value(records["fd_dinov2_6_full"]) == pytest.approx(value(lines[1]), rel=1e-5)
     _, without = run("none", "without")
     network = "network-snapshot-000000.safetensors"
     assert (folder / network).read_bytes() == (without / network).read_bytes()
