@@ -95,7 +95,7 @@ def test_a_generator_paints_the_same_with_and_without(decoders):
     plain = Generator(config.model_copy(update={"impl": "reference"}))
     plain.load_state_dict(G.state_dict())
     images, gradients = [], []
-    for network in (G, plain.double()):
+    for network in (G, plain):
         parameters = list(network.parameters())
         image = network(noise(2, 8, seed=0).to(parameters[0].dtype))
         images.append(image.double())
