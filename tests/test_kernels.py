@@ -52,7 +52,7 @@ def emulated(tmp_path_factory):
 @pytest.fixture
 def device(emulated, monkeypatch):
     """The kernels run on the CPU, and `auto` chooses them there."""
-    monkeypatch.setattr(build, "kernels", lambda source, device: (emulated[source], ""))
+    monkeypatch.setattr(build, "kernels", lambda source, device, impl: (emulated[source], ""))
     return torch.device("cpu")
 
 
@@ -98,7 +98,7 @@ def test_networks_have_the_derivatives_of_the_reference_of_both_orders(device, m
         return logits.sum() + lengths.square().sum() + slopes.square().sum()
 
     fused = grad(losses(), parameters, allow_unused=True)
-    monkeypatch.setattr(build, "kernels", lambda source, device: (None, "not here"))
+    monkeypatch.setattr(build, "kernels", lambda source, device, impl: (None, "not here"))
     plain = grad(losses(), parameters, allow_unused=True)
     for got, expected in zip(fused, plain, strict=True):
         assert (got is None) == (expected is None)
@@ -294,7 +294,7 @@ def test_torch_compile_sees_the_reference(device):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(UserError, match=r"'triton' is unknown; use one of auto, reference, cuda$"):
+    with pytest.raises(UserError, match=r"'triton' is unknown; use one of auto, reference, cpp, cuda$"):
         bias_act(torch.ones(3), impl="triton")
 
 

@@ -146,7 +146,8 @@ def test_a_discriminator_that_recomputes_keeps_one_image_at_a_time():
 
 def test_recomputing_keeps_the_types_of_autocast():
     torch.manual_seed(0)
-    G = Generator(GeneratorConfig(img_resolution=16, channel_base=128, channel_max=16, z_dim=8, w_dim=8))
+    widths = {"channel_base": 128, "channel_max": 16, "z_dim": 8, "w_dim": 8}
+    G = Generator(GeneratorConfig(img_resolution=16, impl="reference", **widths))
     seen = []
     hook = G.synthesis.pixels.decoder_last.register_forward_hook(lambda *args: seen.append(args[2].dtype))
     with torch.autocast("cpu", torch.bfloat16):

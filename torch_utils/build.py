@@ -24,7 +24,7 @@ from torch import Tensor
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write, cache_dir
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 CUDA_FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC")
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -120,18 +120,24 @@ class Kernels(NamedTuple):
 
     functions: ctypes.CDLL
     device: torch.device
-    capability: int  # 90 is 9.0
+    capability: int  # 90 is 9.0; 0 on a CPU
 
     def call(self, name: str, *arguments: Tensor | int | float | None) -> None:
-        """name(device, stream, …) on PyTorch's present stream. Tensors and None become pointers.
+        """name(device, stream, …) on PyTorch's current stream; on a CPU, name(threads, nullptr, …).
 
+        Tensors and None become pointers.
         The C function takes int64_t, double and pointers, and returns nullptr or what is wrong, which a RuntimeError
         then says. Raises ValueError when a tensor lies on another device.
         """
+        if self.device.type == "cpu":
+            self.invoke(name, torch.get_num_threads(), None, arguments)
+            return
         with torch.cuda.device(self.device):
             self.invoke(name, self.device.index, torch.cuda.current_stream().cuda_stream, arguments)
 
-    def invoke(self, name: str, device: int, stream: int, arguments: Sequence[Tensor | int | float | None]) -> None:
+    def invoke(
+        self, name: str, device: int, stream: int | None, arguments: Sequence[Tensor | int | float | None]
+    ) -> None:
         for a in arguments:
             if isinstance(a, Tensor) and a.device != self.device:
                 raise ValueError(f"all tensors must be on {self.device}; got one on {a.device}")
@@ -150,10 +156,21 @@ def _in_c(value: Tensor | int | float | None):
 
 
 @functools.lru_cache
-def kernels(source: Path, device: torch.device) -> tuple[Kernels | None, str]:
-    """The kernels of `source`, which has a function `probe`, for `device`; or None and the reason."""
-    if device.type != "cuda":
-        return None, f"it needs a CUDA device, and the tensors are on {device.type}"
+def kernels(source: Path, device: torch.device, impl: str = "auto") -> tuple[Kernels | None, str]:
+    """The kernels of `source`, which has a function `probe`, for `device`; or None and the reason.
+
+    On a CPU, for impl "auto" and "cpp": those of the .cpp beside it, which has the same functions. The reason is empty
+    where "auto" has none to expect.
+    """
+    native = source.with_suffix(".cpp")
+    if device.type == "cpu" and impl in ("auto", "cpp") and native.exists():
+        try:
+            return Kernels(library(native), device, 0), ""
+        except UserError as error:
+            return None, str(error)
+    if device.type != "cuda" or impl == "cpp":
+        needed = "CPU" if impl == "cpp" else "CUDA device"
+        return None, "" if impl == "auto" else f"it needs a {needed}, and the tensors are on {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
     try:
         found = Kernels(cuda_library(source, 10 * major + minor), device, 10 * major + minor)
@@ -168,24 +185,28 @@ def kernels(source: Path, device: torch.device) -> tuple[Kernels | None, str]:
 def choose(impl: str, impls: tuple[str, ...], source: Path, x: Tensor) -> Kernels | None:
     """The kernels of `source` for x, or None where the reference in PyTorch serves.
 
-    impl: "reference"; "auto": kernels on CUDA devices, but not under torch.compile, which fuses the reference itself;
-    when they cannot be built, one line on stderr says so, once. Any other of `impls` raises UserError where kernels
-    cannot be had, as does a name that is not in `impls`.
+    impl: "reference"; "auto": kernels where there are any for x, but not under torch.compile, which fuses the reference
+    itself; when they cannot be built, one line on stderr says so, once. Any other of `impls` raises UserError where
+    kernels are unavailable, as does a name that is not in `impls`.
     """
     if impl not in impls:
         raise UserError(f"impl={impl!r} is unknown; use one of {', '.join(impls)}")
     if impl == "reference" or (impl == "auto" and torch.compiler.is_compiling()):
         return None
-    reason = None if x.dtype in DTYPES else f"it is for {', '.join(map(str, DTYPES))}, not {x.dtype}"
-    found, reason = (None, reason) if reason else kernels(source, x.device)
+    found, reason = kernels(source, x.device, impl)
+    dtypes = CPU_DTYPES if found and not found.capability else tuple(DTYPES)
+    if found and x.dtype not in dtypes:
+        problem = f"it is for {', '.join(map(str, dtypes))}, not {x.dtype}"
+        found, reason = None, "" if impl == "auto" and x.device.type == "cpu" else problem
     if found is None and impl != "auto":
         raise UserError(f"impl={impl!r} of {source.stem} cannot be had: {reason}")
-    if found is None and x.device.type == "cuda":
+    if reason:
         say_once(f"{source.stem} goes on in plain PyTorch, which is slower: {reason}")
     return found
 
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # numbered as in bias_act.h
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.lru_cache

@@ -15,7 +15,7 @@ from torch import Tensor
 from dnnlib.console import UserError, brief
 from dnnlib.files import cache_dir
 from torch_utils import build
-from torch_utils.ops import bias_act, chain, modulated_linear, pixel_path
+from torch_utils.ops import bias_act, chain, modulated_linear, pixel_path, pixels
 
 
 def noise(*shape: int) -> Tensor:
@@ -40,6 +40,17 @@ def native_chain(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[T
     return chain.Chain([small], impl=impl)(x.to(device, dtype)), chain.Chain([layer], impl="reference")(x)
 
 
+def training_pixels(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The gradient by the rows."""
+    layer, lines = chain.Layer(noise(3, 16), noise(3), branch=True), (noise(1, 2, 8, 4, 16), noise(1, 2, 20, 4, 16))
+    small = layer._replace(weight=layer.weight.to(device, dtype), bias=layer.bias.to(device, dtype))
+    made = []
+    for name, layers, kind in ((impl, [small], dtype), ("reference", [layer], torch.float64)):
+        rows, cols = (line.to(device, kind).requires_grad_() for line in lines)
+        made += torch.autograd.grad(pixels.pixels(rows, cols, layers, impl=name).square().sum(), rows)
+    return made[0], made[1]
+
+
 def whole_pixel_path(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two decoders and a refinement, on 16 channels."""
     decoder = [(32, 16), (64, 32), (32, 64), (16, 32)]
@@ -55,12 +66,15 @@ def whole_pixel_path(impl: str, device: torch.device, dtype: torch.dtype) -> tup
 # Operation, implementation, the device that it is for, its types, and (result, truth) of an example.
 CHECKS: list[tuple[str, str, str, tuple[torch.dtype, ...], Callable]] = [
     ("bias_act", "reference", "cpu", (torch.float32,), fused_bias_act),
+    ("bias_act", "cpp", "cpu", (torch.float32, torch.bfloat16), fused_bias_act),
     ("bias_act", "cuda", "cuda", (torch.float32, torch.float16, torch.bfloat16), fused_bias_act),
     ("modulated_linear", "reference", "cpu", (torch.float32,), fused_modulated_linear),
     ("modulated_linear", "cuda", "cuda", (torch.float16, torch.bfloat16), fused_modulated_linear),
     ("modulated_linear", "cublas", "cuda", (torch.float32, torch.float16, torch.bfloat16), fused_modulated_linear),
     ("chain", "reference", "cpu", (torch.float32,), native_chain),
     ("chain", "cpp", "cpu", (torch.float32,), native_chain),
+    ("pixels", "reference", "cpu", (torch.float32,), training_pixels),
+    ("pixels", "cpp", "cpu", (torch.float32,), training_pixels),
     ("pixel_path", "reference", "cpu", (torch.float32,), whole_pixel_path),
     ("pixel_path", "cpp", "cpu", (torch.float32,), whole_pixel_path),
     ("pixel_path", "triton", "cuda", (torch.float16, torch.bfloat16), whole_pixel_path),

@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from torch_utils.build import DTYPES, Kernels, choose
 
-IMPLS = ("auto", "reference", "cuda")
+IMPLS = ("auto", "reference", "cpp", "cuda")
 SOURCE = Path(__file__).with_suffix(".cu")
 
 
@@ -36,9 +36,10 @@ def bias_act(
     """clamp(gain · act(x + bias), ±clamp) in the dtype of x; `bias` [C] lies along axis `dim` of x.
 
     `act` is a key of ACTIVATIONS, which also holds its default gain. No clamp by default.
-    `impl`: "reference" is PyTorch; "cuda" (bias_act.cu) rounds once, where the reference rounds after each step, and
-    keeps two bits of each element for the gradient; "auto" as in `torch_utils.build.choose`.
-    Differentiable twice. Raises ValueError when bias has another shape, UserError when "cuda" cannot be had.
+    `impl`: "reference" is PyTorch; "cuda" (bias_act.cu) and "cpp" (bias_act.cpp, float32 and bfloat16 on CPUs) round
+    once, where the reference rounds after each step, and keep two bits (cpp: eight) of each element for the gradient;
+    "auto" as in `torch_utils.build.choose`.
+    Differentiable twice. Raises ValueError when bias has another shape, UserError when the named one is unavailable.
     """
     activation = ACTIVATIONS[act]
     gain = activation.gain if gain is None else gain
@@ -85,8 +86,13 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def codes_for(x: Tensor, count: int) -> Tensor:
-    """Room for the codes of `count` elements in the dtype of x: one for 16 bytes, two bits in it for an element."""
+def codes_for(x: Tensor, count: int, kernels: Kernels) -> Tensor:
+    """Room for the codes of `count` elements in the dtype of x.
+
+    On a GPU one for 16 bytes, two bits in it for an element; on a CPU a byte for an element.
+    """
+    if not kernels.capability:
+        return torch.empty(count, dtype=torch.int8)
     return torch.empty(-(-count * x.element_size() // 16), dtype=torch.int16, device=x.device)
 
 
@@ -103,7 +109,7 @@ class BiasAct(Function):
 
     @staticmethod
     def forward(ctx, x, bias, dim, kernels, formula):
-        codes = codes_for(x, x.numel())
+        codes = codes_for(x, x.numel(), kernels)
         ctx.save_for_backward(codes)
         ctx.others = [i for i in range(x.ndim) if i != dim]
         ctx.bias_dtype = None if bias is None else bias.dtype

@@ -55,11 +55,21 @@ def modulated_linear(
         return fused(kernels, elements, x, weight, style, bias, demodulate, act, clamp, impl)
     # At least float32 here: a sum of 512 equal float16 squares overflows once |w'| > 11.3 (65504 / 512 = 127.9).
     with full_precision(x):
-        modulated = weight * style.to(weight.dtype)[:, None, :]
-        if demodulate:
-            modulated = modulated * (modulated.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
-    y = torch.baddbmm(bias.to(x.dtype), x, modulated.mT.to(x.dtype))
+        weight = modulated(weight, style.to(weight.dtype), demodulate)
+    if elements is not None:  # on a CPU, which has no kernel for the weights
+        x = x.to(product_dtype(x))
+        return bias_act(x @ weight.mT.to(x.dtype), bias, act=act, clamp=clamp)
+    y = torch.baddbmm(bias.to(x.dtype), x, weight.mT.to(x.dtype))
     return bias_act(y, act=act, clamp=clamp, impl="reference")
+
+
+def modulated(weight: Tensor, style: Tensor, demodulate: bool = True, gain: float = 1.0) -> Tensor:
+    """weight [O,I], style [N,I] -> gain · w' [N,O,I]."""
+    product = weight * style[:, None, :]
+    if not demodulate:
+        return product * gain if gain != 1 else product
+    length = (style.square() @ weight.square().mT + EPSILON).rsqrt()  # [N,O]
+    return product * (length * gain if gain != 1 else length)[..., None]
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
@@ -162,7 +172,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor | None, kerne
 class Product(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, kernels, elements, formula):
-        codes = codes_for(x, x.shape[:2].numel() * len(bias))
+        codes = codes_for(x, x.shape[:2].numel() * len(bias), elements)
         ctx.save_for_backward(x, weight, codes)
         ctx.elements, ctx.formula = elements, formula
         return product(x, weight, bias, codes, kernels, formula)

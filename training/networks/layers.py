@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from torch_utils.ops.bias_act import bias_act
-from torch_utils.ops.modulated_linear import modulated_linear
+from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
+from torch_utils.ops.chain import Layer as ChainLayer
+from torch_utils.ops.modulated_linear import modulated, modulated_linear
 from torch_utils.precision import full_precision
 
 CLAMP = 256.0  # features of the synthesis and of the discriminator stay within ±256, far from float16's 65504
@@ -48,6 +49,11 @@ class EqualLinear(Layer):
         x = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
         return bias_act(x, act=self.act, impl=self.impl)
 
+    def folded(self) -> ChainLayer:
+        """The layer with its gains, which commute with a leaky ReLU, in weight [O,I] and bias."""
+        slope, gain = ACTIVATIONS[self.act]
+        return ChainLayer(self.weight * (self.weight_gain * gain), self.bias * (self.bias_gain * gain), slope)
+
 
 class SynthesisLayer(Layer):
     """[N,P,I], w [N,w_dim] -> [N,P,O]: modulated and demodulated 1×1 convolution, leaky ReLU, clamp."""
@@ -62,6 +68,11 @@ class SynthesisLayer(Layer):
         with full_precision(w):
             style = self.affine(w)
         return modulated_linear(x, self.weight, style, self.bias, clamp=CLAMP, impl=self.impl)
+
+    def folded(self, w: Tensor) -> ChainLayer:
+        """As EqualLinear's, for styles w [N,w_dim]: the weight is [N,O,I]."""
+        slope, gain = ACTIVATIONS["lrelu"]
+        return ChainLayer(modulated(self.weight, self.affine(w), gain=gain), self.bias * gain, slope, CLAMP)
 
 
 class Head(Layer):
@@ -84,3 +95,8 @@ class Head(Layer):
             x, self.weight, style, self.bias, demodulate=False, act="linear", clamp=CLAMP, impl=self.impl
         )
         return y.to(torch.promote_types(y.dtype, torch.float32))
+
+    def folded(self, w: Tensor) -> ChainLayer:
+        """As SynthesisLayer's; its output is a branch of the chain."""
+        weight = modulated(self.weight, self.affine(w) * self.style_gain, demodulate=False)
+        return ChainLayer(weight, self.bias, clamp=CLAMP, branch=True)

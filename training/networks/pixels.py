@@ -8,9 +8,11 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from torch_utils.ops import pixels as pixels_op
+from torch_utils.ops.chain import Layer as ChainLayer
 from torch_utils.precision import full_precision
 from torch_utils.recompute import by_parts
-from training.networks.layers import EqualLinear, Head, SynthesisLayer
+from training.networks.layers import EqualLinear, Head, Layer, SynthesisLayer
 from training.networks.lines import Lines
 
 
@@ -50,10 +52,11 @@ class RefinementBlock(nn.Module):
         return x, self.head(x, w)
 
 
-class PixelSynthesis(nn.Module):
+class PixelSynthesis(Layer):
     """Lines of any window, w [N,w_dim] -> [N,img_channels,H,W]. Paper section 3.3.
 
     recompute: compute some rows of a picture at a time, and again in the backward pass, which keeps the lines alone.
+    Where torch_utils.ops.pixels has C++ code, that is how it works in any case.
     """
 
     def __init__(
@@ -72,6 +75,9 @@ class PixelSynthesis(nn.Module):
         )
 
     def forward(self, lines: Lines, w: Tensor) -> Tensor:
+        if pixels_op.choose(self.impl, lines.rows):
+            with full_precision(w):
+                return pixels_op.pixels(*lines, self.folded(w), impl=self.impl)
         if not (self.recompute and len(w)):
             return self.window(*lines, w)
         height, width = lines.rows.shape[2], lines.cols.shape[2]
@@ -94,3 +100,15 @@ class PixelSynthesis(nn.Module):
             x, colours = block(x, w)
             image = image + colours
         return image.unflatten(1, (rows.shape[2], cols.shape[2])).movedim(-1, 1)
+
+    def folded(self, w: Tensor) -> list[ChainLayer]:
+        """The layers for styles w [N,w_dim], as the operation takes them."""
+        layers = []
+        for decoder in self.decoders:
+            made = [layer.folded() for layer in decoder.children()]
+            layers += made[:-1] + [layer._replace(terms=1) for layer in made[-1:]]
+        layers += [layer.folded() for layer in self.decoder_last]
+        layers.append(self.decoder_img.folded()._replace(branch=True))
+        for block in self.refinement:
+            layers += [layer.folded(w) for layer in (*block.layers, block.head)]
+        return layers

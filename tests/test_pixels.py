@@ -1,0 +1,144 @@
+"""Laws of the C++ code that trains on a CPU: pixels and bias_act, fused against reference, with both derivatives."""
+
+import itertools
+import math
+import shutil
+
+import pytest
+import torch
+
+from dnnlib.console import UserError
+from torch_utils import build as building
+from torch_utils.build import cpp_compiler
+from torch_utils.ops import pixels as module
+from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.chain import Layer
+from torch_utils.ops.pixels import pixels, with_tensors
+from training.networks import Generator, GeneratorConfig
+
+pytestmark = pytest.mark.skipif(not shutil.which(cpp_compiler()[0]), reason="there is no C++ compiler")
+
+
+def noise(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def example(images, fusions, channels, thickness, height, width, clamp, terms):
+    """Lines and layers in float64; `terms` of the fusions are added on the way, and weights alternate in kind."""
+    seeds = itertools.count()
+    rows = noise(fusions, images, height, thickness, channels, seed=next(seeds)) / thickness**0.5
+    cols = noise(fusions, images, width, thickness, channels, seed=next(seeds)) / thickness**0.5
+    layers, inputs = [], channels
+    for i in range(terms + 2):
+        for outputs, own in ((2 * channels + 1, i % 2), (channels, not i % 2)):
+            weight = noise(*[images] * own, outputs, inputs, seed=next(seeds)) / math.sqrt(inputs)
+            last = outputs == channels and i < terms
+            layers.append(Layer(weight, noise(outputs, seed=next(seeds)), 0.2, clamp, terms=int(last)))
+            inputs = outputs
+        if i >= terms - 1:
+            weight = noise(images, 3, inputs, seed=next(seeds)) / math.sqrt(inputs)
+            layers.append(Layer(weight, noise(3, seed=next(seeds)), clamp=clamp, branch=True))
+    return rows, cols, layers
+
+
+def both_derivatives(function, inputs, dtype):
+    """Value, gradients, and gradients of a weighted sum of the gradients, in float64."""
+    inputs = [t.to(dtype).requires_grad_() for t in inputs]
+    value = function(*inputs)
+    sent = noise(*value.shape, seed=100).to(dtype).requires_grad_()
+    first = torch.autograd.grad(value, inputs, sent, create_graph=True)
+    total = sum((g * noise(*g.shape, seed=101 + i).to(dtype)).sum() for i, g in enumerate(first))
+    second = torch.autograd.grad(total, [sent, *inputs], allow_unused=True, materialize_grads=True)
+    return [t.double() for t in (value, *first, *second)]
+
+
+def distance(a, b):
+    return (a - b).norm().item() / (b.norm().item() or 1)
+
+
+SHAPES = [(2, 3, 8, 4, 5, 20), (1, 2, 3, 1, 2, 70), (3, 1, 17, 8, 1, 1), (1, 2, 5, 3, 150, 64)]  # the last has parts
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("clamp", [math.inf, 1.0])
+def test_pixels_are_the_reference_with_derivatives_of_both_orders(shape, clamp):
+    rows, cols, layers = example(*shape, clamp, terms=max(0, shape[1] - 2))
+    inputs = [rows, cols, *(t for layer in layers for t in (layer.weight, layer.bias))]
+
+    def run(impl, dtype):
+        return both_derivatives(lambda r, c, *ts: pixels(r, c, with_tensors(layers, ts), impl=impl), inputs, dtype)
+
+    for got, truth in zip(run("cpp", torch.float32), run("reference", torch.float64), strict=True):
+        assert distance(got, truth) < 1e-4
+
+
+def test_threads_do_not_change_the_gradient():
+    rows, cols, layers = example(3, 2, 8, 4, 20, 30, 1.0, terms=1)
+    inputs = [t.float() for t in (rows, cols, *(t for layer in layers for t in (layer.weight, layer.bias)))]
+    threads, made = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            leaves = [t.requires_grad_() for t in inputs]
+            value = pixels(*leaves[:2], with_tensors(layers, leaves[2:]), impl="cpp")
+            made.append([value, *torch.autograd.grad(value.square().sum(), leaves)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("decoders", [True, False])
+def test_a_generator_paints_the_same_with_and_without(decoders):
+    torch.manual_seed(0)
+    config = GeneratorConfig(img_resolution=16, channel_base=128, channel_max=16, z_dim=8, w_dim=8, decoders=decoders)
+    G = Generator(config)
+    plain = Generator(config.model_copy(update={"impl": "reference"}))
+    plain.load_state_dict(G.state_dict())
+    images, gradients = [], []
+    for network in (G, plain):
+        parameters = list(network.parameters())
+        image = network(noise(2, 8, seed=0).to(parameters[0].dtype))
+        images.append(image.double())
+        gradients.append(torch.cat([g.double().flatten() for g in torch.autograd.grad(image.sum(), parameters)]))
+    assert distance(*images) < 1e-5
+    assert distance(*gradients) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, -1])
+@pytest.mark.parametrize("last", [False, True])
+def test_bias_act_is_the_reference_with_derivatives_of_both_orders(dtype, dim, last):
+    x, bias = noise(3, 7, 45, 38, seed=0), noise({1: 7, -1: 38}[dim], seed=1)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+
+    def run(impl, dtype):
+        arguments = {"act": "lrelu", "clamp": 0.8, "dim": dim, "impl": impl}
+        return both_derivatives(lambda x, b: bias_act(x, b, **arguments), [x.to(dtype), bias], dtype)
+
+    # Truth is float64 on the same rounded numbers; the second derivative by x is zero, and exact.
+    for got, truth in zip(run("cpp", dtype), run("reference", torch.float64), strict=True):
+        assert distance(got, truth) < (1e-6 if dtype == torch.float32 else 0.1)
+    if dtype == torch.float32:
+        value, by_x = ([made[i] for made in (run("cpp", dtype), run("reference", dtype))] for i in (0, 1))
+        assert torch.equal(*value)
+        assert torch.equal(*by_x)
+
+
+def test_a_named_implementation_never_falls_back(monkeypatch):
+    rows, cols, layers = example(1, 1, 2, 1, 2, 2, 1.0, terms=0)
+    with pytest.raises(UserError, match=r"is for float32 on CPUs, not torch\.float64"):
+        pixels(rows, cols, layers, impl="cpp")
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    for cached in (module.build, building.kernels, building.say_once):
+        cached.cache_clear()
+    try:
+        tensors = [t.float() for layer in layers for t in (layer.weight, layer.bias)]
+        small = with_tensors(layers, tensors)
+        with pytest.raises(UserError, match="there is no C"):
+            pixels(rows.float(), cols.float(), small, impl="cpp")
+        with pytest.raises(UserError, match="there is no C"):
+            bias_act(torch.ones(3), impl="cpp")
+        assert pixels(rows.float(), cols.float(), small).shape == (1, 3, 2, 2)
+    finally:
+        for cached in (module.build, building.kernels, building.say_once):
+            cached.cache_clear()
