@@ -46,7 +46,7 @@ def test_every_recipe_builds_networks_of_its_size(path, tmp_path):
         G, D = Generator(config.G), build_discriminator(config.D)
         picture = G(torch.empty(4, config.G.z_dim))
         assert picture.shape == (4, 3, size, size)
-        assert D(picture).shape == (4, 5 if config.D.kind == "projected" else 1)
+        assert D(picture).shape == (4, 8 if config.D.kind == "projected" else 1)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -26,7 +26,7 @@ def images(count: int, channels: int = 3) -> torch.Tensor:
 def test_a_batch_is_its_images_one_by_one(c_dim):
     D, x, c = build(c_dim=c_dim), images(3), torch.eye(3, dtype=torch.float64)[:, :c_dim]
     together = D(x, c)
-    assert together.shape == (3, 5)
+    assert together.shape == (3, 8)
     for n in range(3):
         assert (D(x[n : n + 1], c[n : n + 1]) - together[n]).abs().max() < 1e-10
 

@@ -100,9 +100,10 @@ class Head(nn.Module):
 
 
 class ProjectedDiscriminator(nn.Module):
-    """img [N,C,R,R] in [-1,1], c [N,c_dim] or None -> logits [N,5]: four of features, fine first, and one of pixels.
+    """img [N,C,R,R] in [-1,1], c [N,c_dim] or None -> logits [N,8]: four of features, fine first, and four of pixels.
 
-    Conditional as the residual one is. The same errors.
+    The four of pixels are equal, so that pixels and features weigh the same in a mean. Conditional as the residual one
+    is. The same errors.
     """
 
     def __init__(self, config: ProjectedConfig):
@@ -127,7 +128,7 @@ class ProjectedDiscriminator(nn.Module):
         if self.mappings:
             pairs = zip(logits, self.mappings, strict=True)
             logits = [(x * m(None, c)).sum(dim=1, keepdim=True) / math.sqrt(LABEL) for x, m in pairs]
-        return torch.cat([*logits, pixels], dim=1)
+        return torch.cat([*logits, pixels.expand(-1, len(logits))], dim=1)
 
 
 def as_rgb(img: Tensor) -> Tensor:
