@@ -280,17 +280,30 @@ def write_pictures(
 
 
 def write_grid(
-    job: Job, group: Processes, seeds: list[int], classes: list[str | None], ws: Tensor, camera: Camera, path: Path
+    job: Job,
+    group: Processes,
+    seeds: list[int],
+    classes: list[str | None],
+    ws: Tensor,
+    camera: Camera,
+    path: Path,
+    columns: int | None,
 ) -> None:
-    """Writes the pictures of ws [N,num_ws,w_dim] into the file `path`, row by row, nearly as many pixels high as wide.
+    """Writes the pictures of ws [N,num_ws,w_dim] into the file `path`, row by row.
 
-    Cells that are left over in the last row stay black.
+    Without `columns`, nearly as many pixels high as wide. Cells that are left over in the last row stay black.
     """
     height, width = job.geometry["size"]
-    columns = min(len(ws), math.ceil(math.sqrt(len(ws) * height / width)))
+    columns = min(len(ws), columns or math.ceil(math.sqrt(len(ws) * height / width)))
     format = GRIDS[path.suffix]
     plan = job.plan(camera, 0)
-    settings = job.settings | {"seeds": seeds, "classes": classes, "camera": camera, "tile": plan.tile}
+    settings = job.settings | {
+        "seeds": seeds,
+        "classes": classes,
+        "camera": camera,
+        "tile": plan.tile,
+        "columns": columns,
+    }
     total = len(ws) * height * width // group.world
     with progress(None, desc=path.name, total=total, unit="px", scale=True) as bar:
         write_sheet(job, group, ws, columns, plan, path, format, settings, bar)
@@ -377,6 +390,7 @@ def write_film(job: Job, group: Processes, ws: Tensor, camera: Camera, frames: i
 @click.option("--seeds", metavar="0-3,7", help="One picture for each seed; the stations of a film.")
 @click.option("--outdir", metavar="DIR", help="Where seed0000.png … are written.")
 @click.option("--grid", metavar="FILE.png", help="All pictures in one file, row by row; or .webp, .tif, .dzi.")
+@click.option("--columns", type=click.IntRange(min=1), help="Of --grid.  [default: nearly square]")
 @click.option(
     "--trunc", type=float, default=1, show_default=True, help="Truncation ψ: 1 is the full variety, 0 the average."
 )
@@ -417,7 +431,9 @@ def write_film(job: Job, group: Processes, ws: Tensor, camera: Camera, frames: i
 @click.option("--w-frames", type=click.IntRange(min=1), default=60, show_default=True, help="Frames for each seed.")
 @click.option("--fps", type=click.FloatRange(min=0, min_open=True), default=30, show_default=True)
 @click.pass_context
-def main(context, network, seeds, outdir, grid, trunc, trunc_cutoff, classes, mix, video, w_frames, fps, **options):
+def main(
+    context, network, seeds, outdir, grid, columns, trunc, trunc_cutoff, classes, mix, video, w_frames, fps, **options
+):
     """Render pictures and films of a trained generator.
 
     \b
@@ -439,6 +455,8 @@ def main(context, network, seeds, outdir, grid, trunc, trunc_cutoff, classes, mi
         raise UserError("--seeds is missing; see generate.py --help")
     if sum(map(bool, (outdir, grid, video))) != 1:
         raise UserError("give one of --outdir, for pictures, --grid, for all in one, and --video, for a film")
+    if columns and not grid:
+        raise UserError("--columns belongs to --grid; give --grid=FILE.png as well")
     if grid and Path(grid).suffix not in GRIDS:
         raise UserError(f"--grid={grid}: choose a name that ends in {', '.join(GRIDS)}")
     if not math.isfinite(trunc):
@@ -481,7 +499,7 @@ def main(context, network, seeds, outdir, grid, trunc, trunc_cutoff, classes, mi
                 job.settings.update(seeds=numbers, classes=drawn, camera=camera)
                 write_film(job, group, ws, camera, w_frames * len(numbers), Path(video), fps)
             elif grid:
-                write_grid(job, group, numbers, drawn, ws, camera, Path(grid))
+                write_grid(job, group, numbers, drawn, ws, camera, Path(grid), columns)
             else:
                 work = {seed: (kind, w) for seed, kind, w in zip(numbers, drawn, ws, strict=True)}
                 write_pictures(job, group, work, camera, Path(outdir), options["format"])

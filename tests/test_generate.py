@@ -142,11 +142,14 @@ def test_without_classes_a_seed_has_one_of_its_own(networks, tmp_path):
     assert len({(tmp_path / name / "seed0005.png").read_bytes() for name in ("alone", "among", "chosen")}) == 1
 
 
-@pytest.mark.parametrize(("seeds", "size", "rows", "columns"), [("3-9", "20x20", 3, 3), ("0-4", "40x16", 3, 2)])
-def test_a_grid_holds_the_pictures_of_the_seeds_row_by_row(networks, tmp_path, seeds, size, rows, columns):
+@pytest.mark.parametrize(
+    ("seeds", "size", "rows", "columns", "options"),
+    [("3-9", "20x20", 3, 3, ()), ("0-4", "40x16", 3, 2, ()), ("0-4", "20x20", 2, 4, ("--columns=4",))],
+)
+def test_a_grid_holds_the_pictures_of_the_seeds_row_by_row(networks, tmp_path, seeds, size, rows, columns, options):
     call = ("--network", networks / "cond.safetensors", f"--seeds={seeds}", f"--size={size}", "--tile=16")
     assert run(*call, "--outdir", tmp_path / "single").exit_code == 0
-    assert run(*call, "--grid", tmp_path / "grid.png").exit_code == 0
+    assert run(*call, "--grid", tmp_path / "grid.png", *options).exit_code == 0
     width, height = map(int, size.split("x"))
     grid = picture(tmp_path / "grid.png")
     assert grid.shape == (rows * height, columns * width, 3)
@@ -442,6 +445,7 @@ def test_a_wrong_call_is_a_sentence_and_writes_nothing(networks, tmp_path, optio
         (["--seeds=0-1", "--video=film.avi"], ["film.avi", ".mp4"]),
         (["--seeds=0-1", "--video=", "--outdir="], ["--outdir", "--grid", "--video"]),
         (["--seeds=0-1", "--video=", "--grid=sheet.jpg"], ["sheet.jpg", ".png"]),
+        (["--seeds=0-1", "--video=", "--outdir=out", "--columns=2"], ["--columns", "--grid"]),
     ],
 )
 def test_a_wrong_film_or_grid_is_a_sentence_and_writes_nothing(networks, tmp_path, options, words):
