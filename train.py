@@ -132,7 +132,7 @@ def switch(name: str, text: str):
 )
 @click.option("--snap", type=click.IntRange(min=1), help="Ticks between snapshots.  [default: 50]")
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and latents.  [default: 0]")
-@switch("--fp32", "float32 even on GPUs, which mix it with bfloat16.")
+@switch("--fp32", "float32 even where mixing it with bfloat16 is faster.")
 @click.option("--workers", type=click.IntRange(min=0), help="Reading processes per training process.  [default: 3]")
 @click.option("--metrics", metavar="A,B|none", help="Measured at every snapshot.  [default: none]")
 @click.option("--desc", metavar="TEXT", help="Added to the name of the run directory.")
@@ -322,9 +322,11 @@ def run(config, procs, outdir, cfg, desc, resume, init_from) -> int:
     from torch_utils import checkpoint
     from training.loop import find_state, train
     from training.report import duration
-    from training.trainer import initialise, new_state
+    from training.trainer import decide_precision, initialise, new_state
 
     say = click.echo if procs.is_first else lambda line: None
+    if not resume:
+        config = decide_precision(config, procs.device)
     images = open_images(config.model_dump())
     state = new_state(config, procs.device)
     metrics = snapshot_metrics(config)
@@ -349,7 +351,7 @@ def run(config, procs, outdir, cfg, desc, resume, init_from) -> int:
     else:
         report = initialise(state, init_from) if init_from else []
         folder = procs.share(new_folder(Path(outdir), cfg, images, desc) if procs.is_first else None)
-        for line in [f"run directory {folder}", *report]:
+        for line in [f"run directory {folder}", f"precision: {config.train.precision}", *report]:
             say(line)
     if images.has_labels and not config.data.cond:
         say(f"note: {config.data.path} has labels, and this run ignores them; add --cond to train on them")

@@ -34,7 +34,7 @@ RECIPE = {
     "loss": {"r1_interval": 3, "pl_interval": 2},
     "augment": {"mode": "none"},
     "data": {"workers": 0},
-    "train": {"batch": 8, "kimg": 0.056, "tick": 0.016, "snap": 1},
+    "train": {"batch": 8, "kimg": 0.056, "tick": 0.016, "snap": 1, "precision": "float32"},
 }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dnnlib.console import UserError
 from torch_utils import checkpoint
 from torch_utils.distributed import Processes
+from torch_utils.precision import multiplies_bfloat16_fast
 from torch_utils.randomness import generator
 from torch_utils.stats import Stats
 from training import diffaug, ema, losses
@@ -362,7 +363,14 @@ class Trainer:
 def half_precision(config: RunConfig, device: torch.device) -> torch.dtype | None:
     """The type that autocast mixes with float32 on `device`, or None."""
     precision = config.train.precision
-    if precision == "auto":
-        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bfloat16" if has_it else "float32"
+    if precision == "auto":  # of a run begun before new runs decided it: float32 on every CPU
+        precision = "bfloat16" if device.type == "cuda" and multiplies_bfloat16_fast(device) else "float32"
     return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def decide_precision(config: RunConfig, device: torch.device) -> RunConfig:
+    """Put what is fast on `device` in the place of `precision: auto`, so that a continued run computes the same."""
+    if config.train.precision != "auto":
+        return config
+    precision = "bfloat16" if multiplies_bfloat16_fast(device) else "float32"
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
