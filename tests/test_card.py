@@ -111,7 +111,7 @@ def test_a_network_is_float16_where_that_is_not_seen(models, factor):
         assert 2 * weights < path.stat().st_size < 3 * weights
     else:
         assert "in float32" in said
-        assert change == 0
+        assert change < 1e-6
         assert path.stat().st_size > 4 * weights
 
 
