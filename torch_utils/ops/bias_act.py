@@ -121,7 +121,8 @@ class BiasAct(Function):
         gx = Gradient.apply(gy, *ctx.saved_tensors, ctx.kernels, ctx.formula)
         gb = None
         if ctx.needs_input_grad[1]:
-            gb = gx.sum(ctx.others, dtype=ctx.bias_dtype) if ctx.others else gx.to(ctx.bias_dtype)
+            # Added up in float32 whatever the type; `dtype=` would first write all of gx in float32.
+            gb = (gx.sum(ctx.others) if ctx.others else gx).to(ctx.bias_dtype)
         return gx, gb, None, None, None
 
 
