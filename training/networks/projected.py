@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch_utils.lite0 import CHANNELS, Lite0
 from torch_utils.precision import full_precision
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
+from training.networks.layers import EqualLinear
 from training.networks.mapping import Mapping
 
 MIXED = (64, 128, 256, 512)  # channels of the four features after mixing across channels …
 FUSED = (64, 64, 128, 256)  # … and across scales
-HEAD = (64, 128, 256, 512)  # channels at strides 4, 8, 16, 32 in the heads
+HEAD = (64, 128, 256, 256)  # channels at strides 4, 8, 16, 32 in the heads
 SPREAD = (9.8, 8.9, 6.0, 2.5)  # standard deviations of the features: divided by them, all scales weigh the same
 LABEL = 64  # numbers in which a head compares an image with its label
 
@@ -66,16 +67,19 @@ class Projection(nn.Module):
 class HeadLayer(nn.Module):
     """[N,I,H,W] -> [N,O,H/2,W/2]: 4×4 convolution with stride 2, GroupNorm, leaky ReLU.
 
-    Where the paper has BatchNorm and spectral normalisation: neither lets an image be judged by itself.
+    The learning rate is equalised, as everywhere, so that one rate suits heads, pixels and G. GroupNorm stands where the
+    paper has BatchNorm and spectral normalisation: neither lets an image be judged by itself.
     """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=False)
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 4, 4))
+        self.weight_gain = 1 / math.sqrt(inputs * 16)
         self.norm = nn.GroupNorm(outputs // 16, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(self.norm(self.conv(x)), 0.2)
+        x = F.conv2d(x, self.weight * self.weight_gain, stride=2, padding=1)
+        return F.leaky_relu(self.norm(x), 0.2)
 
 
 class Head(nn.Module):
@@ -91,7 +95,7 @@ class Head(nn.Module):
             layers.append(HeadLayer(channels, outputs_))
             channels, side = outputs_, side // 2
         self.layers = nn.Sequential(*layers)
-        self.out = nn.Linear(channels * side * side, outputs)
+        self.out = EqualLinear(channels * side * side, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers(x)
