@@ -1,4 +1,4 @@
-# make demo  the whole job on photographs that come with scikit-image, in minutes, without a GPU
+# make demo  the whole job on letters of fonts that come with matplotlib, in minutes, without a GPU
 # make test  the test suite      make lint  format and lint      make bench  measure the rendering engine (an hour)
 # make gpu   test and measure the kernels on this machine's GPU, in at most nine minutes
 PYTHON ?= python3
@@ -13,16 +13,22 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# About eight minutes on two cores: photographs → archive → training → pictures at three sizes.
+# Trains on letters, then draws with that network and with the one that comes along.
 demo: .venv/ready
 	rm -rf out/demo
-	$(BIN)/python dataset_tool.py --source=skimage-photos --dest=out/demo/photos.zip --resolution=64x64 \
-		--transform=random-crops --crops=300
-	$(BIN)/python train.py --outdir=out/demo --cfg=demo --data=out/demo/photos.zip --mirror
-	cp out/demo/00000-demo-photos/reals.png out/demo/00000-demo-photos/fakes*.png out/demo
-	$(BIN)/python -m docs.figures --network=$$(ls out/demo/00000-demo-photos/network-snapshot-*.safetensors | tail -n 1) \
-		--seed=0 --out=out/demo/scales.png
-	@echo "Look at out/demo: reals.png, fakes*.png and scales.png"
+	$(BIN)/python dataset_tool.py --source=letters --dest=out/demo/letters.zip --resolution=32x32
+	$(BIN)/python train.py --outdir=out/demo --cfg=demo --cond --data=out/demo/letters.zip --gpus=2 --workers=1
+	mv out/demo/00000-demo-letters/network-snapshot-$$(ls out/demo/00000-demo-letters | sed -n 's/network-snapshot-//p' | tail -n 1) \
+		out/demo/letters.safetensors
+	$(BIN)/python generate.py --network=out/demo/letters.safetensors --trunc=0.7 --seeds=0-25 \
+		--size=128x128 --grid=out/demo/alphabet.png --columns=9
+	$(BIN)/python generate.py --network=out/demo/letters.safetensors --trunc=0.7 --seeds=0-4 --class=2,17,4,15,18 \
+		--size=819x819 --grid=out/demo/word.png --columns=5
+	$(BIN)/python -m docs.figures --network=emoji-people --seed=0 --trunc=0.7 --out=out/demo/scales.png
+	$(BIN)/python generate.py --network=emoji-people --trunc=0.7 --seeds=0 --size=4096x4096 --grid=out/demo/poster.png
+	$(BIN)/python generate.py --network=emoji-people --trunc=0.7 --seeds=0-1 --size=256x256 --zoom=1:8:1 --w-frames=30 \
+		--video=out/demo/zoom.mp4
+	@echo "Look at out/demo: alphabet.png, word.png, scales.png, poster.png and zoom.mp4"
 
 test: .venv/ready
 	$(BIN)/python -m pytest
