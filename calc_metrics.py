@@ -30,7 +30,7 @@ from metrics.scale import FILTERS
 from torch_utils.distributed import Processes, processes
 from torch_utils.pictures import to_uint8
 from torch_utils.randomness import generator
-from training.data import ImageArchive, ImageFiles, listed
+from training.data import ImageArchive, ImageFiles, cores, listed
 from training.networks import Generator
 from training.snapshot import find_network, load_generator
 
@@ -193,7 +193,7 @@ class Photographs:
 
 
 def readers(lists: Sequence[Sequence[int]]) -> int:
-    return min(READERS, os.cpu_count() or 1) if sum(map(len, lists)) >= WORTH else 0
+    return min(READERS, cores()) if sum(map(len, lists)) >= WORTH else 0
 
 
 # The measuring, here and in train.py.

@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 from typing import get_args
 
+# Read while torch is loaded: threads of OpenMP spin at barriers, and so hold cores that a neighbour needs, no longer.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import click
 import torch
 import yaml

@@ -383,6 +383,11 @@ def index_at(position: int, count: int, seed: int) -> int:
     return int(epoch_order(count, seed, epoch)[place])
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def batches(
     images: ImageArchive,
     *,

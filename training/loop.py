@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import resource
 import signal
 import sys
@@ -19,7 +18,7 @@ from torch_utils.distributed import Processes
 from torch_utils.pictures import to_uint8
 from torch_utils.randomness import generator
 from training.config import RunConfig
-from training.data import ImageArchive, batches
+from training.data import ImageArchive, batches, cores
 from training.memory import GIB, expected_bytes, parameters
 from training.networks import Generator
 from training.report import RunLog, SilentLog, duration, grid_shape, tile
@@ -61,7 +60,7 @@ def train(
         rank=procs.rank,
         world=procs.world,
         seed=t.seed,
-        workers=min(config.data.workers, os.cpu_count() or 1),
+        workers=min(config.data.workers, cores()),
         pin_memory=procs.device.type == "cuda",
     )
     if state.step == 0:

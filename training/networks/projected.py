@@ -67,8 +67,8 @@ class Projection(nn.Module):
 class HeadLayer(nn.Module):
     """[N,I,H,W] -> [N,O,H/2,W/2]: 4×4 convolution with stride 2, GroupNorm, leaky ReLU.
 
-    The learning rate is equalised, as everywhere, so that one rate suits heads, pixels and G. GroupNorm stands where the
-    paper has BatchNorm and spectral normalisation: neither lets an image be judged by itself.
+    The learning rate is equalised, as everywhere, so that one rate suits heads, pixels and G. GroupNorm stands where
+    the paper has BatchNorm and spectral normalisation: neither lets an image be judged by itself.
     """
 
     def __init__(self, inputs: int, outputs: int):
