@@ -62,6 +62,16 @@ def views(G: Generator, ws: Tensor) -> Image.Image:
     return sheet([top, wide])
 
 
+def zoom(G: Generator, ws: Tensor) -> Image.Image:
+    """The first style, and parts of it that are ever smaller, each magnified four times the last."""
+    row = {}
+    for k in (1, 4, 16, 64):
+        left, top = 0.5 - 0.5 / k, 0.4 - 0.4 / k
+        window = (left, top, left + 1 / k, top + 1 / k)
+        row[f"x{k * 256 // G.config.img_resolution}"] = picture(G, ws[:1], (256, 256), window=window)
+    return sheet([row])
+
+
 def walks(G: Generator, ws: Tensor) -> Image.Image:
     """Two rows of eight: on a straight line in W from the first style to the second, and from the third to the fourth.
 
@@ -74,7 +84,7 @@ def walks(G: Generator, ws: Tensor) -> Image.Image:
     )
 
 
-FIGURES = {"scales": scales, "views": views, "walks": walks}
+FIGURES = {"scales": scales, "views": views, "zoom": zoom, "walks": walks}
 
 
 @click.command()
