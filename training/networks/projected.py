@@ -33,7 +33,7 @@ class ProjectedConfig(DiscriminatorConfig):
     kind: Literal["projected"] = "projected"
     channel_base: int = Field(2048, ge=1, description="resolution R has min(channel_base / R, channel_max) channels")
     channel_max: int = Field(128, ge=1)
-    feature_size: int = Field(128, ge=64, multiple_of=32, description="side to which images are enlarged for features")
+    feature_size: int = Field(96, ge=64, multiple_of=32, description="side to which images are enlarged for features")
 
 
 class Projection(nn.Module):

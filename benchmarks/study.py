@@ -1,0 +1,93 @@
+"""What different recipes reach in the same time: python -m benchmarks.study --help
+
+    python -m benchmarks.study --data=clothing64.zip --minutes=15 --seeds=3 --runs=runs --out=study.json \\
+        "projected=--cfg=projected --mirror" "residual=--cfg=projected --mirror -o D.kind=residual"
+
+Each run is a fresh process of one thread. Recipes take turns, seed by seed, so that all of them share a busy hour.
+"""
+
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from benchmarks.machine import describe
+from dnnlib.console import UserError
+from dnnlib.files import atomic_write
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+METRICS = "fd_lite0_1k_full,lines1k_full"
+KIMG = 0.5  # between snapshots, of which the last in time counts
+
+
+def train(data: Path, options: str, seed: int, minutes: float, folder: Path) -> tuple[Path, float]:
+    """Train for some minutes; return the run's last snapshot and how many thousand images it had seen."""
+    command = [sys.executable, "train.py", f"--data={data}", f"--seed={seed}", f"--outdir={folder}", "--kimg=100000"]
+    command += [f"--tick={KIMG}", "--snap=1", *shlex.split(options)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    try:
+        _, errors = process.communicate(timeout=60 * minutes)
+        raise UserError(f"train.py {options} ended early with code {process.returncode}: {errors[-1000:]}")
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.communicate()
+    (run,) = folder.iterdir()
+    snapshots = sorted(run.glob("network-snapshot-*.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not snapshots:
+        raise UserError(f"train.py {options} wrote no snapshot in {minutes:g} minutes; give it more")
+    reports = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    return snapshots[-1], reports[len(snapshots) - 1]["Progress/kimg"]
+
+
+def measure(data: Path, network: Path) -> dict[str, float]:
+    """Return each metric of the network."""
+    command = [sys.executable, "calc_metrics.py", f"--network={network}", f"--data={data}", f"--metrics={METRICS}"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+    if ran.returncode:
+        raise UserError(f"calc_metrics.py could not measure {network}: {ran.stderr[-1000:]}")
+    records = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    return {name: value for record in records for name, value in record["results"].items()}
+
+
+def show(runs: list[dict]) -> str:
+    """Return a table in Markdown: of each recipe the medians and, with several seeds, the extremes."""
+    keys = [key for key in runs[0] if key not in ("recipe", "seed", "network")]
+    lines = [f"| recipe | {' | '.join(keys)} |", "| --- " * (len(keys) + 1) + "|"]
+    for recipe in dict.fromkeys(run["recipe"] for run in runs):
+        columns = [[run[key] for run in runs if run["recipe"] == recipe] for key in keys]
+        texts = [
+            f"{statistics.median(values):.3g}" + (f" ({min(values):.3g}–{max(values):.3g})" if len(values) > 1 else "")
+            for values in columns
+        ]
+        lines.append(f"| {recipe} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--data", metavar="ZIP|DIR", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), required=True, help="Of each training.")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Trainings of each recipe.")
+@click.option("--runs", "folder", metavar="DIR", required=True, type=click.Path(path_type=Path), help="For the runs.")
+@click.option("--out", metavar="JSON", required=True, type=click.Path(path_type=Path))
+@click.argument("recipes", metavar="NAME=OPTIONS...", nargs=-1, required=True)
+def main(data, minutes, seeds, folder, out, recipes):
+    """Train recipes, each given as a name and the options of train.py, for the same time, and measure them."""
+    result = {"machine": describe(), "data": data.name, "minutes": minutes, "recipes": list(recipes), "runs": []}
+    for seed in range(seeds):
+        for name, options in (recipe.split("=", 1) for recipe in recipes):
+            network, kimg = train(data, options, seed, minutes, folder / f"{name}-{seed}")
+            found = {"recipe": name, "seed": seed, "kimg": kimg, **measure(data, network), "network": str(network)}
+            click.echo(json.dumps(found))
+            result["runs"].append(found)
+            with atomic_write(out) as temporary:
+                temporary.write_text(json.dumps(result, indent=1) + "\n")
+    click.echo(show(result["runs"]))
+
+
+if __name__ == "__main__":
+    main()
