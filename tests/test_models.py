@@ -1,4 +1,4 @@
-"""The networks that come along: each is small, has a card, and draws images that differ and that agree between scales."""
+"""The networks that come along are small, have cards, and draw images that differ and agree between scales."""
 
 import pytest
 import torch

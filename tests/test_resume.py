@@ -210,7 +210,7 @@ KILLER = """
         child = os.fork()
         if child == 0:
             train.main(resume if again else start)
-        until = time.monotonic() + random.uniform(0.2, 2.0)
+        until = time.monotonic() + random.uniform(0.2, 2.0) * (1 + attempt / 8)  # a busy machine gets there, too
         ended = (0, 0)
         while ended[0] == 0 and (time.monotonic() < until or not any(folder.glob("training-state-*.pt"))):
             time.sleep(0.002)
@@ -233,7 +233,7 @@ def test_a_run_killed_at_random_moments_and_continued_is_the_unbroken_run(tiny):
     folder = tiny.folder / "killed" / unbroken.name
     seed = str(time.time_ns())
     command = [sys.executable, "-c", textwrap.dedent(KILLER), "\n".join(start), f"--resume={folder}", folder, seed]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, (seed, done.stderr)
     assert int(re.search(r"kills (\d+)", done.stdout)[1]) > 0, seed
     same_run(folder, unbroken)
