@@ -129,7 +129,9 @@ def distances(measured: list[dict], names: set[str]) -> str:
 @click.option("--run", "folder", metavar="RUN_DIR", required=True, type=click.Path(path_type=Path))
 @click.option("--name", metavar="NAME", required=True, help="In models/.")
 @click.option("--trunc", type=float, default=1, show_default=True, help="Truncation ψ of the grid.")
-@click.option("--by", metavar="METRIC", help="Distance that chooses the snapshot.  [default: the run's first metric]")
+@click.option(
+    "--by", metavar="METRIC", help="Distance that chooses the snapshot, or newest.  [default: the run's first metric]"
+)
 @click.option("--processor", metavar="TEXT", help="What the run took place on.  [default: this machine's]")
 @click.option("--data", metavar="TEXT", help="What the images are and whose.  [required for a new card]")
 @click.option("--licence", metavar="TEXT", help="Of the images.  [required for a new card]")
@@ -148,7 +150,8 @@ def main(folder, name, trunc, by, processor, **words):
     hand = written_by_hand(card, words)
     config = build(RunConfig, read_yaml(folder / "options.yaml"), str(folder / "options.yaml"))
     measured = [record for path in sorted(folder.glob("metric-*.jsonl")) for record in read_lines(path)]
-    best, why = choose(folder, measured, by or next(iter(config.metrics), None))
+    by = by or next(iter(config.metrics), "newest")
+    best, why = choose(folder, measured, None if by == "newest" else by)
     thousands = int(re.search(r"\d+", best.name)[0])
     reports = [line for line in read_lines(folder / "stats.jsonl") if int(line["Progress/kimg"]) <= thousands]
     if not reports:
