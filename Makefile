@@ -14,11 +14,12 @@ BIN := .venv/bin
 	touch $@
 
 # Trains on letters, then draws with that network and with the one that comes along.
+PROCESSES = $$($(BIN)/python -c 'import torch; print(min(torch.cuda.device_count() or 2, 2))')
 LETTERS = $$(ls out/demo/00000-demo-letters/network-snapshot-*.safetensors | tail -n 1)
 demo: .venv/ready
 	rm -rf out/demo
 	$(BIN)/python dataset_tool.py --source=letters --dest=out/demo/letters.zip --resolution=32x32
-	$(BIN)/python train.py --outdir=out/demo --cfg=demo --cond --data=out/demo/letters.zip --gpus=2 --workers=1
+	$(BIN)/python train.py --outdir=out/demo --cfg=demo --cond --data=out/demo/letters.zip --gpus=$(PROCESSES) --workers=1
 	$(BIN)/python generate.py --network=$(LETTERS) --trunc=0.7 --seeds=0-25 --size=128x128 --columns=9 --grid=out/demo/alphabet.png
 	$(BIN)/python generate.py --network=$(LETTERS) --trunc=0.7 --seeds=0-4 --class=2,17,4,15,18 --size=819x819 --columns=5 \
 		--grid=out/demo/word.png

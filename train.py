@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import get_args
 
-# Read while torch is loaded: threads of OpenMP spin at barriers, and so hold cores that a neighbour needs, no longer.
+# OpenMP reads this when torch is imported. By default its threads spin at each barrier and starve other processes.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import click

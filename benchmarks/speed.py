@@ -40,9 +40,11 @@ def train(checkout: Path, cfg: Path, data: Path, kimg: float, outdir: Path, opti
 
 @click.command()
 @click.option(
-    "--checkout", "checkouts", multiple=True, metavar="NAME=DIR", help="Another one than this, such as before=../old."
+    "--checkout", "checkouts", type=(str, Path), multiple=True, metavar="NAME DIR", help="Another one: before ../old."
 )
-@click.option("--cfg", metavar="FILE", required=True, help="A recipe that all of them read.")
+@click.option(
+    "--cfg", type=click.Path(exists=True, path_type=Path), required=True, help="A recipe that all of them read."
+)
 @click.option("--size", type=click.IntRange(8), default=64, show_default=True, help="Side of the images.")
 @click.option("--kimg", type=float, default=0.5, show_default=True, help="Thousand images between two reports.")
 @click.option("--turns", type=click.IntRange(1), default=3, show_default=True)
@@ -51,8 +53,7 @@ def train(checkout: Path, cfg: Path, data: Path, kimg: float, outdir: Path, opti
 @click.argument("options", nargs=-1)
 def main(checkouts, cfg, size, kimg, turns, busy, out, options):
     """Compare this checkout with others. OPTIONS go to train.py, after --."""
-    folders = {name: Path(folder) for name, folder in (text.split("=", 1) for text in checkouts)}
-    folders["this"] = Path(__file__).parents[1]
+    folders = dict(checkouts) | {"this": Path(__file__).parents[1]}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
     neighbours = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(busy)]
     try:
@@ -65,7 +66,7 @@ def main(checkouts, cfg, size, kimg, turns, busy, out, options):
             for turn in range(turns):
                 for name, folder in folders.items():
                     outdir = Path(temporary) / f"{name}-{turn}"
-                    runs[name].append(train(folder, Path(cfg).resolve(), data, kimg, outdir, list(options)))
+                    runs[name].append(train(folder, cfg.resolve(), data, kimg, outdir, list(options)))
                     click.echo(f"{name}: {json.dumps(runs[name][-1])}")
     finally:
         for process in neighbours:
@@ -73,7 +74,7 @@ def main(checkouts, cfg, size, kimg, turns, busy, out, options):
     medians = {name: {key: statistics.median(r[key] for r in rs) for key in rs[0]} for name, rs in runs.items()}
     result = {
         "machine": describe() | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
-        "recipe": Path(cfg).read_text(),
+        "recipe": cfg.read_text(),
         "options": options,
         "busy": busy,
         "medians": medians,

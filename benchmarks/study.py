@@ -1,7 +1,7 @@
 """What different recipes reach in the same time: python -m benchmarks.study --help
 
     python -m benchmarks.study --data=clothing64.zip --minutes=15 --seeds=3 --runs=runs --out=study.json \\
-        "projected=--cfg=projected --mirror" "residual=--cfg=projected --mirror -o D.kind=residual"
+        --recipe projected "--cfg=projected --mirror" --recipe residual "--cfg=projected --mirror -o D.kind=residual"
 
 Each run is a fresh process of one thread. Recipes take turns, seed by seed, so that all of them share a busy hour.
 """
@@ -41,16 +41,18 @@ def train(data: Path, options: str, seed: int, minutes: float, folder: Path) -> 
     if not snapshots:
         raise UserError(f"train.py {options} wrote no snapshot in {minutes:g} minutes; give it more")
     reports = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
-    return snapshots[-1], reports[len(snapshots) - 1]["Progress/kimg"]
+    return snapshots[-1], reports[-1]["Progress/kimg"]  # written together
 
 
 def measure(data: Path, network: Path) -> dict[str, float]:
-    """Return each metric of the network."""
+    """Measure a snapshot, in its run's directory; return each metric."""
+    run = network.parent
     command = [sys.executable, "calc_metrics.py", f"--network={network}", f"--data={data}", f"--metrics={METRICS}"]
+    command += [f"--outdir={run}"]
     ran = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
     if ran.returncode:
         raise UserError(f"calc_metrics.py could not measure {network}: {ran.stderr[-1000:]}")
-    records = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    records = [json.loads(path.read_text().splitlines()[-1]) for path in sorted(run.glob("metric-*.jsonl"))]
     return {name: value for record in records for name, value in record["results"].items()}
 
 
@@ -74,12 +76,20 @@ def show(runs: list[dict]) -> str:
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Trainings of each recipe.")
 @click.option("--runs", "folder", metavar="DIR", required=True, type=click.Path(path_type=Path), help="For the runs.")
 @click.option("--out", metavar="JSON", required=True, type=click.Path(path_type=Path))
-@click.argument("recipes", metavar="NAME=OPTIONS...", nargs=-1, required=True)
+@click.option(
+    "--recipe",
+    "recipes",
+    type=(str, str),
+    multiple=True,
+    required=True,
+    metavar="NAME OPTIONS",
+    help="A name and the options of train.py, quoted; may be repeated.",
+)
 def main(data, minutes, seeds, folder, out, recipes):
-    """Train recipes, each given as a name and the options of train.py, for the same time, and measure them."""
-    result = {"machine": describe(), "data": data.name, "minutes": minutes, "recipes": list(recipes), "runs": []}
+    """Train recipes for the same time and measure them."""
+    result = {"machine": describe(), "data": data.name, "minutes": minutes, "recipes": dict(recipes), "runs": []}
     for seed in range(seeds):
-        for name, options in (recipe.split("=", 1) for recipe in recipes):
+        for name, options in recipes:
             network, kimg = train(data, options, seed, minutes, folder / f"{name}-{seed}")
             found = {"recipe": name, "seed": seed, "kimg": kimg, **measure(data, network), "network": str(network)}
             click.echo(json.dumps(found))

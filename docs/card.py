@@ -37,12 +37,12 @@ def read_lines(path: Path) -> list[dict]:
         raise UserError(f"cannot read {path} as lines of JSON ({error}); give the directory of a run") from error
 
 
-def choose(run: Path, measured: list[dict], by: str | None) -> tuple[Path, str]:
-    """Returns the snapshot with the smallest distance `by`, or without one the newest; and why. Raises UserError."""
+def choose(run: Path, measured: list[dict], by: str) -> tuple[Path, str]:
+    """Returns the snapshot with the smallest distance `by`, or the newest; and why. Raises UserError."""
     files = {path.name: path for path in sorted(run.glob("network-snapshot-*.safetensors"))}
     if not files:
         raise UserError(f"{run} holds no network-snapshot-*.safetensors; give the directory of a run")
-    if by is None:
+    if by == "newest":
         return list(files.values())[-1], "the last one"
     (metric,) = parse(by)
     if not FAMILIES[metric.family].reals or metric.family == "pr":
@@ -151,7 +151,7 @@ def main(folder, name, trunc, by, processor, **words):
     config = build(RunConfig, read_yaml(folder / "options.yaml"), str(folder / "options.yaml"))
     measured = [record for path in sorted(folder.glob("metric-*.jsonl")) for record in read_lines(path)]
     by = by or next(iter(config.metrics), "newest")
-    best, why = choose(folder, measured, None if by == "newest" else by)
+    best, why = choose(folder, measured, by)
     thousands = int(re.search(r"\d+", best.name)[0])
     reports = [line for line in read_lines(folder / "stats.jsonl") if int(line["Progress/kimg"]) <= thousands]
     if not reports:

@@ -55,7 +55,7 @@ class TrainConfig(Config):
     seed: int = Field(0, ge=0, lt=2**31)
     precision: Literal["auto", "float32", "float64", "bfloat16"] = Field(
         "auto",
-        description="bfloat16 mixes with float32; auto does so where it is fast: GPUs that have it, CPUs with AMX",
+        description="bfloat16 mixes with float32; auto does so where it is fast: GPUs and CPUs with bfloat16",
     )
     ema_kimg: float = Field(ge=0, description="half-life of the average of G, in thousand images")
     ema_rampup: float | None = Field(0.05, gt=0, description="half-life at most this share of the images seen")

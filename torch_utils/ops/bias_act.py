@@ -121,8 +121,9 @@ class BiasAct(Function):
         gx = Gradient.apply(gy, *ctx.saved_tensors, ctx.kernels, ctx.formula)
         gb = None
         if ctx.needs_input_grad[1]:
-            # Added up in float32 whatever the type; `dtype=` would first write all of gx in float32.
-            gb = (gx.sum(ctx.others) if ctx.others else gx).to(ctx.bias_dtype)
+            # On a CPU `dtype=` writes all of gx in float32 first; without it, too, bfloat16 is summed in float32.
+            dtype = None if gx.device.type == "cpu" else ctx.bias_dtype
+            gb = (gx.sum(ctx.others, dtype=dtype) if ctx.others else gx).to(ctx.bias_dtype)
         return gx, gb, None, None, None
 
 
