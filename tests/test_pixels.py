@@ -56,7 +56,8 @@ def distance(a, b):
     return (a - b).norm().item() / (b.norm().item() or 1)
 
 
-SHAPES = [(2, 3, 8, 4, 5, 20), (1, 2, 3, 1, 2, 70), (3, 1, 17, 8, 1, 1), (1, 2, 5, 3, 150, 64)]  # the last has parts
+SHAPES = [(2, 3, 8, 4, 5, 20), (1, 2, 3, 1, 2, 70), (3, 1, 17, 8, 1, 1)]
+SHAPES += [(1, 2, 5, 3, 150, 64), (1, 2, 3, 2, 501, 9)]  # in parts, whose last rows do not fill a strip
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

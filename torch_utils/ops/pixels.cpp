@@ -1,5 +1,6 @@
 // Lines to colours and back on a CPU (pixels.py says what it computes). Positions pass in strips of one row of an image,
-// which stay in the cache through all layers; the gradient computes a strip again. Every product is `multiply`.
+// or of several where they are short. A strip stays in the cache through all layers; the gradient computes it again.
+// Every product is `multiply`.
 //
 // Legend: N images, K fusions, C channels, D thickness, H rows, W columns. A strip is [channels][WIDE] vectors.
 
@@ -30,11 +31,13 @@ struct Layer {
 };
 
 struct Shape {
-    int64_t images, fusions, channels, thickness, height, width;  // width: a multiple of STRIP
-    int64_t visible;                                              // columns that are in the image
-    int64_t first;                                                // fusions that are summed before the first layer
-    int64_t colours, bands, threads;                              // bands of rows: the parts of an image
-    int64_t record;                                               // floats of a part's gradients of weights and biases
+    int64_t images, fusions, channels, thickness, height;
+    int64_t width;    // of the lines of columns: STRIP is a multiple of it, or it is a multiple of STRIP
+    int64_t visible;  // columns that are in the image
+    int64_t tall;     // rows of a strip
+    int64_t first;    // fusions that are summed before the first layer
+    int64_t colours, bands, threads;  // bands of rows: the parts of an image
+    int64_t record;                   // floats of a part's gradients of weights and biases
 };
 
 // --- products --------------------------------------------------------------------------------------------------------
@@ -119,29 +122,38 @@ static int64_t padded(int64_t count) { return (count + LANES - 1) / LANES; }  //
 struct Part {
     const Shape &s;
     const Layer *layers;
-    int64_t count, image;
-    const float *rows, *cols;    // [K,N,H,D,C], [N,K,C,D,W]
+    int64_t count, image, end;     // end: of this part's rows
+    const float *rows, *cols;      // [K,N,H,D,C], [N,K,C,D,W]
     float *rows_grad, *cols_grad;  // as rows; [K,C,D,W] of this part
 
     // x [C] += fusion k of the strip that begins at column w of row h.
     void fuse(int64_t k, int64_t h, int64_t w, Vector *x) const {
-        const float *row = rows + ((k * s.images + image) * s.height + h) * s.thickness * s.channels;
-        const Vector *col = column(cols, image * s.fusions + k, w);
-        for (int64_t c = 0; c < s.channels; c++, x += WIDE)
-            for (int64_t d = 0; d < s.thickness; d++, col += s.width / LANES)
-                for (int j = 0; j < WIDE; j++) x[j] += col[j] * row[d * s.channels + c];
+        const int64_t wide = WIDE / s.tall;
+        for (int64_t i = 0; i < s.tall; i++) {
+            const float *row = rows + line(k, h + i);
+            const Vector *col = column(cols, image * s.fusions + k, w);
+            Vector *y = x + i * wide;
+            for (int64_t c = 0; c < s.channels; c++, y += WIDE)
+                for (int64_t d = 0; d < s.thickness; d++, col += s.width / LANES)
+                    for (int64_t j = 0; j < wide; j++) y[j] += col[j] * row[d * s.channels + c];
+        }
     }
 
     // The gradients of the lines from that of the fusion, g [C].
     void unfuse(int64_t k, int64_t h, int64_t w, const Vector *g) const {
-        const int64_t size = s.thickness * s.channels, at = ((k * s.images + image) * s.height + h) * size;
+        const int64_t wide = WIDE / s.tall;
+        for (int64_t i = 0; i < s.tall; i++) unfuse_row(k, line(k, h + i), w, g + i * wide, wide);
+    }
+
+    void unfuse_row(int64_t k, int64_t at, int64_t w, const Vector *g, int64_t wide) const {
+        const int64_t size = s.thickness * s.channels;
         const Vector *col = column(cols, image * s.fusions + k, w);
         Vector *grad = const_cast<Vector *>(column(cols_grad, k, w));
         Vector sums[LANES] = {};
         for (int64_t i = 0; i < size; i++, col += s.width / LANES, grad += s.width / LANES) {  // i is c·D + d
             const int64_t c = i / s.thickness, d = i % s.thickness;
             Vector sum{};
-            for (int j = 0; j < WIDE; j++) {
+            for (int64_t j = 0; j < wide; j++) {
                 sum += col[j] * g[c * WIDE + j];
                 grad[j] += g[c * WIDE + j] * rows[at + d * s.channels + c];
             }
@@ -152,6 +164,11 @@ struct Part {
                     rows_grad[at + l % s.thickness * s.channels + l / s.thickness] += totals[l - first];
             }
         }
+    }
+
+    // Where row h of fusion k begins. A strip may reach beyond the part, where its gradient is 0: its last row serves.
+    int64_t line(int64_t k, int64_t h) const {
+        return ((k * s.images + image) * s.height + std::min(h, end - 1)) * s.thickness * s.channels;
     }
 
     const Vector *column(const float *lines, int64_t k, int64_t w) const {
@@ -256,23 +273,31 @@ void pixels(const Shape *shape, const Layer *layers, int64_t count, const float 
     parallel(s.images * s.bands, s.threads, [&](int64_t part) {
         const int64_t image = part / s.bands, band = part % s.bands;
         const int64_t line = s.fusions * s.channels * s.thickness * s.width;
-        const Part p{s, layers, count, image, rows, cols, rows_grad, colours_grad ? cols_grad + part * line : nullptr};
+        const int64_t end = (band + 1) * s.height / s.bands;
+        float *own = colours_grad ? cols_grad + part * line : nullptr;
+        const Part p{s, layers, count, image, end, rows, cols, rows_grad, own};
         const auto aligned = std::align_val_t(sizeof(Vector));
         Vector *x = static_cast<Vector *>(operator new(space * sizeof(Vector), aligned));
         std::fill(x, x + space, Vector{});
         Vector *factors = x + (inputs + s.colours) * WIDE, *sums = factors + kept * WIDE, *g = sums + s.colours * WIDE;
-        for (int64_t h = band * s.height / s.bands; h < (band + 1) * s.height / s.bands; h++)
+        for (int64_t h = band * s.height / s.bands; h < end; h += s.tall)
             for (int64_t w = 0; w < s.visible; w += STRIP) {
-                const int64_t n = std::min<int64_t>(STRIP, s.visible - w) * sizeof(float);
-                const int64_t at = (image * s.colours * s.height + h) * s.visible + w, plane = s.height * s.visible;
+                // Between a strip and the rows of an image of which it is made.
+                const auto copy = [&](auto move) {
+                    const int64_t n = std::min<int64_t>(STRIP / s.tall, s.visible - w) * sizeof(float);
+                    for (int64_t c = 0; c < s.colours; c++)
+                        for (int64_t i = 0; i < std::min(s.tall, end - h); i++)
+                            move(((image * s.colours + c) * s.height + h + i) * s.visible + w,
+                                 reinterpret_cast<float *>(sums + c * WIDE) + i * STRIP / s.tall, n);
+                };
                 if (!colours_grad) {
                     p.forward<false>(h, w, x, factors, sums);
-                    for (int64_t c = 0; c < s.colours; c++) std::memcpy(colours + at + c * plane, sums + c * WIDE, n);
+                    copy([&](int64_t at, const float *strip, int64_t n) { std::memcpy(colours + at, strip, n); });
                     continue;
                 }
                 p.forward<true>(h, w, x, factors, sums);
                 std::fill(sums, sums + s.colours * WIDE, Vector{});
-                for (int64_t c = 0; c < s.colours; c++) std::memcpy(sums + c * WIDE, colours_grad + at + c * plane, n);
+                copy([&](int64_t at, float *strip, int64_t n) { std::memcpy(strip, colours_grad + at, n); });
                 p.backward(h, w, x + inputs * WIDE, factors + kept * WIDE, sums, g, g + widest * WIDE,
                            g + 2 * widest * WIDE, reinterpret_cast<Vector *>(record + (part + 1) * s.record));
             }

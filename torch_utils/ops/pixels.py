@@ -165,6 +165,7 @@ class Sizes(NamedTuple):
     height: int
     width: int
     visible: int
+    tall: int
     first: int
     colours: int
     bands: int
@@ -182,11 +183,15 @@ class Program:
         fusions, images, height, thickness, channels = rows.shape
         visible = cols.shape[2]
         self.rows = (rows * 0.5).contiguous()
-        self.cols = F.pad(cols.permute(1, 0, 4, 3, 2), (0, -visible % strip)).contiguous()  # [N,K,C,D,W]
+        width = lanes
+        while width < min(visible, strip):
+            width *= 2
+        self.cols = F.pad(cols.permute(1, 0, 4, 3, 2), (0, -visible % width)).contiguous()  # [N,K,C,D,W]
         shapes = [w.shape[-2:] for w in self.tensors[::2]]
         self.records = [(o, -(-i // lanes) * lanes, lanes) for o, i in shapes]  # outputs, padded inputs, lanes
         self.sizes = Sizes(
             *(images, fusions, channels, thickness, height, self.cols.shape[4], visible),
+            tall=strip // width,
             first=fusions - sum(layer.terms for layer in layers),
             colours=shapes[-1][0],
             bands=min(4, -(-height * visible // PART), height),
