@@ -5,11 +5,13 @@ import json
 import math
 import re
 import shlex
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
 import click
 import torch
+from matplotlib.figure import Figure
 
 import generate
 import rendering
@@ -47,14 +49,31 @@ def choose(run: Path, measured: list[dict], by: str) -> tuple[Path, str]:
     (metric,) = parse(by)
     if not FAMILIES[metric.family].reals or metric.family == "pr":
         raise UserError(f"{by} is no distance from the data; choose the snapshot by another metric with --by")
-    values = {  # measured in training; calc_metrics.py names no step
-        record["network"]: next(iter(record["results"].values()))
-        for record in measured
-        if "step" in record and record["network"] in files and record["metric"].split("@")[0] == metric.name
-    }
+    values = {name: value for name, value in trained(measured, metric.name).items() if name in files}
     if not values:
         raise UserError(f"{run} holds no snapshot with {by}; choose by another metric with --by")
     return files[min(values, key=values.get)], f"that with the smallest {by} of {len(values)}"
+
+
+def trained(measured: list[dict], metric: str) -> dict[str, float]:
+    """Returns {snapshot: value} of a metric as measured in training, oldest first; calc_metrics.py names no step."""
+    ours = [record for record in measured if "step" in record and record["metric"].split("@")[0] == metric]
+    return {r["network"]: next(iter(r["results"].values())) for r in sorted(ours, key=lambda r: r["step"])}
+
+
+def draw_curve(values: dict[str, float], metric: str, hours_per_kimg: float, path: Path) -> None:
+    """Plots a metric over the hours of training."""
+    figure = Figure(figsize=(6, 2.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="hours of training", ylabel=metric, ylim=(0, 1.1 * max(values.values())))
+    axes.plot([thousands(name) * hours_per_kimg for name in values], list(values.values()), marker=".")
+    axes.grid(alpha=0.3)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def thousands(snapshot_name: str) -> int:
+    """Returns how many thousand images a snapshot has seen."""
+    return int(re.search(r"\d+", snapshot_name)[0])
 
 
 def command(run: Path, config: RunConfig) -> str:
@@ -137,8 +156,8 @@ def distances(measured: list[dict], names: set[str]) -> str:
 @click.option("--licence", metavar="TEXT", help="Of the images.  [required for a new card]")
 @click.option("--weaknesses", metavar="TEXT", help="What the network cannot do.  [required for a new card]")
 def main(folder, name, trunc, by, processor, **words):
-    """Puts the best network of a run into models/NAME.safetensors, 64 of its pictures into docs/images/NAME.png, and
-    what is known about it into models/NAME.md.
+    """Puts the best network of a run into models/NAME.safetensors, 64 of its pictures into docs/images/NAME.png, its
+    metrics over the hours of training beside them, and what is known about it into models/NAME.md.
 
     The words about data, licence and weaknesses stand at the end of the card. Made again, it keeps what is there.
     """
@@ -152,8 +171,8 @@ def main(folder, name, trunc, by, processor, **words):
     measured = [record for path in sorted(folder.glob("metric-*.jsonl")) for record in read_lines(path)]
     by = by or next(iter(config.metrics), "newest")
     best, why = choose(folder, measured, by)
-    thousands = int(re.search(r"\d+", best.name)[0])
-    reports = [line for line in read_lines(folder / "stats.jsonl") if int(line["Progress/kimg"]) <= thousands]
+    kimg = thousands(best.name)
+    reports = [line for line in read_lines(folder / "stats.jsonl") if int(line["Progress/kimg"]) <= kimg]
     if not reports:
         raise UserError(f"{folder / 'stats.jsonl'} has no report of the time of {best.name}; give an unbroken run")
     train_command = command(folder, config)
@@ -162,12 +181,20 @@ def main(folder, name, trunc, by, processor, **words):
 
     G = snapshot.load_generator(best)
     stored = write_network(G, network)
-    image = snapshot.MODELS.parent / "docs" / "images" / f"{name}.png"
+    images = snapshot.MODELS.parent / "docs" / "images"
+    image = images / f"{name}.png"
     drawing = [f"--network={name}", "--seeds=0-63", f"--trunc={trunc:g}"]
     generate.main([*drawing, f"--grid={image}"], standalone_mode=False)
 
     height, width = G.config.img_shape
-    seen = f"{reports[-1]['Progress/kimg']:,.0f} thousand images in {duration(reports[-1]['Timing/total_sec'])}"
+    pace = statistics.median(line["Timing/sec_per_kimg"] for line in reports)  # a pause is in few reports
+    seen = f"{reports[-1]['Progress/kimg']:,.0f} thousand images in {duration(pace * reports[-1]['Progress/kimg'])}"
+    curves = []
+    for metric in sorted({record["metric"].split("@")[0] for record in measured if "step" in record}):
+        values = {n: v for n, v in trained(measured, metric).items() if thousands(n) <= kimg}
+        if len(values) > 1:
+            draw_curve(values, metric, pace / 3600, images / f"{name}-{metric}.png")
+            curves.append(f"![{metric} over the hours of training](../docs/images/{name}-{metric}.png)")
     facts = [
         ("", ""),
         ("images", f"{width}x{height}, {G.config.img_channels} channels, {G.config.c_dim or 'no'} classes"),
@@ -182,6 +209,7 @@ def main(folder, name, trunc, by, processor, **words):
         f"Trained and, for the picture above, drawn with\n\n```bash\n{train_command}\n"
         f"{shlex.join(['python', 'generate.py', *drawing, f'--grid=docs/images/{name}.png'])}\n```",
         distances(measured, {best.name, name}),
+        *curves,
         HAND,
         hand,
     ]

@@ -50,6 +50,8 @@ def test_a_card_tells_how_to_train_and_draw_what_it_shows(tiny, models, run, mon
     text = (models / "noise.md").read_text()
     assert "40.25" in text
     assert "50.5" not in text
+    assert "(../docs/images/noise-fid1k_full.png)" in text
+    assert Image.open(models.parent / "docs" / "images" / "noise-fid1k_full.png").size == (600, 250)
 
     training, drawing = (shlex.split(line) for line in text.splitlines() if line.startswith("python "))
     monkeypatch.chdir(tiny.folder)

@@ -145,7 +145,7 @@ def _adam(network: nn.Module, lr: float, lazy_interval: int | None, config: RunC
     # A lazy term adds an update every k steps: k/(k+1) slows rate and decays to balance (StyleGAN2, appendix B).
     share = 1.0 if lazy_interval is None else lazy_interval / (lazy_interval + 1)
     betas = (float(config.optim.beta1**share), float(config.optim.beta2**share))
-    return torch.optim.Adam(network.parameters(), lr=lr * share, betas=betas, eps=config.optim.eps)
+    return torch.optim.Adam(network.parameters(), lr=lr * share, betas=betas, eps=config.optim.eps, fused=True)
 
 
 class Trainer:
