@@ -1,5 +1,6 @@
-"""Laws of the C++ code that trains on a CPU: pixels and bias_act, fused against reference, with both derivatives."""
+"""Laws of the C++ code that trains on a CPU: pixels, bias_act, lowpass against reference, with both derivatives."""
 
+import functools
 import itertools
 import math
 import shutil
@@ -14,6 +15,7 @@ from torch_utils.ops import pixels as module
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.chain import Layer
 from torch_utils.ops.pixels import pixels, with_tensors
+from torch_utils.ops.resample import lowpass
 from training.networks import Generator, GeneratorConfig
 
 pytestmark = pytest.mark.skipif(not shutil.which(cpp_compiler()[0]), reason="there is no C++ compiler")
@@ -123,6 +125,20 @@ def test_bias_act_is_the_reference_with_derivatives_of_both_orders(dtype, dim, l
         value, by_x = ([made[i] for made in (run("cpp", dtype), run("reference", dtype))] for i in (0, 1))
         assert torch.equal(*value)
         assert torch.equal(*by_x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("padding", "stride"), [(2, 1), (1, 2), (0, 2), (3, 1)])
+@pytest.mark.parametrize("shape", [(2, 3, 9, 12), (1, 40, 100, 90), (0, 2, 8, 8), (3, 8, 4, 5)], ids=str)
+def test_lowpass_is_the_reference_with_derivatives_of_both_orders(dtype, padding, stride, shape):
+    """The second shape is work for several threads."""
+    inputs = [noise(*shape, seed=0)]
+    call = functools.partial(lowpass, padding=padding, stride=stride)
+    got = both_derivatives(lambda x: call(x, impl="cpp"), inputs, dtype)
+    truth = both_derivatives(lambda x: call(x, impl="reference"), inputs, torch.float64)
+    for a, b in zip(got, truth, strict=True):
+        assert a.shape == b.shape
+        assert distance(a, b) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_a_named_implementation_never_falls_back(monkeypatch):

@@ -1,29 +1,12 @@
 // bias_act on a CPU (bias_act.py says what it computes): one pass over memory, and one for the gradient.
 
+#include "bfloat.h"
 #include "parallel.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
-// Enough elements for a thread to be worth its start, some 15 µs.
-constexpr int64_t SHARE = 1 << 18, BLOCK = 1024;
-
-struct BFloat {
-    uint16_t bits;
-    operator float() const {
-        const uint32_t wide = uint32_t(bits) << 16;
-        float value;
-        std::memcpy(&value, &wide, 4);
-        return value;
-    }
-    BFloat() = default;
-    explicit BFloat(float value) {  // to the nearest, ties to even; NaN stays NaN
-        uint32_t wide;
-        std::memcpy(&wide, &value, 4);
-        bits = uint16_t(value != value ? 0x7fc0 : (wide + 0x7fff + (wide >> 16 & 1)) >> 16);
-    }
-};
+constexpr int64_t BLOCK = 1024;
 
 struct Formula {
     float slope, gain, clamp;

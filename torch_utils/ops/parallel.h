@@ -7,6 +7,8 @@
 #include <thread>
 #include <vector>
 
+constexpr int64_t SHARE = 1 << 18;  // elements that are worth the start of a thread, some 15 µs
+
 // f(i) for i in 0 … count - 1, in any order, on at most `threads` threads.
 template <typename F>
 void parallel(int64_t count, int64_t threads, F f) {

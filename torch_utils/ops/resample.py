@@ -1,39 +1,52 @@
 """Halving an image without aliasing."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from torch_utils.build import DTYPES, Kernels, choose
 from torch_utils.precision import full_precision
 
+IMPLS = ("auto", "reference", "cpp")
+SOURCE = Path(__file__).with_suffix(".cpp")
 
-def lowpass(x: Tensor, padding: int, stride: int = 1) -> Tensor:
+
+def lowpass(x: Tensor, padding: int, stride: int = 1, impl: str = "auto") -> Tensor:
     """Filters both axes with [1,3,3,1]/8 after zero padding, and keeps every `stride`-th sample of both (1 or 2).
 
-    [N,C,H,W] -> [N,C,H',W'] with H' = ⌈(H + 2·padding − 3) / stride⌉. Differentiable any number of times, each as one
-    depthwise convolution: the derivative that PyTorch has for those is several times as slow, and R1 takes two.
+    [N,C,H,W] -> [N,C,H',W'] with H' = ⌈(H + 2·padding − 3) / stride⌉. Differentiable any number of times.
+    impl: "reference" is PyTorch; "cpp" (resample.cpp), for float32 and bfloat16 on CPUs, works with channels last;
+        "auto" as in `torch_utils.build.choose`. Raises UserError when "cpp" is asked for and cannot be had.
     """
-    return Lowpass.apply(x, padding, stride)
+    kernels = choose(impl, IMPLS, SOURCE, x) if x.device.type == "cpu" or impl != "auto" else None
+    return Lowpass.apply(x, padding, stride, kernels)
 
 
 class Lowpass(Function):
     @staticmethod
-    def forward(ctx, x, padding, stride):
-        ctx.arguments = (*x.shape[2:], padding, stride)
-        return convolve(x, padding, stride)
+    def forward(ctx, x, padding, stride, kernels):
+        ctx.arguments = (*x.shape[2:], padding, stride, kernels)
+        height, width = (-(-(n + 2 * padding - 3) // stride) for n in x.shape[2:])
+        if kernels is None:
+            return convolve(x, padding, stride)
+        return native(kernels, x, (height, width), (*x.shape[2:], height, width, padding, stride, 0))
 
     @staticmethod
     def backward(ctx, g):
-        return Adjoint.apply(g, *ctx.arguments), None, None
+        return Adjoint.apply(g, *ctx.arguments), None, None, None
 
 
 class Adjoint(Function):
     """The filter is symmetric: zeros between the samples, then the same filter with the complementary padding."""
 
     @staticmethod
-    def forward(ctx, g, height, width, padding, stride):
-        ctx.arguments = padding, stride
+    def forward(ctx, g, height, width, padding, stride, kernels):
+        ctx.arguments = padding, stride, kernels
+        if kernels is not None:
+            return native(kernels, g, (height, width), (height, width, *g.shape[2:], padding, stride, 1))
         if stride > 1:
             samples, size = g, (height + 2 * padding - 3, width + 2 * padding - 3)
             g = torch.empty(*g.shape[:2], *size, dtype=g.dtype, device=g.device, memory_format=layout(g)).zero_()
@@ -42,13 +55,24 @@ class Adjoint(Function):
 
     @staticmethod
     def backward(ctx, x):
-        return Lowpass.apply(x, *ctx.arguments), None, None, None, None
+        return Lowpass.apply(x, *ctx.arguments), None, None, None, None, None
 
 
 def convolve(x: Tensor, padding: int, stride: int) -> Tensor:
+    """One depthwise convolution; the derivatives that PyTorch has for those are several times as slow."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8
     with full_precision(x):
         return F.conv2d(x, torch.outer(taps, taps).expand(x.shape[1], 1, 4, 4), None, stride, padding, 1, x.shape[1])
+
+
+def native(kernels: Kernels, x: Tensor, size: tuple[int, int], arguments: tuple[int, ...]) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty(*x.shape[:2], *size, dtype=x.dtype, memory_format=torch.channels_last)
+    if not x.numel():
+        return y.zero_()
+    if y.numel():
+        kernels.call("lowpass", DTYPES[x.dtype], x, y, *x.shape[:2], *arguments)
+    return y
 
 
 def layout(x: Tensor) -> torch.memory_format:

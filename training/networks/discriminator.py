@@ -72,9 +72,9 @@ class EqualConv2d(Layer):
         if not self.halve:
             x = F.conv2d(x, weight, padding=kernel // 2)
         elif kernel == 1:
-            x = F.conv2d(lowpass(x, padding=1, stride=2), weight)
+            x = F.conv2d(lowpass(x, padding=1, stride=2, impl=self.impl), weight)
         else:
-            x = F.conv2d(lowpass(x, padding=2), weight, stride=2)
+            x = F.conv2d(lowpass(x, padding=2, impl=self.impl), weight, stride=2)
         return bias_act(x, self.bias, act=self.act, gain=self.gain, clamp=self.clamp, dim=1, impl=self.impl)
 
 
