@@ -174,6 +174,16 @@ def test_the_minibatch_deviation_is_its_closed_form(count, group):
     assert np.allclose(got.numpy(), deviations(x.numpy(), group), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("variant", ["plain", "conditional"])
+def test_several_batches_in_one_call_are_judged_as_in_calls_of_their_own(variant):
+    D = frozen(**VARIANTS[variant])
+    img, c = judged(D, 24)
+    parts = [D(img[i : i + 8], None if c is None else c[i : i + 8]) for i in (0, 8, 16)]
+    assert torch.allclose(D(img, c, batches=3), torch.cat(parts), rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="do not divide"):
+        D(img, c, batches=5)
+
+
 def test_equal_images_deviate_by_the_root_of_epsilon():
     x = noise(1, 3, 4, 4).expand(4, 3, 4, 4)
     assert torch.allclose(minibatch_std(x, 4)[:, 3], torch.full((4, 4, 4), 1e-4).double(), rtol=1e-9)

@@ -251,8 +251,8 @@ class Trainer:
             with self._autocast():
                 with torch.no_grad():
                     fake = s.G(fake_z, fake_c)
-                fake_logits = s.D(fake_draws.apply(fake), fake_c)
-                real_logits = s.D(x_draws.apply(x), x_c)
+                both = torch.cat([fake_draws.apply(fake), x_draws.apply(x)])
+                fake_logits, real_logits = s.D(both, torch.cat([fake_c, x_c]), batches=2).chunk(2)
             loss = self.adversarial.critic(real_logits, fake_logits)
             (loss.mean() / self.rounds).backward()
             s.signs += torch.stack([real_logits.detach().sign().sum(), real_logits.new_full((), real_logits.numel())])

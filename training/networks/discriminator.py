@@ -92,22 +92,24 @@ class ResidualBlock(nn.Module):
         return self.conv1(self.conv0(x)) + self.skip(x)
 
 
-def minibatch_std(x: Tensor, group: int) -> Tensor:
+def minibatch_std(x: Tensor, group: int, batches: int = 1) -> Tensor:
     """[N,C,H,W] -> [N,C+1,H,W]: appends how much the images of a group differ, averaged over channels and pixels.
 
     Progressive GAN (ICLR 2018), section 3. With G = min(group, N), image n shares its group with every (N/G)-th image:
     n, n + N/G, n + 2N/G, … So when a batch is dealt out to processes like cards (image i to process i mod P), every
     group stays together, and P processes compute what one would.
+
+    x may hold several `batches` of N one after the other, which share no group: fakes and reals, for instance.
     """
-    n, _, height, width = x.shape
+    n = len(x) // batches
     group = min(group, n)
-    if n % group:
+    if n % group or len(x) % batches:
         raise ValueError(f"{n} images do not divide into minibatch-std groups of {group}; use a multiple of {group}")
-    y = x.unflatten(0, (group, n // group))
+    y = x.unflatten(0, (batches, group, n // group))
     # Not Tensor.var: its second derivative, which R1 takes, is ten times as far from float64.
-    variance = (y - y.mean(dim=0)).square().mean(dim=0)
-    deviation = (variance + 1e-8).sqrt().mean(dim=(1, 2, 3))
-    return torch.cat([x, deviation.repeat(group)[:, None, None, None].expand(n, 1, height, width)], dim=1)
+    variance = (y - y.mean(dim=1, keepdim=True)).square().mean(dim=1, keepdim=True)
+    deviation = (variance + 1e-8).sqrt().mean(dim=(3, 4, 5), keepdim=True)
+    return torch.cat([x, deviation.expand(-1, group, -1, 1, *x.shape[2:]).flatten(0, 2)], dim=1)
 
 
 class Epilogue(nn.Module):
@@ -120,18 +122,19 @@ class Epilogue(nn.Module):
         self.fc = EqualLinear(channels * 16, channels, act="lrelu")
         self.out = EqualLinear(channels, outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batches: int = 1) -> Tensor:
         with full_precision(x):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            x = self.conv(minibatch_std(x, self.mbstd_group))
+            x = self.conv(minibatch_std(x, self.mbstd_group, batches))
             return self.out(self.fc(x.flatten(1)))
 
 
 class Discriminator(nn.Module):
     """img [N,C,R,R] in [-1,1], c [N,c_dim] or None -> logits [N,1].
 
-    Conditional: the projection of Miyato and Koyama (ICLR 2018) on a mapping of the label. Raises ValueError when
-    img or c has another shape, or when N does not divide into minibatch-std groups.
+    img may hold several `batches` one after the other: the same as one call for each, and faster. Conditional: the
+    projection of Miyato and Koyama (ICLR 2018) on a mapping of the label. Raises ValueError when img or c has another
+    shape, or when a batch does not divide into minibatch-std groups.
     """
 
     def __init__(self, config: DiscriminatorConfig):
@@ -158,7 +161,7 @@ class Discriminator(nn.Module):
             x = call(block, x)
         return x
 
-    def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+    def forward(self, img: Tensor, c: Tensor | None = None, batches: int = 1) -> Tensor:
         expected = (self.config.img_channels, self.config.img_resolution, self.config.img_resolution)
         if img.ndim != 4 or img.shape[1:] != expected:
             raise ValueError(f"img must be [N,{','.join(map(str, expected))}], got {list(img.shape)}")
@@ -170,7 +173,7 @@ class Discriminator(nn.Module):
             x = torch.cat(by_parts(self.features, [(one,) for one in img.split(1)], shared))
         else:
             x = self.features(img)
-        x = self.epilogue(x)
+        x = self.epilogue(x, batches)
         if self.mapping is not None:
             x = (x * self.mapping(None, c)).sum(dim=1, keepdim=True) / math.sqrt(x.shape[1])
         return x

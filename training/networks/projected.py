@@ -107,7 +107,7 @@ class ProjectedDiscriminator(nn.Module):
     """img [N,C,R,R] in [-1,1], c [N,c_dim] or None -> logits [N,8]: four of features, fine first, and four of pixels.
 
     The four of pixels are equal, so that pixels and features weigh the same in a mean. Conditional as the residual one
-    is. The same errors.
+    is. The same `batches` and errors.
     """
 
     def __init__(self, config: ProjectedConfig):
@@ -125,8 +125,8 @@ class ProjectedDiscriminator(nn.Module):
     def regularised(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         return self.pixels(img, c)
 
-    def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
-        pixels = self.pixels(img, c)
+    def forward(self, img: Tensor, c: Tensor | None = None, batches: int = 1) -> Tensor:
+        pixels = self.pixels(img, c, batches)
         features = self.projection(as_rgb(img))
         logits = [head(x) for head, x in zip(self.heads, features, strict=True)]
         if self.mappings:
