@@ -207,8 +207,8 @@ def summary(found: dict) -> str:
 class Judges:
     """What is learned of an archive, and what it says of a generator."""
 
-    def __init__(self, images: ImageArchive, seed: int, device: torch.device):
-        self.images, self.seed = images, seed
+    def __init__(self, images: ImageArchive, seed: int, trunc: float, device: torch.device):
+        self.images, self.seed, self.trunc = images, seed, trunc
         batches = [(small(pictures), labels) for pictures, labels in stacks(images)]
         self.small, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
         self.detector = load("lite0", device=device)
@@ -262,9 +262,9 @@ class Judges:
         return found, rows
 
     def generated(self, G: Generator, num: int, labelled: ImageArchive | None = None) -> tuple[Tensor, Tensor]:
-        """uint8 [num,C,H,W] at truncation 1, and labels [num,K]: classes in turn, or drawn from those of `labelled`."""
+        """uint8 [num,C,H,W], and labels [num,K]: classes in turn, or drawn from those of `labelled`."""
         lists = cut([num], BATCH // 4)
-        batches = Generated(G, seed=self.seed, labelled=labelled).batches(lists)
+        batches = Generated(G, seed=self.seed, trunc=self.trunc, labelled=labelled).batches(lists)
         batches = progress(batches, desc="generated", total=len(lists), unit="batch")
         pictures, labels = zip(*((batch.pictures(), batch.c) for batch in batches), strict=True)
         return torch.cat(pictures), torch.cat(labels)
@@ -293,10 +293,11 @@ def open_networks(paths: tuple[str, ...], images: ImageArchive, device: torch.de
 @click.option("--network", "networks", multiple=True, metavar="FILE", help="A snapshot to judge; may be repeated.")
 @click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Images per class to be read.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the classifier and of latents.")
+@click.option("--trunc", type=float, default=1, show_default=True, help="Truncation ψ of the generated images.")
 @click.option("--grid", type=click.Path(path_type=Path), help="A PNG to write: generated, nearest by pixels, by Lite0.")
 @click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results/judges.json", show_default=True)
 @torch.no_grad()
-def main(data, networks, samples, seed, grid, out):
+def main(data, networks, samples, seed, trunc, grid, out):
     """Judge generators by what no discriminator saw, as JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = ImageArchive(data, channels=3)
@@ -307,8 +308,8 @@ def main(data, networks, samples, seed, grid, out):
         raise UserError("--grid shows one network; give one --network")
     for path in filter(None, (out, grid)):
         check_writable(path.parent)
-    judges = Judges(images, seed, device)
-    result = {"machine": describe(), "data": images.name, "images": len(images), "seed": seed}
+    judges = Judges(images, seed, trunc, device)
+    result = {"machine": describe(), "data": images.name, "images": len(images), "seed": seed, "trunc": trunc}
     if judges.facts:
         click.echo(json.dumps(judges.facts, ensure_ascii=False))
         result["classifier"] = judges.facts
