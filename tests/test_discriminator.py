@@ -15,7 +15,13 @@ from training.networks import Discriminator, DiscriminatorConfig
 from training.networks.discriminator import EqualConv2d, minibatch_std
 
 TINY = {"img_resolution": 16, "channel_base": 64, "channel_max": 8, "mapping_layers": 2}  # channels 4, 8, 8
-VARIANTS = {"plain": {}, "conditional": {"c_dim": 3}, "groups of two": {"mbstd_group": 2}, "grey": {"img_channels": 1}}
+VARIANTS = {
+    "plain": {},
+    "conditional": {"c_dim": 3},
+    "label without mapping": {"c_dim": 3, "mapping_layers": 0},
+    "groups of two": {"mbstd_group": 2},
+    "grey": {"img_channels": 1},
+}
 
 
 def noise(*shape, seed=1, dtype=torch.float64):

@@ -33,7 +33,7 @@ class Mapping(nn.Module):
         )
 
     def forward(self, z: Tensor | None, c: Tensor | None) -> Tensor:
-        dtype = self.layers[0].weight.dtype
+        dtype = next(self.parameters()).dtype
         parts = []
         if self.z_dim:
             if z is None or z.shape[1:] != (self.z_dim,):
