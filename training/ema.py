@@ -18,7 +18,5 @@ def decay(batch: int, images: int, kimg: float, rampup: float | None = 0.05) -> 
 @torch.no_grad()
 def track(average: nn.Module, model: nn.Module, keep: float) -> None:
     """average ← keep · average + (1 − keep) · model for parameters; buffers are copied."""
-    for a, p in zip(average.parameters(), model.parameters(), strict=True):
-        a.copy_(p.lerp(a, keep))
-    for a, b in zip(average.buffers(), model.buffers(), strict=True):
-        a.copy_(b)
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
+    torch._foreach_copy_(list(average.buffers()), list(model.buffers()))

@@ -326,15 +326,15 @@ class Trainer:
         """
         s = self.state
         network, optimizer = (s.G, s.G_opt) if name == "G" else (s.D, s.D_opt)
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        flat = self.procs.mean_(torch.cat([g.flatten() for g in gradients]))
+        moved = [p for p in network.parameters() if p.grad is not None]
+        flat = self.procs.mean_(torch.cat([p.grad.flatten() for p in moved]))
         # The squares too: one that overflows would make Adam's second moment infinite, and freeze its weight for ever.
-        finite = bool(flat.square().sum().isfinite())
+        finite = bool(flat.dot(flat).isfinite())
         s.stats.report(f"Progress/bad_gradients_{name}", flat.new_full((), float(not finite)))
         if finite:
             s.bad_steps[f"{name} {term}"] = 0
-            for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                g.copy_(mean.view_as(g))
+            for p, mean in zip(moved, flat.split([p.numel() for p in moved]), strict=True):
+                p.grad = mean.view_as(p)
             optimizer.step()
         else:
             bad = s.bad_steps.get(f"{name} {term}", 0) + 1
