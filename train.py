@@ -16,13 +16,14 @@ import click
 import torch
 import yaml
 
-from calc_metrics import Archive, Evaluation, Generated, default_batch
 from dnnlib.config import Config, build, merge, nearest, nested, override, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
+from metrics.evaluation import Evaluation, default_batch
 from metrics.plan import Settings
 from metrics.registry import Metric, parse
 from metrics.runner import load_tools
+from metrics.sources import Archive, Generated
 from torch_utils.distributed import launched, processes
 from training.config import RunConfig, resolve
 from training.data import ImageArchive

@@ -26,14 +26,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.machine import describe
-from calc_metrics import Generated, check_writable
 from dnnlib.console import UserError, progress
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, check_writable
 from metrics.cache import Statistics, cache_key, cached, content_digest
 from metrics.distances import frechet_distance
 from metrics.features import Detector, load
 from metrics.moments import Moments
 from metrics.pictures import cut, fitted
+from metrics.sources import Generated
 from torch_utils.randomness import generator
 from training.data import ImageArchive, epoch_order, index_at
 from training.networks import Generator

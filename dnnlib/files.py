@@ -106,3 +106,12 @@ def download(file: RemoteFile, path: Path) -> None:
                 f"{file.url} gave a file whose SHA-256 is {found}, not one that begins with {file.digest}; the "
                 f"download was cut short or another file lies there: try again, or put the right file at {path}"
             )
+
+
+def check_writable(folder: Path) -> None:
+    """Before the measuring, which takes minutes. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}; give a folder of yours as --outdir") from error

@@ -19,10 +19,11 @@ from PIL import Image
 from test_features import DINO, crops, dino_state, inception_file  # noqa: F401 (a fixture)
 
 import calc_metrics
-from metrics import features
+from metrics import evaluation, features, sources
 from metrics.lines import line_share
 from metrics.perceptual import NETS
 from metrics.pictures import Windows, cut, fitted
+from metrics.plan import Settings
 from metrics.registry import FAMILIES, KNOWN, parse
 from torch_utils.distributed import Processes
 from training.data import ImageArchive
@@ -273,8 +274,8 @@ def test_lines_compare_with_the_photographs(bench, monkeypatch):
     rows, cols = torch.randint(0, 128, (2, 5, 3, SIDE, 1), dtype=torch.uint8)
     plaid = save_pictures(bench.folder / "plaid", rows + cols.mT)
     options = {"network": None, "images": plaid, "outdir": bench.folder, "metrics": "lines1k_full"}
-    counts, read = [], calc_metrics.Archive.read
-    monkeypatch.setattr(calc_metrics.Archive, "read", lambda self, i: counts.append(len(i)) or read(self, i))
+    counts, read = [], sources.Archive.read
+    monkeypatch.setattr(sources.Archive, "read", lambda self, i: counts.append(len(i)) or read(self, i))
     first = bench.measure(**options)["lines5_full"]
     assert sum(counts) == 17 + 5
     assert bench.measure(**options)["lines5_full"]["results"] == first["results"]
@@ -310,7 +311,7 @@ def test_of_a_network_that_comes_along_results_are_kept_where_outdir_says(bench,
 
 def test_a_killed_run_goes_on_from_what_was_seen_in_the_photographs(bench, seen, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(calc_metrics.Generated, "paint", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        patch.setattr(sources.Generated, "paint", lambda *_, **__: signal.raise_signal(signal.SIGINT))
         result = bench.call(metrics="fd_dinov2_6_full")
     assert result.exit_code == 130
     assert result.output.count("\n") == 1
@@ -389,11 +390,11 @@ def test_windows_lie_where_they_say_in_photographs_of_any_size():
 
 
 def test_pictures_depend_on_the_seed_and_their_number_alone(bench):
-    fakes = calc_metrics.Generated(load_generator(bench.network))
+    fakes = sources.Generated(load_generator(bench.network))
     (together,) = fakes.batches([range(5)])
     single = torch.cat([batch.pictures() for batch in fakes.batches([[4], [2]])])
     assert (single.int() - together.pictures()[[4, 2]].int()).abs().max() <= 1  # a float32 sum may round the other way
-    other = calc_metrics.Generated(load_generator(bench.network), seed=1)
+    other = sources.Generated(load_generator(bench.network), seed=1)
     assert not torch.equal(next(other.batches([[2]])).ws, single)
 
 
@@ -402,11 +403,11 @@ def test_labels_are_distributed_as_those_of_the_photographs_or_take_turns(bench)
     names = sorted(path.name for path in bench.data.iterdir())
     labels = [[name, 2 if i % 4 else 0] for i, name in enumerate(names)]
     (bench.data / "dataset.json").write_text(json.dumps({"labels": labels}))
-    archive = calc_metrics.open_labelled(str(bench.data), G, mirror=False)
-    _, c = calc_metrics.Generated(G, labelled=archive).latents(range(2000), "latents")
+    archive = sources.open_labelled(str(bench.data), G, mirror=False)
+    _, c = sources.Generated(G, labelled=archive).latents(range(2000), "latents")
     share = np.mean([label == 0 for _, label in labels])
     assert c.mean(0).tolist() == pytest.approx([share, 0, 1 - share], abs=0.04)
-    _, c = calc_metrics.Generated(G).latents(range(1, 7), "latents")
+    _, c = sources.Generated(G).latents(range(1, 7), "latents")
     assert c.argmax(1).tolist() == [1, 2, 0, 1, 2, 0]
     assert bench.measure(metrics="fd_dinov2_4_full", network=bench.folder / "cond.safetensors")
     other = bench.save("other.safetensors", c_dim=5)
@@ -566,13 +567,13 @@ def test_what_cannot_be_measured_is_said_before_the_training(run, monkeypatch, m
 
 
 def test_a_signal_while_measuring_leaves_the_state_and_says_how_to_go_on(run, monkeypatch):
-    measure = calc_metrics.measure
+    measure = evaluation.measure
 
     def interrupted(*arguments, stop):
         signal.raise_signal(signal.SIGTERM)
         return measure(*arguments, stop=stop)
 
-    monkeypatch.setattr(calc_metrics, "measure", interrupted)
+    monkeypatch.setattr(evaluation, "measure", interrupted)
     result, folder = run("scale_psnr_4", "runs")
     assert result.exit_code == 143, result.output
     assert "to continue: --resume=" in result.output
@@ -589,7 +590,7 @@ def test_stopping_is_noticed_at_the_next_batch(bench):
         return len(calls) == 3
 
     alone = Processes(0, 1, torch.device("cpu"))
-    evaluation = calc_metrics.Evaluation(parse("scale_psnr_9"), None, None, {}, calc_metrics.Settings(batch=2), alone)
-    assert evaluation(calc_metrics.Generated(G), stop) == []
+    evaluate = evaluation.Evaluation(parse("scale_psnr_9"), None, None, {}, Settings(batch=2), alone)
+    assert evaluate(sources.Generated(G), stop) == []
     assert len(calls) == 3
-    assert len(evaluation(calc_metrics.Generated(G))) == 1
+    assert len(evaluate(sources.Generated(G))) == 1

@@ -46,7 +46,7 @@ class RunLog:
         self.events.flush()
 
     def metric(self, record: dict, step: int) -> None:
-        """One measurement, as calc_metrics.Evaluation gives it, as a line of metric-<name>.jsonl and in TensorBoard.
+        """One measurement, as metrics.evaluation gives it, as a line of metric-<name>.jsonl and in TensorBoard.
 
         It is printed, but not in log.txt: it comes after the state was saved, from which a run goes on, and what comes
         after that is cut off there.
