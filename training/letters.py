@@ -18,9 +18,9 @@ from PIL import Image
 from dnnlib.console import UserError
 from training.data import to_channels
 
-EXTENT = (0.55, 0.85)  # the longer side of a letter's box, in shorter sides of the image
+EXTENT = (0.65, 0.85)  # the longer side of a letter's box, in shorter sides of the image
 MARGIN = 0.06  # the least distance of that box, made square, from the edge, in the same unit
-ROTATION = 10  # degrees, to either side
+ROTATION = 5  # degrees, to either side
 CONTRAST = 4.5  # the least ratio of ink to ground: what WCAG 2.1 asks of text
 FLATTENED_AT = 4096  # pixels per em: curves become polygons that deviate by less than a pixel at this size
 
