@@ -4,12 +4,10 @@ import json
 import math
 import os
 import re
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import click
-import torch
 
 from dnnlib.config import read_yaml
 from dnnlib.console import UserError
@@ -21,6 +19,7 @@ from metrics.registry import FAMILIES, KNOWN, parse
 from metrics.runner import load_tools
 from metrics.scale import FILTERS
 from metrics.sources import Archive, Generated, Given, Photographs, open_labelled
+from torch_utils.command import command
 from torch_utils.distributed import processes
 from training.data import ImageArchive
 from training.snapshot import find_network, load_generator
@@ -122,19 +121,9 @@ def main(context, network, images, outdir, **options):
     """
     if context.invoked_subcommand:
         return
-    try:
-        with processes() as procs:
-            calculate(procs, network, images, outdir, **options)
-    except UserError:
-        # One that every process finds is said once: the launcher ends the others while they hold back.
-        time.sleep(5 * min(int(os.environ.get("RANK", 0)), 1))
-        raise
-    except torch.OutOfMemoryError as error:
-        raise UserError("the GPU's memory is full; give a smaller --batch") from error
-    except KeyboardInterrupt:
-        if int(os.environ.get("RANK", 0)) == 0:
-            click.echo("Interrupted; the statistics of photographs that were complete are kept.", err=True)
-        context.exit(130)
+    kept = "the statistics of photographs that were complete are kept."
+    with command(memory="give a smaller --batch", interrupted=kept), processes() as procs:
+        calculate(procs, network, images, outdir, **options)
 
 
 def calculate(
@@ -210,7 +199,9 @@ def add(records: list[dict], folder: Path, network: str | None) -> None:
     number = re.fullmatch(r"network-snapshot-(\d+)\.safetensors", Path(network or "").name)
     options = folder / "options.yaml"
     if number and options.is_file():
-        from training.report import SummaryWriter, add_scalars  # TensorBoard takes a second to import
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        from training.report import add_scalars
 
         step = round(int(number[1]) * 1000 / read_yaml(options)["train"]["batch"])
         with SummaryWriter(folder) as events:
