@@ -20,11 +20,13 @@ from dnnlib.config import build, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from metrics.registry import FAMILIES, parse
-from train import CONFIGS, command_settings, flat
+from rendering.styles import Styles
+from train import CONFIGS, command_settings
 from training import snapshot
 from training.config import RunConfig, resolve
 from training.networks import Generator
 from training.report import duration
+from training.runs import flat
 
 LIMIT = 12_000_000  # bytes of a network in models/
 LARGE = 4096  # numbers; smaller tensors, such as frequencies, are few bytes, and float16 there would change images most
@@ -108,7 +110,7 @@ def compact(G: Generator) -> tuple[Generator, float]:
             tensor.data = tensor.data.half()
     pictures = []
     for network in (G, copy.deepcopy(half).float()):  # as load_generator reads them
-        ws = generate.Styles(1, None, [], []).of(network, list(range(16)), torch.device("cpu"))
+        ws = Styles(1, None, [], []).of(network, list(range(16)), torch.device("cpu"))
         pictures.append(rendering.render(network, ws).clamp(-1, 1))
     change = float((pictures[0] - pictures[1]).abs().max()) / 2
     return half if change < 1 / 255 else G, change  # weights beyond float16 give nan, and stay as they are

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import rendering
 from dnnlib.files import atomic_write
-from generate import Styles
+from rendering.styles import Styles
 from torch_utils.pictures import to_uint8
 from training.networks import Generator
 from training.snapshot import load_generator

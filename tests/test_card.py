@@ -13,8 +13,8 @@ from PIL import Image
 
 import train
 from docs import card, figures
-from generate import Styles
 from rendering import render
+from rendering.styles import Styles
 from torch_utils.pictures import to_uint8
 from training.networks import Generator, GeneratorConfig
 from training.networks.layers import SynthesisLayer

@@ -22,6 +22,7 @@ from test_released import REFERENCES, Reference, content, dumps
 import generate
 import rendering
 from dnnlib.console import UserError
+from rendering import camera, styles, video
 from torch_utils.pictures import to_uint8
 from training.networks import Generator, GeneratorConfig
 from training.snapshot import load_generator, save_generator
@@ -37,7 +38,7 @@ def tiny(**settings) -> Generator:
 
 @pytest.mark.parametrize(("text", "seeds"), [("7", [7]), ("0-3,7", [0, 1, 2, 3, 7]), (" 5 , 5-5", [5, 5])])
 def test_seeds(text, seeds):
-    assert generate.parse_seeds(text) == seeds
+    assert styles.parse_seeds(text) == seeds
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def expected(seed: int, size: tuple[int, int] | None = None, **options) -> np.nd
     """[H,W,C]: what the engine paints for the network "plain"."""
     G = tiny()
     with torch.no_grad():
-        ws = G.mapping(generate.latent(G, seed))
+        ws = G.mapping(styles.latent(G, seed))
     return to_uint8(rendering.render(G, ws, size, **options))[0].movedim(0, -1).numpy()
 
 
@@ -127,7 +128,7 @@ def test_classes_go_round_and_blend(networks, tmp_path):
     labels = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0.25, 0, 0.75], [1, 0, 0]])
     for seed, c in zip((5, 6, 7, 8), labels, strict=True):
         with torch.no_grad():
-            image = rendering.render(G, G.mapping(generate.latent(G, seed), c[None]))
+            image = rendering.render(G, G.mapping(styles.latent(G, seed), c[None]))
         found = picture(tmp_path / f"seed000{seed}.png")
         assert np.array_equal(found, to_uint8(image)[0].movedim(0, -1).numpy())
 
@@ -188,12 +189,12 @@ def test_mixing_takes_styles_from_another_seed_and_truncation_stops_at_the_cutof
     G = tiny()
     G.mapping.w_avg.fill_(0.5)
     device = torch.device("cpu")
-    a, b = (generate.Styles(0.5, 3, [], []).of(G, [seed], device)[0] for seed in (1, 7))
-    mixed = generate.Styles(0.5, 3, [], ["7:0,4-5"]).of(G, [1], device)[0]
+    a, b = (styles.Styles(0.5, 3, [], []).of(G, [seed], device)[0] for seed in (1, 7))
+    mixed = styles.Styles(0.5, 3, [], ["7:0,4-5"]).of(G, [1], device)[0]
     for i in range(G.config.num_ws):
         assert torch.equal(mixed[i], b[i] if i in (0, 4, 5) else a[i])
     with torch.no_grad():
-        w = G.mapping(generate.latent(G, 1))[0]
+        w = G.mapping(styles.latent(G, 1))[0]
     assert torch.equal(a[3:], w[3:])
     assert torch.allclose(a[:3], 0.5 + 0.5 * (w[:3] - 0.5))
 
@@ -205,7 +206,7 @@ windows = st.tuples(*[st.floats(-2, 2)] * 2, *[st.floats(0.01, 3)] * 2).map(
 
 @given(windows, windows, st.floats(0, 1), st.floats(0, 1))
 def test_the_way_from_window_to_window_is_a_zoom_about_one_point(a, b, t, u):
-    at = [np.array(generate.approach(a, b, s)) for s in (0, 1, t, (t + u) / 2, u)]
+    at = [np.array(camera.approach(a, b, s)) for s in (0, 1, t, (t + u) / 2, u)]
     assert np.allclose(at[0], a)
     assert np.allclose(at[1], b)
     sides = [w[2] - w[0] for w in at]
@@ -217,8 +218,8 @@ def test_the_way_from_window_to_window_is_a_zoom_about_one_point(a, b, t, u):
 
 
 def test_a_path_has_legs_of_equal_time():
-    path = generate.parse_path("zoom", "1:4:2", 1, "")
-    at = [generate.along(path, t, generate.geometric)[0] for t in (0, 0.25, 0.5, 0.75, 1)]
+    path = camera.parse_path("zoom", "1:4:2", 1, "")
+    at = [camera.along(path, t, camera.geometric)[0] for t in (0, 0.25, 0.5, 0.75, 1)]
     assert np.allclose(at, [1, 2, 4, 8**0.5, 2])
 
 
@@ -245,7 +246,7 @@ def test_a_full_circle_in_twelve_frames(networks, tmp_path):
     shown = frames(film)
     assert len(shown) == 12
     G = load_generator(smooth(networks))
-    ws = G.mapping(generate.latent(G, 3))
+    ws = G.mapping(styles.latent(G, 3))
     for i in range(12):
         image = rendering.render(G, ws, (64, 64), transform=rendering.rotation(30 * i))
         assert psnr(shown[i], to_uint8(image)[0].movedim(0, -1).numpy()) >= 30
@@ -262,11 +263,11 @@ def test_a_walk_through_seeds_visits_each_and_is_resumed(networks, tmp_path, mon
     G = load_generator(smooth(networks))
     for i, seed in enumerate((3, 5, 8)):
         zoomed = rendering.render(
-            G, G.mapping(generate.latent(G, seed)), (32, 32), transform=rendering.zoom(2 ** (i / 3))
+            G, G.mapping(styles.latent(G, seed)), (32, 32), transform=rendering.zoom(2 ** (i / 3))
         )
         assert psnr(shown[4 * i], to_uint8(zoomed)[0].movedim(0, -1).numpy()) >= 28
 
-    write, written = generate.Film.write, []
+    write, written = video.Film.write, []
 
     def stopping(self, index, pixels):
         if len(written) == 5:
@@ -274,13 +275,13 @@ def test_a_walk_through_seeds_visits_each_and_is_resumed(networks, tmp_path, mon
         written.append(index)
         write(self, index, pixels)
 
-    monkeypatch.setattr(generate.Film, "write", stopping)
+    monkeypatch.setattr(video.Film, "write", stopping)
     result = run(*call, "--video", tmp_path / "parts.mp4")
     assert result.exit_code == 130
     assert "--resume" in result.output
     assert not (tmp_path / "parts.mp4").exists()
     monkeypatch.setattr(
-        generate.Film, "write", lambda self, index, pixels: (written.append(index), write(self, index, pixels))
+        video.Film, "write", lambda self, index, pixels: (written.append(index), write(self, index, pixels))
     )
     assert run(*call, "--video", tmp_path / "parts.mp4", "--resume").exit_code == 0
     assert sorted(written) == list(range(12))
@@ -466,4 +467,4 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(networks, tmp_path):
 
 def test_the_seeds_of_the_command_line_raise_user_errors_in_python():
     with pytest.raises(UserError):
-        generate.parse_seeds("")
+        styles.parse_seeds("")
