@@ -13,10 +13,10 @@ from pydantic import Field, ValidationError
 
 from dnnlib.config import Config, build, merge, nearest, nested, override, read_yaml
 from dnnlib.console import UserError
-from train import to_yaml
 from training.config import RunConfig, default_ema_kimg, default_gamma, resolve
 from training.data import ImageArchive
 from training.networks import Generator, build_discriminator
+from training.runs import to_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

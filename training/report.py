@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from dnnlib.files import atomic_write
 
@@ -32,6 +31,8 @@ class RunLog:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             with atomic_write(path) as temporary:
                 temporary.write_text("".join(x for x in lines if _belongs(x, step)), encoding="utf-8")
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
         self.events = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def print(self, line: str) -> None:
@@ -74,8 +75,8 @@ class RunLog:
             file.write(line + "\n")
 
 
-def add_scalars(events: SummaryWriter, record: dict, step: int) -> None:
-    """The results of one measurement."""
+def add_scalars(events, record: dict, step: int) -> None:
+    """Adds the results of one measurement to a SummaryWriter."""
     for name, value in record["results"].items():
         events.add_scalar(f"Metrics/{name}", value, step)
     events.flush()
