@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -34,16 +33,6 @@ if TYPE_CHECKING:
 MAX_SIDE = 16384  # 16384² RGB pixels are 0.8 GB while one picture is made
 DRAWINGS = 176  # per character, eight or nine in each of matplotlib's 21 text fonts; from A to Z that makes 4,576
 TRANSFORMS = ("center-crop", "center-crop-wide", "random-crops")
-PHOTOS_IN_SKIMAGE = (
-    "astronaut.png",
-    "chelsea.png",
-    "coffee.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-    "motorcycle_left.png",
-    "retina.jpg",
-    "rocket.jpg",
-)
 
 Size = tuple[int, int]  # width, height
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -396,7 +385,7 @@ def resolution(context: click.Context, option: click.Parameter, text: str | None
 
 
 @click.group(invoke_without_command=True, context_settings={"max_content_width": 100})
-@click.option("--source", metavar="DIR|ZIP|skimage-photos|letters", help="Where the images come from.")
+@click.option("--source", metavar="DIR|ZIP|letters", help="Where the images come from.")
 @click.option(
     "--dest", type=click.Path(path_type=Path), metavar="ZIP|DIR", help="What to write; a ZIP if it ends in .zip."
 )
@@ -441,10 +430,9 @@ def main(
     python dataset_tool.py --source photos --dest photos256.zip --resolution 256x256 --transform center-crop
     python dataset_tool.py check photos256.zip
 
-    Folders are read with all their sub-folders. "skimage-photos" stands for the eight colour photographs that come with
-    scikit-image, for trials without a download. "letters" stands for --characters drawn in the fonts that come with
-    matplotlib, each in two colours and with its class as label; the same --seed at another --resolution gives the same
-    drawings.
+    Folders are read with all their sub-folders. "letters" needs no download: it stands for --characters drawn in the
+    fonts that come with matplotlib, each in two colours and with its class as label; the same --seed at another
+    --resolution gives the same drawings.
 
     \b
     center-crop       the largest centred crop of the shape of WxH, resized to WxH
@@ -477,10 +465,8 @@ def main(
     recipe = Recipe(resolution, transform, crops, seed)
     # Panoramas above 89 million pixels are fine and would each print a warning; Pillow still refuses twice that.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    if source == "letters":
-        files = letters(resolution, transform, characters, drawings, seed)
-    else:
-        files = skimage_photos() if source == "skimage-photos" else ImageFiles(source)
+    drawn = source == "letters"
+    files = letters(resolution, transform, characters, drawings, seed) if drawn else ImageFiles(source)
     click.echo(convert(files, dest, recipe, read_labels(labels, files), int(channels), max_images, skip_bad))
 
 
@@ -496,13 +482,6 @@ def check(path):
     if problems:
         more = [f"... and {len(problems) - 10:,} more"] if len(problems) > 10 else []
         raise UserError("\n  ".join([f"{path} is not fit for training:", *problems[:10], *more]))
-
-
-def skimage_photos() -> ImageFiles:
-    package = importlib.util.find_spec("skimage")
-    if package is None:
-        raise UserError("skimage-photos needs scikit-image, which is not installed; run: pip install scikit-image")
-    return ImageFiles(Path(package.submodule_search_locations[0]) / "data", PHOTOS_IN_SKIMAGE)
 
 
 def letters(

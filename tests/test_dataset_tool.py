@@ -305,16 +305,6 @@ def test_random_crops_repeat_the_label_and_enlarged_images_are_counted(tmp_path)
     assert "2 images had to be enlarged" in output
 
 
-def test_the_photographs_of_scikit_image_need_no_download(tmp_path):
-    make("skimage-photos", tmp_path / "out.zip", "--resolution", "24x16", "--transform", "random-crops", "--crops", 2)
-    pictures = pictures_in(tmp_path / "out.zip")
-    assert len(pictures) == 16
-    for picture in pictures[::2]:
-        assert picture.shape == (16, 24, 3)
-    colourful = [np.ptp(picture.astype(int), axis=2).mean() > 3 for picture in pictures]
-    assert sum(colourful) >= 12
-
-
 # Labels
 
 
@@ -597,13 +587,6 @@ def test_a_finished_dataset_replaces_the_old_one(tmp_path):
     assert len(pictures_in(tmp_path / "out.zip")) == 2
     assert (tmp_path / "folder" / "00000" / "img00000001.png").exists()
     assert (tmp_path / "folder").stat().st_mode & 0o777 == (tmp_path / "in").stat().st_mode & 0o777
-
-
-def test_scikit_image_is_asked_for_when_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "skimage", None)
-    result = run("--source", "skimage-photos", "--dest", tmp_path / "out.zip")
-    assert result.exit_code == 2
-    assert "pip install scikit-image" in result.output
 
 
 # check

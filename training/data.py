@@ -89,18 +89,18 @@ def channels_of(image: Image.Image) -> int:
 class ImageFiles:
     """The image files in a folder (with its sub-folders) or a ZIP, as sorted names with forward slashes.
 
-    `only` names the files to use, instead of all. Hidden files and the `__MACOSX` folder of Apple's ZIPs are left out.
+    Hidden files and the `__MACOSX` folder of Apple's ZIPs are left out.
     An object can be pickled, and used after a fork.
     Raises UserError when `path` is no folder or readable ZIP, or holds no images.
     """
 
-    def __init__(self, path: str | os.PathLike, only: tuple[str, ...] | None = None):
+    def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._zip, self._zip_owner = None, None
         if not os.path.exists(self.path):
             raise UserError(f"{self.path} does not exist or is out of reach; give a folder or a ZIP of images")
         self.is_zip = not self.path.is_dir()
-        found = only or (self._zip_names() if self.is_zip else self._folder_names())
+        found = self._zip_names() if self.is_zip else self._folder_names()
         names = sorted(name for name in found if is_image(name))
         if not names:
             raise UserError(f"{self.path} holds no images; known endings are {' '.join(EXTENSIONS)}")
