@@ -156,7 +156,7 @@ def csv_labels(data: bytes, where: str) -> Labels:
             if not row or (number == 1 and [cell.strip().lower() for cell in row] == ["filename", "label"]):
                 continue
             if len(row) != 2:
-                raise UserError(f"{where}, line {number}: {len(row)} columns instead of filename,label; mend that line")
+                raise UserError(f"{where}, line {number}: {len(row)} columns instead of filename,label; fix that line")
             name, label = row[0].strip().replace("\\", "/"), row[1].strip()
             if labels.setdefault(name, label) != label:
                 raise UserError(

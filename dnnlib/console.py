@@ -5,7 +5,7 @@ from tqdm import tqdm
 
 
 class UserError(click.ClickException, ValueError):
-    """A mistake that the user can mend. The message is one sentence: what is wrong, where, and how to mend it.
+    """A mistake that the user can fix. The message is one sentence: what is wrong, where, and how to fix it.
 
     Commands end with `Error: <sentence>` and exit code 2; in Python it is a ValueError.
     """

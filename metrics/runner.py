@@ -44,10 +44,10 @@ def load_tools(metrics: Iterable[Metric], procs: Processes, weights: str | os.Pa
     """name -> what some metric needs: a features.Detector, a LineShare or a perceptual.LPIPS. Raises UserError."""
     needed = filter(None, dict.fromkeys(FAMILIES[metric.family].tool for metric in metrics))
     if not procs.is_first:
-        procs.wait()  # until the first process has downloaded what is missing
+        procs.barrier()  # until the first process has downloaded what is missing
     tools = {name: TOOLS[name](procs.device, weights) for name in needed}
     if procs.is_first:
-        procs.wait()
+        procs.barrier()
     return tools
 
 
@@ -119,7 +119,7 @@ def prepare(
     settings: Settings,
     procs: Processes,
 ) -> tuple[Plan, list[Finish]]:
-    """What the metrics need. Raises UserError when they cannot be had of these pictures."""
+    """What the metrics need. Raises UserError when these pictures cannot give it."""
     plan = Plan(fakes, reals, photos, tools, settings, procs)
     for metric in metrics:
         family = FAMILIES[metric.family]

@@ -129,7 +129,7 @@ def write_sheet(
                 place = Box(top + box.y0, top + box.y1, left + box.x0, left + box.x1)
                 canvas.write(i * plan.tiles + plan.number(box), *place.slices, pixels)
                 bar.update(pixels.shape[0] * pixels.shape[1])
-    group.wait()  # until all have closed the canvas
+    group.barrier()  # until all have closed the canvas
     if group.is_first:
         canvas.finish()
 
@@ -159,6 +159,6 @@ def write_film(job: Job, group: Processes, ws: Tensor, camera: Camera, frames: i
         for box, pixels in job.paint(torch.from_numpy(walk(t)).to(ws), plan):
             frame[box.slices] = pixels
         film.write(index, frame)
-    group.wait()  # until all frames are there
+    group.barrier()  # until all frames are there
     if group.is_first:
         film.finish()

@@ -119,7 +119,7 @@ def writing(path: Path) -> Iterator[None]:
 def interrupted(path: Path, reason: str) -> UserError:
     return UserError(
         f"cannot write {path}: {reason}; what is finished is kept in {part(path)}, "
-        "so make room (or mend what else is wrong) and go on with --resume"
+        "so make room (or fix what else is wrong) and continue with --resume"
     )
 
 

@@ -216,7 +216,7 @@ def test_a_failing_nvcc_shows_its_first_error_and_the_mend(fresh, monkeypatch, t
     assert "no such thing" in line
     assert "more" not in line
     assert "choose another CUDA toolkit by the variable CUDA_HOME" in line
-    with pytest.raises(UserError, match=r"impl='cuda' of bias_act cannot be had: .*no such thing"):
+    with pytest.raises(UserError, match=r"impl='cuda' of bias_act is unavailable: .*no such thing"):
         build.choose("cuda", bias_act_module.IMPLS, SOURCES[0], CARD)
     assert [path for path in fresh.rglob("*") if path.is_file()] == []
 
@@ -230,7 +230,7 @@ def test_a_library_that_the_driver_refuses_is_not_used(fresh, emulated, monkeypa
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"{source.stem} goes on in plain PyTorch, which is slower: the CUDA function probe failed: ")
     assert "update the NVIDIA driver, or choose an older CUDA toolkit by the variable CUDA_HOME" in line
-    with pytest.raises(UserError, match=f"impl='cuda' of {source.stem} cannot be had: .* invalid device ordinal;"):
+    with pytest.raises(UserError, match=f"impl='cuda' of {source.stem} is unavailable: .* invalid device ordinal;"):
         build.choose("cuda", bias_act_module.IMPLS, source, CARD)
 
 
@@ -282,7 +282,7 @@ def test_a_named_one_raises_where_there_is_no_gpu(impl):
             torch.ones(1, 2, 8), torch.ones(8, 8), torch.ones(1, 8), torch.ones(8), impl=impl
         )
     if impl == "cuda":
-        with pytest.raises(UserError, match="impl='cuda' of bias_act cannot be had: it needs a CUDA device"):
+        with pytest.raises(UserError, match="impl='cuda' of bias_act is unavailable: it needs a CUDA device"):
             bias_act(torch.ones(3), impl=impl)
 
 

@@ -72,44 +72,44 @@ def library(source: Path) -> ctypes.CDLL:
 
     It is kept in the cache directory under a hash of the source, the headers beside it, the flags, the compiler and the
     processor's features, and appears there whole: processes that build at once, or die, do not disturb each other.
-    Raises UserError, with the reason and the mend, when there is no compiler or it fails.
+    Raises UserError, with the reason and the fix, when there is no compiler or it fails.
     """
     command = [*cpp_compiler(), *FLAGS]
-    mend = "name another compiler by the variable CXX"
+    fix = "name another compiler by the variable CXX"
     # The macros that a compiler predefines tell its version and what the processor can do.
-    return _library(source, command, _run([*command, "-dM", "-E", "-x", "c++", os.devnull], mend), mend)
+    return _library(source, command, _run([*command, "-dM", "-E", "-x", "c++", os.devnull], fix), fix)
 
 
 def cuda_library(source: Path, capability: int) -> ctypes.CDLL:
     """The library of the CUDA `source` for devices of a compute capability (90 is 9.0), made and kept as `library`."""
     compiler = cuda_compiler()
-    mend = "choose another CUDA toolkit by the variable CUDA_HOME"
-    return _library(source, [*compiler, *CUDA_FLAGS, f"-arch=sm_{capability}"], version(compiler), mend)
+    fix = "choose another CUDA toolkit by the variable CUDA_HOME"
+    return _library(source, [*compiler, *CUDA_FLAGS, f"-arch=sm_{capability}"], version(compiler), fix)
 
 
-def _library(source: Path, command: list[str], identity: str, mend: str) -> ctypes.CDLL:
+def _library(source: Path, command: list[str], identity: str, fix: str) -> ctypes.CDLL:
     code = source.read_bytes()
     headers = [source.with_name(name.decode()) for name in re.findall(rb'^#include "(.+)"', code, re.MULTILINE)]
     key = repr((command, identity)).encode() + code + b"".join(path.read_bytes() for path in headers)
     path = cache_dir() / "libraries" / f"{source.stem}-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if not path.exists():
         with atomic_write(path) as temporary:
-            _run([*command, str(source), "-o", str(temporary)], mend)
+            _run([*command, str(source), "-o", str(temporary)], fix)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be loaded ({error}); remove it, and it is built again") from error
 
 
-def _run(command: list[str], mend: str) -> str:
+def _run(command: list[str], fix: str) -> str:
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
     except FileNotFoundError as error:
-        raise UserError(f"there is no C++ compiler {command[0]}; install g++ or clang, or {mend}") from error
+        raise UserError(f"there is no C++ compiler {command[0]}; install g++ or clang, or {fix}") from error
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).splitlines()
         first = next((line for line in lines if re.search("error|fatal", line)), lines[0] if lines else str(error))
-        raise UserError(f"{shlex.join(command)} failed ({first}); {mend}") from error
+        raise UserError(f"{shlex.join(command)} failed ({first}); {fix}") from error
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def choose(impl: str, impls: tuple[str, ...], source: Path, x: Tensor) -> Kernel
         problem = f"it is for {', '.join(map(str, dtypes))}, not {x.dtype}"
         found, reason = None, "" if impl == "auto" and x.device.type == "cpu" else problem
     if found is None and impl != "auto":
-        raise UserError(f"impl={impl!r} of {source.stem} cannot be had: {reason}")
+        raise UserError(f"impl={impl!r} of {source.stem} is unavailable: {reason}")
     if reason:
         say_once(f"{source.stem} goes on in plain PyTorch, which is slower: {reason}")
     return found

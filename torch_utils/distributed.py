@@ -37,8 +37,8 @@ class Processes:
         """Whether `flag` is set in any process."""
         return bool(self.sum_(torch.tensor(float(flag), device=self.device)))
 
-    def wait(self) -> None:
-        """Until every process has come here."""
+    def barrier(self) -> None:
+        """Waits for all processes."""
         self.any(False)
 
     def share(self, value: object) -> object:

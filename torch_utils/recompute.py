@@ -31,7 +31,7 @@ def recomputed(module: torch.nn.Module, *arguments: Tensor) -> Tensor:
 
 
 def _as_now(function: Callable, device: str) -> Callable:
-    """`function` under the autocast of this moment: backward passes run outside of it."""
+    """Captures the current autocast state for `function`: backward passes run outside of it."""
     if not torch.amp.is_autocast_available(device):
         return function
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

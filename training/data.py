@@ -239,7 +239,7 @@ def parse_dataset_json(data: bytes, where: object) -> tuple[dict[str, object] | 
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f'{where} is not of the form {{"labels": [["00000/img00000000.png", 3], ...]}} ({error}); '
-            "mend it, or remove it to do without labels"
+            "fix it, or remove it to do without labels"
         ) from error
     return labels, class_names
 

@@ -2,7 +2,7 @@
 
 Legend: N images of a micro-batch, z latents, c labels. A step sees one batch of real images, all processes together.
 
-Randomness is a function of (seed, step), drawn for the whole batch in every process and then dealt out like cards:
+Randomness is a function of (seed, step), which every process draws for the whole batch. It keeps what is its own:
 image i goes to process i mod world, and within a process to round i mod rounds. So the split of a batch over processes
 and rounds changes nothing but the order of float additions; minibatch-std groups stay whole (see minibatch_std).
 """
@@ -149,7 +149,7 @@ def _adam(network: nn.Module, lr: float, lazy_interval: int | None, config: RunC
 
 
 class Trainer:
-    """Moves a TrainState by one batch at a time."""
+    """Runs training steps on a TrainState."""
 
     def __init__(self, config: RunConfig, state: TrainState, images: ImageArchive, procs: Processes):
         self.config, self.state, self.images, self.procs = config, state, images, procs

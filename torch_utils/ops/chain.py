@@ -40,7 +40,7 @@ class Chain:
     every: return the sum after each branch
     imap: what brings the weights into the order of "cpp", layer by layer, for instance in threads
     impl: "reference" is PyTorch; "cpp", for float32 on CPUs, is built on first use (chain.cpp); "auto" chooses "cpp"
-        where it can be built, and says once why it cannot. Raises UserError when "cpp" is asked for and cannot be had.
+        where it can be built, and says once why it cannot. Raises UserError when "cpp" is asked for and is unavailable.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ def modulated_linear(
     `bias_act`; "cuda", for half types on devices from 8.0 with I and O multiples of 8, makes w' and then all the rest
     in a product of its own on tensor cores; "auto" chooses "cuda" up to NARROW inputs where it can be had, "cublas"
     elsewhere on CUDA devices, and otherwise as in `torch_utils.build.choose`.
-    Raises ValueError when shapes do not fit, UserError when the one that is asked for cannot be had.
+    Raises ValueError when shapes do not fit, UserError when the one that is asked for is unavailable.
     """
     (n, _, i), (o, _) = x.shape, weight.shape
     if weight.shape != (o, i) or style.shape != (n, i) or bias.shape != (o,):

@@ -37,7 +37,7 @@ def _layer(x, weights, biases, IN: tl.constexpr, OUT: tl.constexpr):
 
 @triton.jit
 def _two_layers(x, weights, biases, clamp, IN: tl.constexpr, MID: tl.constexpr, OUT: tl.constexpr, CHUNK: tl.constexpr):
-    """x [B,IN] -> [B,MID] -> [B,OUT], each with its leaky ReLU and clamp. The middle is never there as a whole."""
+    """x [B,IN] -> [B,MID] -> [B,OUT], each with its leaky ReLU and clamp. The hidden layer is never materialised."""
     inputs, some, outputs = tl.arange(0, IN), tl.arange(0, CHUNK), tl.arange(0, OUT)
     x = x.to(weights.dtype.element_ty)
     y = tl.full([x.shape[0], OUT], 0.0, tl.float32) + tl.load(biases + MID + outputs)[None, :]

@@ -25,7 +25,7 @@ class PixelPath:
     summed: how many fusions are added to the first one before the first decoder
     impl: "reference" and "cpp" are those of Chain; "triton", for half types on CUDA devices, is one kernel in which a
         pixel's features never leave the processor (pixel_kernel.py); "auto" chooses it there, says once why it cannot,
-        and otherwise chooses as Chain does. Raises UserError when the one that is asked for cannot be had.
+        and otherwise chooses as Chain does. Raises UserError when the one that is asked for is unavailable.
     imap: as in Chain
     """
 
@@ -51,7 +51,7 @@ class PixelPath:
             except ImportError as problem:
                 if self.named:
                     raise UserError(
-                        f"impl='triton' of pixel_path cannot be had: {problem}; install triton"
+                        f"impl='triton' of pixel_path is unavailable: {problem}; install triton"
                     ) from problem
                 self._without(problem)
 

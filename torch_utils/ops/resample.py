@@ -19,7 +19,7 @@ def lowpass(x: Tensor, padding: int, stride: int = 1, impl: str = "auto") -> Ten
 
     [N,C,H,W] -> [N,C,H',W'] with H' = ⌈(H + 2·padding − 3) / stride⌉. Differentiable any number of times.
     impl: "reference" is PyTorch; "cpp" (resample.cpp), for float32 and bfloat16 on CPUs, works with channels last;
-        "auto" as in `torch_utils.build.choose`. Raises UserError when "cpp" is asked for and cannot be had.
+        "auto" as in `torch_utils.build.choose`. Raises UserError when "cpp" is asked for and is unavailable.
     """
     kernels = choose(impl, IMPLS, SOURCE, x) if x.device.type == "cpu" or impl != "auto" else None
     return Lowpass.apply(x, padding, stride, kernels)

@@ -96,8 +96,8 @@ def minibatch_std(x: Tensor, group: int, batches: int = 1) -> Tensor:
     """[N,C,H,W] -> [N,C+1,H,W]: appends how much the images of a group differ, averaged over channels and pixels.
 
     Progressive GAN (ICLR 2018), section 3. With G = min(group, N), image n shares its group with every (N/G)-th image:
-    n, n + N/G, n + 2N/G, … So when a batch is dealt out to processes like cards (image i to process i mod P), every
-    group stays together, and P processes compute what one would.
+    n, n + N/G, n + 2N/G, … So when image i of a batch goes to process i mod P, every group stays together, and P
+    processes compute what one would.
 
     x may hold several `batches` of N one after the other, which share no group: fakes and reals, for instance.
     """
