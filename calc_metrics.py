@@ -97,6 +97,7 @@ def trained_on(network: str) -> dict:
 @click.option("--weights", metavar="DIR", help="Where the weights of detectors lie, if not in the cache.")
 @click.option("--outdir", metavar="DIR", help="Where results are added.  [default: beside the network's file]")
 @click.pass_context
+@command(memory="give a smaller --batch", interrupted="the statistics of photographs that were complete are kept.")
 def main(context, network, images, outdir, **options):
     """Measure a trained generator, or a folder of pictures.
 
@@ -121,8 +122,7 @@ def main(context, network, images, outdir, **options):
     """
     if context.invoked_subcommand:
         return
-    kept = "the statistics of photographs that were complete are kept."
-    with command(memory="give a smaller --batch", interrupted=kept), processes() as procs:
+    with processes() as procs:
         calculate(procs, network, images, outdir, **options)
 
 

@@ -102,6 +102,7 @@ def picture_size(G: Generator, scale: float | None, size: str | None, window: tu
 @click.option("--w-frames", type=click.IntRange(min=1), default=60, show_default=True, help="Frames for each seed.")
 @click.option("--fps", type=click.FloatRange(min=0, min_open=True), default=30, show_default=True)
 @click.pass_context
+@command(memory="give a smaller --tile", interrupted="the same command with --resume goes on.")
 def main(
     context, network, seeds, outdir, grid, columns, trunc, trunc_cutoff, classes, mix, video, w_frames, fps, **options
 ):
@@ -142,8 +143,7 @@ def main(
     if not video and camera.moves:
         raise UserError("a path A:B is for films; add --video, or give single values")
     geometry = {name: options[name] for name in ("fit", "supersample", "exact", "tile")}
-    ends = command(memory="give a smaller --tile", interrupted="the same command with --resume goes on.")
-    with ends, processes() as group:
+    with processes() as group:
         say = click.echo if group.is_first else lambda line: None
         if network is None:
             network = names[0]

@@ -109,7 +109,7 @@ def download(file: RemoteFile, path: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Before the measuring, which takes minutes. Raises UserError."""
+    """Raises UserError unless files can be written into `folder`, which is made if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -1,4 +1,4 @@
-"""Pictures, sheets and films as files: processes share the tiles or frames, and what was interrupted goes on."""
+"""Pictures, sheets and films as files: processes share the tiles or frames, and interrupted work can be resumed."""
 
 import math
 from pathlib import Path

@@ -203,7 +203,7 @@ def test_a_changed_header_builds_anew(monkeypatch, tmp_path):
         assert build.library(source).number() == number
 
 
-def test_a_failing_nvcc_shows_its_first_error_and_the_mend(fresh, monkeypatch, tmp_path, capfd):
+def test_a_failing_nvcc_shows_its_first_error_and_the_fix(fresh, monkeypatch, tmp_path, capfd):
     script = 'case "$*" in *--version*) echo fake 1.0; exit;; esac\n' + "\n".join(
         f'echo "{line}" >&2'
         for line in ("a.cu(1): warning #177", "a.cu(7): error: no such thing", "a.cu(8): error: more")

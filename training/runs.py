@@ -1,4 +1,4 @@
-"""A run: the images, the config and the directory of a new one or of one that goes on, and its processes."""
+"""A run, new or resumed: its images, config, directory and processes."""
 
 import functools
 import logging
@@ -155,7 +155,7 @@ def work(task: Task) -> int:
     """Runs one process: 0 when the schedule is done, 128 + signal when interrupted, 2 after a user's mistake."""
     at_a_time = task.config.train.batch_gpu or "all"
     memory = f"give a smaller --batch-gpu ({at_a_time} images at a time now)"
-    with command(memory=memory, interrupted="the run is as it was."), processes() as procs:
+    with command(memory=memory, interrupted="no step was taken."), processes() as procs:
         return run(task, procs)
 
 
