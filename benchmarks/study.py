@@ -3,12 +3,15 @@
     python -m benchmarks.study --data=clothing64.zip --minutes=15 --seeds=3 --runs=runs --out=study.json \\
         --recipe projected "--cfg=projected --mirror" --recipe residual "--cfg=projected --mirror -o D.kind=residual"
 
-Each run is a fresh process of one thread. Recipes take turns, seed by seed, so that all of them share a busy hour.
+Each run is a fresh process of one thread. Minutes are those of the processor, which other work on the machine does not
+count against a recipe. Recipes take turns, seed by seed, so that all of them share a busy hour.
 """
 
 import json
 import os
+import resource
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,16 +29,18 @@ KIMG = 0.5  # between snapshots, of which the last in time counts
 
 
 def train(data: Path, options: str, seed: int, minutes: float, folder: Path) -> tuple[Path, float]:
-    """Train for some minutes; return the run's last snapshot and how many thousand images it had seen."""
+    """Train for minutes of processor time; return the run's last snapshot and its thousands of images."""
     command = [sys.executable, "train.py", f"--data={data}", f"--seed={seed}", f"--outdir={folder}", "--kimg=100000"]
     command += [f"--tick={KIMG}", "--snap=1", *shlex.split(options)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
-    try:
-        _, errors = process.communicate(timeout=60 * minutes)
-        raise UserError(f"train.py {options} ended early with code {process.returncode}: {errors[-1000:]}")
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        process.communicate()
+
+    def limit():
+        seconds = round(60 * minutes)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 60))  # at the first the kernel sends SIGXCPU
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    ran = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, preexec_fn=limit)
+    if ran.returncode != -signal.SIGXCPU:
+        raise UserError(f"train.py {options} ended early with code {ran.returncode}: {ran.stderr[-1000:]}")
     (run,) = folder.iterdir()
     snapshots = sorted(run.glob("network-snapshot-*.safetensors"), key=lambda path: path.stat().st_mtime)
     if not snapshots:
@@ -72,7 +77,9 @@ def show(runs: list[dict]) -> str:
 
 @click.command()
 @click.option("--data", metavar="ZIP|DIR", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), required=True, help="Of each training.")
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), required=True, help="Of the processor, each training."
+)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Trainings of each recipe.")
 @click.option("--runs", "folder", metavar="DIR", required=True, type=click.Path(path_type=Path), help="For the runs.")
 @click.option("--out", metavar="JSON", required=True, type=click.Path(path_type=Path))
