@@ -213,6 +213,7 @@ def add(records: list[dict], folder: Path, network: str | None) -> None:
 @click.argument("runs", metavar="RUN_DIR…", nargs=-1, required=True)
 @click.option("--out", metavar="PNG", default="metrics.png", show_default=True, help="The picture, or a .pdf or .svg.")
 @click.option("--published", metavar="NAME", help="Published FIDs as dashed lines, for example of FFHQ-512.")
+@command()
 def plot(runs, out, published):
     """Draw what was measured in several run directories: each metric over the training, and scale consistency over
     scales, with the paper's figures as dashed lines.

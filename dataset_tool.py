@@ -25,6 +25,7 @@ from PIL import Image
 
 from dnnlib.console import UserError, progress
 from dnnlib.files import atomic_write
+from torch_utils.command import command
 from training.data import BadImage, ImageFiles, channels_of, label_array, parse_dataset_json, to_channels
 
 if TYPE_CHECKING:
@@ -247,8 +248,8 @@ def convert(
                 image = files.image(name, channels)
             except BadImage as error:
                 if not skip_bad:
-                    raise UserError(f"{error.message}, or leave such files out with --skip-bad") from error
-                bar.write(f"Skipped: {error.message}", file=sys.stderr)
+                    raise UserError(f"{error}, or leave such files out with --skip-bad") from error
+                bar.write(f"Skipped: {error}", file=sys.stderr)
                 skipped += 1
                 continue
             for picture, larger in recipe.pictures(image, name):
@@ -309,7 +310,7 @@ def examine(files: ImageFiles) -> tuple[list[str], list[str]]:
             holds = channels_of(image)
             to_channels(image, holds)
         except BadImage as error:
-            problems.append(error.message)
+            problems.append(str(error))
         except ValueError as error:
             problems.append(f"{files.path / name}: {error}")
         else:
@@ -353,7 +354,7 @@ def examine_labels(files: ImageFiles) -> tuple[list[str], list[str]]:
         names = files.names()
         values = label_array(labels, [name for name in names if name in labels], where)
     except UserError as error:
-        return ["labels    unusable"], [error.message]
+        return ["labels    unusable"], [str(error)]
     problems = []
     if unlabelled := [name for name in names if name not in labels]:
         problems.append(
@@ -409,6 +410,7 @@ def resolution(context: click.Context, option: click.Parameter, text: str | None
 @click.option("--skip-bad", is_flag=True, help="Leave out unreadable images instead of stopping at the first.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which random crops or letters.")
 @click.pass_context
+@command()
 def main(
     context,
     source,
@@ -472,6 +474,7 @@ def main(
 
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@command()
 def check(path):
     """Tell what a dataset holds and what is wrong with it.
 

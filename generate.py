@@ -179,6 +179,7 @@ def main(
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
+@command()
 def convert(source, dest):
     """Turn a released .pkl (SOURCE) into a .safetensors file (DEST) that holds its averaged generator."""
     if dest.suffix != ".safetensors":

@@ -13,6 +13,7 @@ import click
 from dnnlib.config import Config, merge, nearest, nested, override, read_yaml
 from dnnlib.console import UserError
 from metrics.registry import parse
+from torch_utils.command import command
 from torch_utils.distributed import launched
 from training.config import RunConfig, resolve
 from training.runs import Task, continued, launch, open_images, snapshot_metrics, to_yaml, work
@@ -118,6 +119,7 @@ def switch(name: str, text: str):
     "-o", "overrides", metavar="KEY.SUB=VALUE", multiple=True, help="Any setting of the config; may be repeated."
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Print the settings and stop.")
+@command()
 def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags):
     """Train a CREPS generator.
 

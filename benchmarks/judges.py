@@ -34,6 +34,7 @@ from metrics.features import Detector, load
 from metrics.moments import Moments
 from metrics.pictures import cut, fitted
 from metrics.sources import Generated
+from torch_utils.command import command
 from torch_utils.randomness import generator
 from training.data import ImageArchive, epoch_order, index_at
 from training.networks import Generator
@@ -297,6 +298,7 @@ def open_networks(paths: tuple[str, ...], images: ImageArchive, device: torch.de
 @click.option("--grid", type=click.Path(path_type=Path), help="A PNG to write: generated, nearest by pixels, by Lite0.")
 @click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results/judges.json", show_default=True)
 @torch.no_grad()
+@command()
 def main(data, networks, samples, seed, trunc, grid, out):
     """Judge generators by what no discriminator saw, as JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,6 +23,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from benchmarks.machine import describe
 from dnnlib.files import atomic_write
 from metrics.features import DETECTORS
+from torch_utils.command import command
 
 BATCH = 64
 WEIGHTS = DETECTORS["inception"].weights.name
@@ -100,6 +101,7 @@ def ours(a: str, b: str, weights: str, everything: bool) -> dict:
 @click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results/metrics.json", show_default=True)
 @click.option("--fidelity", is_flag=True, hidden=True)
 @click.option("--everything", is_flag=True, hidden=True)
+@command()
 def main(a, b, weights, rounds, out, fidelity, everything):
     """The figures of folder A against folder B, and the seconds of their FID, as JSON."""
     if fidelity:

@@ -24,6 +24,7 @@ from dnnlib.console import UserError, brief
 from dnnlib.files import atomic_write
 from rendering.network import Painter
 from torch_utils.build import choose
+from torch_utils.command import command
 from torch_utils.ops import bias_act, modulated_linear
 from training.networks import Generator, GeneratorConfig
 
@@ -272,6 +273,7 @@ def table(result: dict) -> str:
 @click.option("--rounds", type=click.IntRange(1), default=11, show_default=True)
 @click.option("--minutes", type=click.FloatRange(0), default=5, show_default=True, help="Start no case after so many.")
 @click.option("--compile/--no-compile", default=True, show_default=True, help="Also measure torch.compile.")
+@command()
 def main(out, kind, dtypes, wanted, share, rounds, minutes, compile):
     """Times of each operation, and its share of the floor; writes ops-<device>.json and a table beside it."""
     if kind == "cuda" and not torch.cuda.is_available():

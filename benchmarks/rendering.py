@@ -22,6 +22,7 @@ import rendering
 from benchmarks.machine import describe, device_name, interleaved, matmul_rate, peak_mib
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
+from torch_utils.command import command
 from training.networks import Generator, GeneratorConfig, positions
 from training.networks.layers import choose_impl
 
@@ -192,6 +193,7 @@ def draw(result: dict, path: Path) -> None:
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--once", nargs=3, hidden=True)
 @click.option("--turns", nargs=3, type=int, hidden=True)
+@command()
 def main(out, sizes, batches, kind, rounds, once, turns):
     """Time, memory and error of the engine and of plain synthesis; writes JSON and a plot beside it."""
     if kind == "cuda" and not torch.cuda.is_available():

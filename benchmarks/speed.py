@@ -19,6 +19,7 @@ from PIL import Image
 from benchmarks.machine import describe
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
+from torch_utils.command import command
 
 SPIN = "while True: pass"
 
@@ -51,6 +52,7 @@ def train(checkout: Path, cfg: Path, data: Path, kimg: float, outdir: Path, opti
 @click.option("--busy", type=click.IntRange(0), default=0, show_default=True, help="Processes that spin beside it.")
 @click.option("--out", metavar="JSON", type=click.Path(path_type=Path), required=True)
 @click.argument("options", nargs=-1)
+@command()
 def main(checkouts, cfg, size, kimg, turns, busy, out, options):
     """Compare this checkout with others. OPTIONS go to train.py, after --."""
     folders = dict(checkouts) | {"this": Path(__file__).parents[1]}

@@ -22,6 +22,7 @@ import click
 from benchmarks.machine import describe
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
+from torch_utils.command import command
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 METRICS = "fd_lite0_1k_full,lines1k_full"
@@ -92,6 +93,7 @@ def show(runs: list[dict]) -> str:
     metavar="NAME OPTIONS",
     help="A name and the options of train.py, quoted; may be repeated.",
 )
+@command()
 def main(data, minutes, seeds, folder, out, recipes):
     """Train recipes for the same time and measure them."""
     result = {"machine": describe(), "data": data.name, "minutes": minutes, "recipes": dict(recipes), "runs": []}

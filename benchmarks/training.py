@@ -22,6 +22,7 @@ from benchmarks.machine import describe, device_name, peak_mib
 from dnnlib.config import merge
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
+from torch_utils.command import command
 from torch_utils.distributed import processes
 from training.config import resolve
 from training.data import ImageArchive
@@ -84,6 +85,7 @@ def step_seconds(seconds: dict[str, list[float]]) -> float:
 @click.option("--turns", type=click.IntRange(1), default=2, show_default=True, help="Processes of each setting.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of each phase in a process.")
 @click.option("--once", nargs=2, hidden=True)
+@command()
 def main(out, sizes, batch, turns, rounds, once):
     """Time and memory of a training step with each setting, as JSON."""
     if once:

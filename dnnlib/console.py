@@ -1,16 +1,13 @@
-"""What the commands say: mistakes as sentences, progress as a bar with the time that is left."""
+"""What the user reads: mistakes as sentences, progress as a bar with the time left."""
 
-import click
 from tqdm import tqdm
 
 
-class UserError(click.ClickException, ValueError):
-    """A mistake that the user can fix. The message is one sentence: what is wrong, where, and how to fix it.
+class UserError(ValueError):
+    """A mistake that the user can fix, as one sentence: what is wrong, where, and how to fix it.
 
-    Commands end with `Error: <sentence>` and exit code 2; in Python it is a ValueError.
+    Commands end with `Error: <sentence>` and exit code 2 (torch_utils.command).
     """
-
-    exit_code = 2
 
 
 def brief(problem: Exception) -> str:

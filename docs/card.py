@@ -21,6 +21,7 @@ from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from metrics.registry import FAMILIES, parse
 from rendering.styles import Styles
+from torch_utils.command import command
 from train import CONFIGS, command_settings
 from training import snapshot
 from training.config import RunConfig, resolve
@@ -78,7 +79,7 @@ def thousands(snapshot_name: str) -> int:
     return int(re.search(r"\d+", snapshot_name)[0])
 
 
-def command(run: Path, config: RunConfig) -> str:
+def training_command(run: Path, config: RunConfig) -> str:
     """Returns a train.py command that comes to `config`: the recipe in the run's name, and all that differs from it."""
     names = [path.stem for path in CONFIGS.glob("*.yaml") if re.match(rf"\d+-{re.escape(path.stem)}-", run.name)]
     cfg = max(names, key=len, default="auto")
@@ -157,6 +158,7 @@ def distances(measured: list[dict], names: set[str]) -> str:
 @click.option("--data", metavar="TEXT", help="What the images are and whose.  [required for a new card]")
 @click.option("--licence", metavar="TEXT", help="Of the images.  [required for a new card]")
 @click.option("--weaknesses", metavar="TEXT", help="What the network cannot do.  [required for a new card]")
+@command()
 def main(folder, name, trunc, by, processor, **words):
     """Puts the best network of a run into models/NAME.safetensors, 64 of its pictures into docs/images/NAME.png, its
     metrics over the hours of training beside them, and what is known about it into models/NAME.md.
@@ -177,7 +179,7 @@ def main(folder, name, trunc, by, processor, **words):
     reports = [line for line in read_lines(folder / "stats.jsonl") if int(line["Progress/kimg"]) <= kimg]
     if not reports:
         raise UserError(f"{folder / 'stats.jsonl'} has no report of the time of {best.name}; give an unbroken run")
-    train_command = command(folder, config)
+    train_command = training_command(folder, config)
     machine = describe()
     processor = processor or machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
 

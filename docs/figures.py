@@ -10,6 +10,7 @@ from torch import Tensor
 import rendering
 from dnnlib.files import atomic_write
 from rendering.styles import Styles
+from torch_utils.command import command
 from torch_utils.pictures import to_uint8
 from training.networks import Generator
 from training.snapshot import load_generator
@@ -94,6 +95,7 @@ FIGURES = {"scales": scales, "views": views, "zoom": zoom, "walks": walks}
 @click.option("--class", "kind", metavar="C", help="[default: seed mod number of classes]")
 @click.option("--trunc", type=float, default=1, show_default=True)
 @click.option("--out", metavar="PNG", required=True)
+@command()
 def main(network, figure, seed, kind, trunc, out):
     """One seed of a network at several scales or in several views, or walks between it and the three that follow."""
     G = load_generator(network)

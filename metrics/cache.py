@@ -10,11 +10,11 @@ A file is whole or absent, and read only when its own checksum is right; otherwi
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import click
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -127,7 +127,7 @@ def _read(path: Path, wanted: Statistics) -> Value | None:
             raise ValueError("its checksum is wrong")
         return KINDS[wanted.kind].parse(tensors, wanted.num_features)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        click.echo(f"{path} is damaged ({error}); its statistics are computed again", err=True)
+        print(f"{path} is damaged ({error}); its statistics are computed again", file=sys.stderr, flush=True)
         return None
 
 
@@ -137,4 +137,4 @@ def _write(path: Path, name: str, tensors: dict[str, Tensor]) -> None:
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, {FORMAT: _header(name, tensors)})
     except (UserError, SafetensorError, OSError) as error:
-        click.echo(f"the statistics are not kept for the next time: {error}", err=True)
+        print(f"the statistics are not kept for the next time: {error}", file=sys.stderr, flush=True)

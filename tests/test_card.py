@@ -74,7 +74,7 @@ def test_a_recipe_in_the_name_of_the_run_leaves_nothing_to_say(models):
     settings = train.command_settings("demo", {"data": "x.zip"}, ())
     images = card.SimpleNamespace(shape=(3, 64, 64), label_dim=0)
     config = card.resolve(settings, images, "")
-    found = card.command(Path("runs/00012-demo-x-once-more"), config)
+    found = card.training_command(Path("runs/00012-demo-x-once-more"), config)
     sizes = f"--batch={config.train.batch} --kimg={config.train.kimg:g}"
     assert found == f"python train.py --outdir=runs --cfg=demo --data=x.zip {sizes}"
 

@@ -172,9 +172,9 @@ class Outer(Config):
 def test_a_setting_that_makes_no_sense_is_named(settings, words):
     with pytest.raises(UserError) as error:
         build(Outer, settings, "somewhere")
-    assert error.value.message.startswith("somewhere: ")
-    assert words in error.value.message
-    assert "\n" not in error.value.message
+    assert str(error.value).startswith("somewhere: ")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_every_mistake_is_named_at_once():
@@ -204,8 +204,8 @@ def test_a_file_that_holds_no_settings_is_refused(tmp_path, text, words):
     path.write_bytes(text)
     with pytest.raises(UserError, match=words) as error:
         read_yaml(path)
-    assert str(path) in error.value.message
-    assert "\n" not in error.value.message
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_refused_and_an_empty_one_is_no_settings(tmp_path):
@@ -239,7 +239,7 @@ def test_an_override_is_a_dotted_key_and_a_yaml_value(assignment, settings):
 def test_an_override_that_cannot_be_read_is_named(assignment):
     with pytest.raises(UserError) as error:
         override(assignment)
-    assert repr(assignment) in error.value.message
+    assert repr(assignment) in str(error.value)
 
 
 @given(NESTS, NESTS)

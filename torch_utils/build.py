@@ -13,11 +13,11 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import click
 import torch
 from torch import Tensor
 
@@ -211,4 +211,4 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 @functools.lru_cache
 def say_once(line: str) -> None:
-    click.echo(line, err=True)
+    print(line, file=sys.stderr, flush=True)

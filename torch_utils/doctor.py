@@ -15,6 +15,7 @@ from torch import Tensor
 from dnnlib.console import UserError, brief
 from dnnlib.files import cache_dir
 from torch_utils import build
+from torch_utils.command import command
 from torch_utils.ops import bias_act, chain, modulated_linear, pixel_path, pixels
 
 
@@ -132,6 +133,7 @@ def triton() -> str:
 
 
 @click.command()
+@command()
 def main():
     """One page on this machine and on which implementation of each operation works on it."""
     facts = {

@@ -451,7 +451,7 @@ class _Lists:
         try:
             return self.read(indices)
         except UserError as error:
-            return error.message
+            return str(error)
 
 
 class _IndexLists:

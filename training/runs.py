@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import torch
 import yaml
 
@@ -121,7 +120,7 @@ def launch(world: int, task: Task) -> int:
     if count and world > count:
         raise UserError(f"--gpus={world}, but this machine has {count}; use --gpus={count} or fewer")
     if not count:
-        click.echo(f"no GPU found: {world} processes share the CPU")
+        print(f"no GPU found: {world} processes share the CPU")
     # This process only waits from here on, and its log would repeat in many lines what our own sentence says.
     logging.disable(logging.CRITICAL)
     # How long a stopped process may take to end its step and save the state, in seconds, before it is killed.
@@ -162,7 +161,7 @@ def work(task: Task) -> int:
 def run(task: Task, procs: Processes) -> int:
     """Begins or continues a run and trains to its end; every process calls it. Returns the exit code."""
     config = task.config
-    say = click.echo if procs.is_first else lambda line: None
+    say = functools.partial(print, flush=True) if procs.is_first else lambda line: None
     if not task.resume:
         config = decide_precision(config, procs.device)
     images = open_images(config.model_dump())
