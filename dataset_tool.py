@@ -23,10 +23,12 @@ import click
 import numpy as np
 from PIL import Image
 
+from dnnlib.config import build
 from dnnlib.console import UserError, progress
 from dnnlib.files import atomic_write
 from torch_utils.command import command
 from training.data import BadImage, ImageFiles, channels_of, label_array, parse_dataset_json, to_channels
+from training.networks import DiscriminatorConfig
 
 if TYPE_CHECKING:
     from training.letters import Letters  # needs matplotlib, so it is imported when it is asked for
@@ -335,12 +337,10 @@ def examine(files: ImageFiles) -> tuple[list[str], list[str]]:
         *label_lines,
     ]
     if not others:
-        if common[0] != common[1]:
-            report.append(
-                f"note      {size_text(common)} is not square; choose a training configuration for rectangles"
-            )
-        for side in sorted({side for side in common if side & (side - 1)}):
-            report.append(f"note      {side} is not a power of two; most training configurations expect one")
+        try:  # as train.py will
+            build(DiscriminatorConfig, {"img_shape": common[::-1]}, str(files.path))
+        except UserError as error:
+            problems.append(str(error))
     return report, problems + label_problems
 
 

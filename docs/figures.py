@@ -51,7 +51,7 @@ def scales(G: Generator, ws: Tensor) -> Image.Image:
 def views(G: Generator, ws: Tensor) -> Image.Image:
     """×1, a window of ×8, turned pictures and a panorama, all of the first style."""
     ws = ws[:1]
-    side = 4 * G.config.img_resolution
+    side = 4 * max(G.config.img_shape)
     square = (side, side)
     top = {
         "x1": picture(G, ws, G.config.img_shape),
@@ -69,7 +69,7 @@ def zoom(G: Generator, ws: Tensor) -> Image.Image:
     for k in (1, 3, 9, 27):
         left, top = (at * (1 - 1 / k) for at in (0.5, 0.54))  # below the middle: often a mouth
         window = (left, top, left + 1 / k, top + 1 / k)
-        row[f"x{k * 256 // G.config.img_resolution}"] = picture(G, ws[:1], (256, 256), window=window)
+        row[f"x{k * 256 // max(G.config.img_shape)}"] = picture(G, ws[:1], (256, 256), window=window)
     return sheet([row])
 
 

@@ -19,7 +19,7 @@ from metrics.pictures import Batch, Drawing, Size
 from torch_utils.pictures import to_uint8
 from torch_utils.randomness import generator
 from training.data import ImageArchive, ImageFiles, cores, listed
-from training.networks import Generator
+from training.networks import COORDS, Generator
 
 READERS = 3  # processes that read ahead
 WORTH = 1000  # pictures from which on they are worth their start
@@ -91,9 +91,8 @@ class Drawn(Drawing):
     def moved(self, index: int, matrix: Tensor | None) -> Tensor:
         if matrix is None:
             return self.colours(self.size)[index : index + 1]
-        ends = self.fakes.G.config.coords == "endpoints"
         sides = matrix.clone()
-        sides[:2, 2] /= max(self.size) - ends  # the pixels of a longer side span the square trained at
+        sides[:2, 2] /= COORDS[self.fakes.G.config.coords].steps(max(self.size))  # from pixels to longer sides
         exact = self.fakes.points == "exact"
         return self.fakes.paint(self.ws[index : index + 1], self.size, transform=sides, exact=exact)
 

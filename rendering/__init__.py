@@ -34,11 +34,12 @@ def plan(
     """What is painted where; `paint(G, ws, plan)` does it, as `tiles` and `render` do.
 
     size: (height, width) in pixels, by default that trained at.
-    window: (x0, y0, x1, y1) in sides of the square trained at, by default all of it, (0, 0, 1, 1).
+    window: (x0, y0, x1, y1) in fractions of the picture trained at, by default all of it, (0, 0, 1, 1).
     fit: what happens when the window has another shape than the size. "crop" shows the largest part of it with that
         shape, "extend" all of it and more around, "stretch" makes pixels oblong.
     transform: a matrix [3,3] that moves the picture about its centre (`rotation`, `zoom`, … and their products with @),
-        or a function x, y -> x, y, float64 [h,w] each: where the colour of each place comes from (`lens`, …).
+        or a function x, y -> x, y, float64 [h,w] each: where the colour of each place comes from (`lens`, …). Both in
+        units of the longer side, in which the centre is (½, ½).
     supersample: K takes K² samples of each pixel and averages them.
     exact: concerns transforms that are no matter of rows and columns. False interpolates between dense samples of the
         lines, at an error that docs/rendering.md gives; True computes every pixel's own lines, which takes some
@@ -49,6 +50,7 @@ def plan(
     places = view(
         G.config.coords,
         size or G.config.img_shape,
+        trained=G.config.img_shape,
         window=window,
         fit=fit,
         transform=transform,

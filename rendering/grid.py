@@ -1,8 +1,9 @@
 """Where the pixels of a picture lie: sizes, windows, transforms, tiles.
 
-Positions are in sides of the square that the network was trained on: x runs to the right and y down, [0,1] is that
-square, and numbers beyond continue it. They are float64: at zoom 100,000 neighbouring pixels of a 512² window differ by
-2e-8. Transforms are 3×3 matrices that move the picture, about its centre; their product applies the right one first.
+Positions are fractions of the picture that the network was trained on: x runs to the right and y down, [0,1] is that
+picture, and numbers beyond continue it. They are float64: at zoom 100,000 neighbouring pixels of a 512² window differ
+by 2e-8. Transforms are 3×3 matrices that move the picture, about its centre, in units of its longer side; their product
+applies the right one first.
 """
 
 import math
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from training.networks.coords import COORDS
 
 Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # output positions x, y -> the positions shown there
 
@@ -93,6 +96,7 @@ def view(
     coords: str,
     size: tuple[int, int],
     *,
+    trained: tuple[int, int] = (1, 1),
     window: tuple[float, float, float, float] | None = None,
     fit: str = "crop",
     transform: Tensor | Field | None = None,
@@ -100,8 +104,8 @@ def view(
 ) -> View:
     """The View of a picture of `size` = (height, width) pixels.
 
-    `coords`: "endpoints" (the outer pixels lie on the edges, as released) or "centers" (pixel i of R at (i + ½) / R).
-    `window` = (x0, y0, x1, y1), by default the whole square (0, 0, 1, 1).
+    `coords`: a key of COORDS. `trained`: (height, width) that [0,1]² has in training; its shape counts, not its size.
+    `window` = (x0, y0, x1, y1), by default the whole picture (0, 0, 1, 1).
     `fit`, where the window has another shape than `size`: "crop" shows the largest part of it, "extend" the whole of it
     and more, "stretch" all of it with oblong pixels.
     `transform`: a matrix [3,3] that moves the picture, or a Field. `supersample` = K takes K² samples of each pixel.
@@ -119,19 +123,22 @@ def view(
         raise ValueError(
             f"window={x0:g},{y0:g},{x1:g},{y1:g} is empty; give left, top, right, bottom with left < right"
         )
-    # Steps in the window's extent: with both ends, R pixels have R − 1 of them.
-    gaps = [max(count - (coords == "endpoints"), 1) for count in size]
-    steps = FITS[fit]((y1 - y0) / gaps[0], (x1 - x0) / gaps[1])
-    centres = (y0 + y1) / 2, (x0 + x1) / 2
+    # In units of the longer side, about the centre of the picture, pixels are square.
+    count = COORDS[coords].steps
+    tall, wide = (count(side) / max(map(count, trained)) for side in trained)
+    steps = FITS[fit]((y1 - y0) * tall / count(height), (x1 - x0) * wide / count(width))
+    centres = resized((y0 + y1) / 2, tall), resized((x0 + x1) / 2, wide)
     rows, cols = (
-        Axis(centre - (count - 1) / 2 * step, step, count, supersample)
-        for centre, count, step in zip(centres, size, steps, strict=True)
+        Axis(centre - (pixels - 1) / 2 * step, step, pixels, supersample)
+        for centre, pixels, step in zip(centres, size, steps, strict=True)
     )
     shown = View(rows, cols)
     if isinstance(transform, Tensor):
         shown = transformed(shown, transform)
     elif transform is not None:
         shown = replace(shown, field=transform)
+    if tall != wide:
+        shown = in_fractions(shown, tall, wide)
     for axis in (shown.rows, shown.cols):
         if not axis.fineness >= 2**-46:  # nor is it where an end is infinite
             raise ValueError(
@@ -139,6 +146,28 @@ def view(
                 "choose a larger window or another transform"
             )
     return shown
+
+
+def resized(t, side: float):
+    """`t` (numbers or tensors) about ½, times `side`: from fractions of a side to units of the longer one."""
+    return t if side == 1 else (t - 0.5) * side + 0.5
+
+
+def in_fractions(shown: View, height: float, width: float) -> View:
+    """`shown`, whose positions are in units of the longer side, in fractions of a picture of `height` and `width`."""
+    if field := shown.field:
+
+        def fractions(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            x, y = field(x, y)
+            return resized(x, 1 / width), resized(y, 1 / height)
+
+        return replace(shown, field=fractions)
+    sides = (width, height) if shown.turned else (height, width)
+    rows, cols = (
+        axis._replace(first=resized(axis.first, 1 / side), step=axis.step / side)
+        for axis, side in zip((shown.rows, shown.cols), sides, strict=True)
+    )
+    return replace(shown, rows=rows, cols=cols)
 
 
 # (row step, column step) that would stretch the window over the picture -> the steps used.
@@ -174,7 +203,7 @@ def transformed(plain: View, matrix: Tensor) -> View:
 
 
 def translation(x: float, y: float) -> Tensor:
-    """Moves the picture to the right by x and down by y, in its sides."""
+    """Moves the picture to the right by x and down by y, in units of its longer side."""
     return torch.tensor([[1, 0, x], [0, 1, y], [0, 0, 1]], dtype=torch.float64)
 
 

@@ -56,9 +56,9 @@ def test_a_recipe_for_one_size_refuses_another(path, tmp_path):
     settings = merge(settings, nested("data.path", str(tmp_path)))
     images = one_image(tmp_path, 2 * (size or 64))
     if size is None:
-        assert resolve(settings, images, path.name).G.img_resolution == 128
+        assert resolve(settings, images, path.name).G.img_shape == (128, 128)
     else:
-        with pytest.raises(UserError, match=f"for images of {size} pixels.*{2 * size}x{2 * size}"):
+        with pytest.raises(UserError, match=f"for images of {size}x{size}, .*{2 * size}x{2 * size}"):
             resolve(settings, images, path.name)
 
 
@@ -75,15 +75,15 @@ def test_a_recipe_holds_only_what_differs_from_the_defaults(path, tmp_path):
 
 
 def test_the_default_gamma_goes_through_the_published_values():
-    assert default_gamma(128, 128) == pytest.approx(0.5)
-    assert default_gamma(1024, 8) == pytest.approx(32)
-    assert 0.5 * 10 < default_gamma(512, 32) < 2 * 10
+    assert default_gamma(128**2, 128) == pytest.approx(0.5)
+    assert default_gamma(1024**2, 8) == pytest.approx(32)
+    assert 0.5 * 10 < default_gamma(512**2, 32) < 2 * 10
 
 
 @given(st.integers(3, 11), st.integers(1, 512))
 def test_the_default_gamma_is_a_power_law_of_pixels_per_image_of_the_batch(k, batch):
-    assert default_gamma(2**k, 4 * batch) == pytest.approx(default_gamma(2 ** (k - 1), batch))
-    assert default_gamma(2**k, batch) < default_gamma(2 ** (k + 1), batch)
+    assert default_gamma(4**k, 4 * batch) == pytest.approx(default_gamma(4 ** (k - 1), batch))
+    assert default_gamma(4**k, batch) < default_gamma(4 ** (k + 1), batch)
 
 
 def test_the_default_half_life_of_the_average_is_ten_kimg_at_batch_32():
@@ -95,8 +95,9 @@ def test_what_the_images_decide_is_filled_in_and_what_is_set_stays(tmp_path):
     images = one_image(tmp_path, 32)
     settings = {"data": {"path": str(tmp_path)}, "train": {"batch": 8}}
     config = resolve(settings, images, "x")
-    assert (config.G.img_resolution, config.D.img_resolution, config.G.img_channels, config.G.c_dim) == (32, 32, 3, 0)
-    assert config.loss.r1_gamma == pytest.approx(default_gamma(32, 8))
+    assert config.G.img_shape == config.D.img_shape == (32, 32)
+    assert (config.G.img_channels, config.G.c_dim) == (3, 0)
+    assert config.loss.r1_gamma == pytest.approx(default_gamma(32**2, 8))
     assert config.train.ema_kimg == pytest.approx(2.5)
     settings = merge(settings, {"loss": {"r1_gamma": 0.0}, "train": {"ema_kimg": 7.0}})
     config = resolve(settings, images, "x")

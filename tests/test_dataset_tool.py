@@ -20,6 +20,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import dataset_tool
+from dnnlib.console import UserError
+from training.config import resolve
 from training.data import ImageArchive
 
 TOOL = Path(dataset_tool.__file__)
@@ -601,11 +603,19 @@ def test_check_tells_what_a_good_dataset_holds(tmp_path):
     assert lines[1:] == ["images 5", "size 8x8 (5)", "channels 3 (5)", "labels 2 classes: a 3, b 2"]
 
 
-def test_check_notes_what_training_may_not_expect(tmp_path):
-    result = run("check", folder_of(tmp_path / "in", {"a.png": encoded(noise(0, 8, 12, 4))}))
-    assert result.exit_code == 0
-    for words in ("12x8 is not square", "12 is not a power of two", "channels  4 (1)", "labels    none"):
-        assert words in result.output
+@pytest.mark.parametrize("size", [(8, 8), (12, 8), (16, 24), (24, 24), (8, 6), (17, 16), (100, 64), (20, 28)])
+def test_check_says_of_a_size_what_training_says(tmp_path, size):
+    width, height = size
+    folder = folder_of(tmp_path / "in", {"a.png": encoded(noise(0, height, width, 4))})
+    checked = run("check", folder)
+    assert "channels  4 (1)" in checked.output
+    problem = ""
+    try:
+        resolve({"data": {"path": str(folder)}, "train": {"batch": 4}}, ImageArchive(folder), "--cfg=x")
+    except UserError as error:
+        problem = str(error).removeprefix("--cfg=x: ").removeprefix("D: ")
+    assert checked.exit_code == (2 if problem else 0)
+    assert problem in checked.output
 
 
 @pytest.mark.parametrize(
@@ -614,7 +624,7 @@ def test_check_notes_what_training_may_not_expect(tmp_path):
         ({"c.png": encoded(noise(0, 5, 5))}, ["1 image not of the most frequent size 8x6", "e.g. c.png of 5x5"]),
         ({"c.png": b"", "d.png": b"x"}, ["c.png cannot be read", "d.png cannot be read"]),
         ({"c.tif": encoded(np.ones((6, 8), np.float32), "tiff")}, ["c.tif: 32-bit float"]),
-        ({f"bad{i:02d}.png": b"" for i in range(14)}, ["bad09.png", "and 4 more"]),
+        ({f"bad{i:02d}.png": b"" for i in range(14)}, ["bad09.png", "and 5 more"]),
         ({"dataset.json": b'{"labels": [["cat/a.png", 0]]}'}, ["1 image without a label", "dog/b.png"]),
         (
             {"dataset.json": b'{"labels": [["cat/a.png", 0], ["dog/b.png", 0], ["x.png", 1]]}'},

@@ -14,13 +14,15 @@ from training import losses
 from training.networks import Discriminator, DiscriminatorConfig
 from training.networks.discriminator import EqualConv2d, minibatch_std
 
-TINY = {"img_resolution": 16, "channel_base": 64, "channel_max": 8, "mapping_layers": 2}  # channels 4, 8, 8
+TINY = {"img_shape": (16, 16), "channel_base": 64, "channel_max": 8, "mapping_layers": 2}  # channels 4, 8, 8
 VARIANTS = {
     "plain": {},
     "conditional": {"c_dim": 3},
     "label without mapping": {"c_dim": 3, "mapping_layers": 0},
     "groups of two": {"mbstd_group": 2},
     "grey": {"img_channels": 1},
+    "24x16": {"img_shape": (16, 24)},
+    "20x28": {"img_shape": (28, 20)},  # halved twice, to 5x7
 }
 
 
@@ -48,7 +50,7 @@ def frozen(dtype=torch.float64, **changes):
 def judged(D, n, seed=1):
     """Images, and labels where D wants them."""
     dtype, c = D.from_rgb.weight.dtype, D.config
-    img = noise(n, c.img_channels, c.img_resolution, c.img_resolution, seed=seed, dtype=dtype)
+    img = noise(n, c.img_channels, *c.img_shape, seed=seed, dtype=dtype)
     return img, noise(n, c.c_dim, seed=seed + 1, dtype=dtype) if c.c_dim else None
 
 
@@ -107,7 +109,8 @@ class Dense:
 
     def logits(self, img, c):
         x, half = self.conv("from_rgb", img), math.sqrt(0.5)
-        while (r := x.shape[-1]) > 4:
+        while min(x.shape[2:]) > 7:
+            r = 2 ** int(math.log2(min(x.shape[2:])))
             main = self.conv(f"blocks.{r}.conv1", self.conv(f"blocks.{r}.conv0", x), halve=True, gain=half)
             x = main + self.conv(f"blocks.{r}.skip", x, halve=True, gain=half)
         x = self.conv("epilogue.conv", deviations(x, self.c.mbstd_group))
@@ -305,7 +308,7 @@ def test_published_widths():
     """channel_base 32768, channel_max 512."""
     c = DiscriminatorConfig()
     assert [c.channels(2**i) for i in range(2, 11)] == [512] * 5 + [256, 128, 64, 32]
-    assert (c.img_resolution, c.mbstd_group, c.mapping_layers) == (512, 4, 8)
+    assert (c.img_shape, c.mbstd_group, c.mapping_layers) == ((512, 512), 4, 8)
 
 
 def test_settings_are_frozen():
@@ -316,11 +319,12 @@ def test_settings_are_frozen():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"img_resolution": 4}, ["img_resolution=4", "power of two", "at least 8"]),
-        ({"img_resolution": 96}, ["img_resolution=96", "power of two"]),
-        ({"img_resolution": -16}, ["img_resolution=-16", "at least 8"]),
-        ({"img_resolution": "large"}, ["img_resolution", "integer"]),
-        ({"img_resolution": 128}, ["channel_base=64", "no channel at 128×128", "at least 128"]),
+        ({"img_shape": (4, 4)}, ["4x4", "8x8 or more"]),
+        ({"img_shape": (90, 90)}, ["90x90", "multiples of 16", "--resolution=80x80"]),
+        ({"img_shape": (64, 100)}, ["100x64", "multiples of 16", "--resolution=96x64"]),
+        ({"img_shape": (-16, -16)}, ["img_shape", "greater than or equal to 1"]),
+        ({"img_shape": ("large", "large")}, ["img_shape", "integer"]),
+        ({"img_shape": (128, 128)}, ["channel_base=64", "no channel at resolution 128", "128 or more"]),
         ({"channel_base": 0}, ["channel_base", "greater than or equal to 1"]),
         ({"channel_max": 0}, ["channel_max", "greater than or equal to 1"]),
         ({"img_channels": 0}, ["img_channels", "greater than or equal to 1"]),

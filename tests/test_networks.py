@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from training import losses
-from training.networks import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, Lines, positions
+from training.networks import COORDS, Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, Lines
 from training.networks.mapping import normalise
 from training.networks.pixels import fuse
 
 TINY = {
-    "img_resolution": 16,
+    "img_shape": (16, 16),
     "channel_base": 128,  # widths 16, 16, 8: the blocks differ
     "channel_max": 16,
     "thickness": 3,
@@ -32,7 +32,8 @@ VARIANTS = {
     "no decoders": {"decoders": False},
     "orig": {"architecture": "orig"},
     "conditional": {"c_dim": 3},
-    "deep": {"depth": 4, "img_resolution": 10, "coords": "centers"},
+    "deep": {"depth": 4, "img_shape": (10, 10), "coords": "centers"},
+    "oblong": {"img_shape": (12, 20)},
     "shallow": {"depth": 2, "img_channels": 1},
 }
 TIGHT = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -40,6 +41,10 @@ TIGHT = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def positions(count, coords, dtype=torch.float32):
+    return COORDS[coords].positions(count, dtype)
 
 
 def noise(*shape, dtype=torch.float64, seed=1):
@@ -285,7 +290,7 @@ class Dense:
             x = np.concatenate([x, y / np.sqrt(np.mean(y**2, axis=1, keepdims=True) + 1e-8)], axis=1)
         for i in range(self.c.mapping_layers):
             x = self.linear(f"mapping.layers.{i}", x, lr_mult=0.01, act=True)
-        blocks = self.c.depth or int(math.log2(self.c.img_resolution)) - 1
+        blocks = self.c.depth or int(math.log2(max(self.c.img_shape))) - 1
         ws = np.stack([x] * (2 * blocks + 1), axis=1)
         average = self.p["mapping.w_avg"]
         ws[:, :cutoff] = average + psi * (ws[:, :cutoff] - average)
@@ -530,7 +535,7 @@ def test_published_sizes(resolution, widths):
 
 def test_defaults_are_the_published_ones():
     c = GeneratorConfig()
-    assert (c.img_resolution, c.z_dim, c.w_dim, c.mapping_layers) == (512, 512, 512, 8)
+    assert (c.img_shape, c.z_dim, c.w_dim, c.mapping_layers) == ((512, 512), 512, 512, 8)
     assert (c.channel_base, c.channel_max, c.biline_channels, c.thickness, c.bandwidth) == (65536, 1024, 32, 8, 10)
     assert (c.architecture, c.decoders, c.coords, c.c_dim) == ("skip", True, "endpoints", 0)
 
@@ -547,10 +552,16 @@ def test_the_refinement_and_the_decoders_have_the_published_widths():
 
 
 def test_depth_is_set_apart_from_the_size_trained_at():
-    G = frozen(depth=4, img_resolution=10)
+    G = frozen(depth=4, img_shape=(10, 10))
     assert G.config.num_ws == 9
     assert G(noise(1, 10)).shape == (1, 3, 10, 10)
     assert GeneratorConfig(img_resolution=512).num_blocks == GeneratorConfig(img_resolution=900, depth=8).num_blocks
+
+
+def test_a_resolution_stands_for_a_square():
+    assert GeneratorConfig(img_resolution=32) == GeneratorConfig(img_shape=(32, 32))
+    with pytest.raises(ValueError, match=r"img_resolution=32 and img_shape=\[32, 48\] differ"):
+        GeneratorConfig(img_resolution=32, img_shape=(32, 48))
 
 
 def test_settings_are_frozen():
@@ -565,12 +576,11 @@ def test_settings_are_frozen():
     ("change", "words"),
     [
         ({"thicknes": 3}, ["thicknes", "not permitted"]),
-        ({"img_resolution": 48}, ["img_resolution=48", "power of two", "depth"]),
-        ({"img_resolution": 4}, ["img_resolution=4", "at least 8"]),
-        ({"img_resolution": 0}, ["img_resolution", "greater than or equal to 1"]),
-        ({"img_resolution": 16.5}, ["img_resolution", "integer"]),
-        ({"img_resolution": "big"}, ["img_resolution", "integer"]),
-        ({"img_resolution": None}, ["img_resolution", "integer"]),
+        ({"img_shape": (4, 4)}, ["img_shape=(4, 4)", "too small", "depth"]),
+        ({"img_shape": (0, 0)}, ["img_shape", "greater than or equal to 1"]),
+        ({"img_shape": (16.5, 16.5)}, ["img_shape", "integer"]),
+        ({"img_shape": ("big", "big")}, ["img_shape", "integer"]),
+        ({"img_shape": (None, None)}, ["img_shape", "integer"]),
         ({"img_channels": 0}, ["img_channels", "greater than or equal to 1"]),
         ({"depth": 1}, ["depth", "greater than or equal to 2"]),
         ({"depth": 20}, ["empty last block", "larger channel_base"]),
@@ -580,7 +590,7 @@ def test_settings_are_frozen():
         ({"mapping_layers": 0}, ["mapping_layers", "greater than or equal to 1"]),
         ({"channel_max": 7}, ["channel_max=7", "odd first block", "even channel_max"]),
         ({"channel_max": 1}, ["channel_max", "greater than or equal to 2"]),
-        ({"channel_base": 64, "img_resolution": 512}, ["channel_base=64", "empty last block"]),
+        ({"channel_base": 64, "img_shape": (512, 512)}, ["channel_base=64", "empty last block"]),
         ({"biline_channels": 0}, ["biline_channels", "greater than or equal to 1"]),
         ({"thickness": 0}, ["thickness", "greater than or equal to 1"]),
         ({"bandwidth": 0}, ["bandwidth", "greater than 0"]),

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from dnnlib.console import UserError
 from training import losses
-from training.networks import positions
+from training.networks import COORDS
 from training.networks.official import discriminator_from_official, generator_from_official
 
 REFERENCES = sorted((Path(__file__).parent / "reference").glob("*.safetensors"))
@@ -59,7 +59,7 @@ def test_mapping_and_truncation(ref, G):
 def test_pictures_at_every_scale(ref, G):
     for scale in ref.config["scales"]:
         side = round(ref.config["img_resolution"] * scale)
-        t = positions(side, "endpoints")
+        t = COORDS["endpoints"].positions(side)
         picture = G.synthesis(ref.all["out/ws"], rows=t, cols=t)
         assert relative_error(picture, ref.all[f"out/img_x{scale}"]) <= 1e-4
     assert relative_error(G(ref.all["in/z"], label(ref)), ref.all["out/img_x1"]) <= 1e-4

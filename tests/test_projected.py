@@ -13,18 +13,18 @@ from training.networks import ProjectedConfig, ProjectedDiscriminator
 
 def build(**settings) -> ProjectedDiscriminator:
     torch.manual_seed(0)
-    small = {"img_resolution": 16, "channel_base": 128, "feature_size": 64, "mbstd_group": 1, "mapping_layers": 2}
+    small = {"img_shape": (16, 16), "channel_base": 128, "feature_size": 64, "mbstd_group": 1, "mapping_layers": 2}
     return ProjectedDiscriminator(ProjectedConfig(**(small | settings))).double()
 
 
-def images(count: int, channels: int = 3) -> torch.Tensor:
+def images(count: int, channels: int = 3, shape: tuple[int, int] = (16, 16)) -> torch.Tensor:
     random = torch.Generator().manual_seed(1)
-    return torch.rand(count, channels, 16, 16, generator=random, dtype=torch.float64) * 2 - 1
+    return torch.rand(count, channels, *shape, generator=random, dtype=torch.float64) * 2 - 1
 
 
-@pytest.mark.parametrize("c_dim", [0, 3])
-def test_a_batch_is_its_images_one_by_one(c_dim):
-    D, x, c = build(c_dim=c_dim), images(3), torch.eye(3, dtype=torch.float64)[:, :c_dim]
+@pytest.mark.parametrize(("c_dim", "shape"), [(0, (16, 16)), (3, (16, 16)), (0, (16, 24)), (0, (96, 80))])
+def test_a_batch_is_its_images_one_by_one(c_dim, shape):
+    D, x, c = build(c_dim=c_dim, img_shape=shape), images(3, shape=shape), torch.eye(3, dtype=torch.float64)[:, :c_dim]
     together = D(x, c)
     assert together.shape == (3, 8)
     for n in range(3):

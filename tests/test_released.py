@@ -799,7 +799,7 @@ def test_any_sequence_of_opcodes_is_read_or_refused(tmp_path, words):
     "change",
     [
         {"img_resolution": 2**70},
-        {"img_resolution": 17},
+        {"img_resolution": 40},
         {"mapping_kwargs": easy(num_layers=10**9)},
         {"z_dim": 10**12},
         {"z_dim": 2**70},

@@ -31,7 +31,7 @@ from torch_utils.pictures import to_uint8
 from training.networks import Generator, GeneratorConfig
 
 TINY = {
-    "img_resolution": 16,
+    "img_shape": (16, 16),
     "channel_base": 128,  # widths 16, 16, 8: the blocks differ
     "channel_max": 16,
     "thickness": 3,
@@ -172,7 +172,7 @@ def test_the_default_is_the_picture_trained_at(coords):
 
 def test_with_the_papers_frequencies_too():
     """512 pixels, and features of up to 300 cycles' phase: float32 positions and float64 ones give the same."""
-    G = tiny(img_resolution=512, channel_base=8192)
+    G = tiny(img_shape=(512, 512), channel_base=8192)
     ws = styles(G, 1)
     assert error(render(G, ws), G.synthesis(ws)) <= 1e-4
 
@@ -255,6 +255,29 @@ def test_fits(coords, height, width, window):
             assert ends[1] >= y1 - 1e-14
             assert ends[2] <= x0 + 1e-14
             assert ends[3] >= x1 - 1e-14
+
+
+@each_grid
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_pictures_of_a_network_trained_on_rectangles(coords, shape):
+    """In pixels of the size trained at, whatever the shape: the grid, a window, a turn by 90° and one by 30°."""
+    height, width = shape
+    G = tiny(torch.float64, img_shape=shape, coords=coords)
+    ws = styles(G)
+    picture = plain(G, ws, across(height, coords), across(width, coords))
+    assert error(render(G, ws), picture) <= 1e-12
+    steps = (height - 1, width - 1) if coords == "endpoints" else (height, width)
+    down, right = (max(steps) / side / 2 for side in steps)
+    square = {"size": (max(shape), max(shape)), "window": (0.5 - right, 0.5 - down, 0.5 + right, 0.5 + down)}
+    assert error(render(G, ws, **square, transform=rotation(90)), render(G, ws, **square).rot90(dims=(2, 3))) <= 1e-12
+    moved = render(G, ws, transform=translation(2 / max(steps), 3 / max(steps)))
+    assert error(moved[..., 3:, 2:], picture[..., :-3, :-2]) <= 1e-12
+    # By 30° about the centre, pixel by pixel, in pixels.
+    y, x = torch.meshgrid(*(torch.arange(n).double() - (n - 1) / 2 for n in shape), indexing="ij")
+    cos, sin = math.cos(math.radians(30)), math.sin(math.radians(30))
+    source = (x * cos - y * sin) / steps[1] + 0.5, (x * sin + y * cos) / steps[0] + 0.5
+    turned = render(G, ws, transform=rotation(30), exact=True)
+    assert error(turned, each_place(G, ws, *source)) <= 1e-10
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_the_header_of_a_snapshot_holds_the_config(tmp_path):
     with safe_open(path, "pt") as file:
         text = " ".join(file.metadata().values())
     for key, value in G.config.model_dump().items():
-        assert f'"{key}":{json.dumps(value)}' in text.replace(": ", ":").replace('\\"', '"')
+        assert f'"{key}":{json.dumps(value)}'.replace(" ", "") in text.replace(" ", "")
 
 
 def test_equal_generators_are_equal_files(tmp_path):
@@ -160,7 +160,7 @@ HARM = {
         "do not fit its config",
     ),
     "its config asks for a vast number of layers": (
-        lambda path: rewrite(path, with_config(img_resolution=2**60)),
+        lambda path: rewrite(path, with_config(img_shape=(2**60, 2**60))),
         "config",
     ),
     "its config asks for an endless mapping": (

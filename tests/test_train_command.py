@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import generate
 from torch_utils import checkpoint
 from training.snapshot import load_generator
 
@@ -42,7 +44,7 @@ def test_a_dry_run_prints_the_settings_and_makes_nothing(tiny):
     assert result.exit_code == 0
     settings = yaml.safe_load(result.output)
     assert settings["train"]["batch"] == 8
-    assert settings["G"]["img_resolution"] == 8
+    assert settings["G"]["img_shape"] == [8, 8]
     assert settings["loss"]["r1_gamma"] > 0
     assert files(tiny.folder) == before
     assert not tiny.runs()
@@ -195,6 +197,21 @@ def test_an_equally_deep_network_at_twice_the_size_takes_the_whole_generator(tin
     assert result.exit_code == 0, result.output
     report = re.search(r"^G: (\d+) of (\d+) tensors", result.output, re.MULTILINE)
     assert report[1] == report[2]
+
+
+@pytest.mark.parametrize(("size", "kind"), [((24, 16), "residual"), ((20, 28), "residual"), ((24, 16), "projected")])
+def test_rectangles_train_and_are_drawn_in_their_shape(tiny, size, kind):
+    kinds = ("-o", f"D.kind={kind}", "-o", "G.channel_max=4", "-o", "D.channel_max=4")
+    folder = tiny.run("--kimg", 0.016, *kinds, data=tiny.images("oblong", size=size, count=8))
+    width, height = size
+    for name in ("reals.png", "fakes000000.png"):
+        across, down = Image.open(folder / name).size
+        assert (across % width, down % height) == (0, 0)
+    (snapshot,) = folder.glob("network-snapshot-*.safetensors")
+    arguments = ["--network", snapshot, "--seeds", "0", "--outdir", folder / "out", "--scale", "2"]
+    drawn = CliRunner().invoke(generate.main, [str(a) for a in arguments])
+    assert drawn.exit_code == 0, drawn.output
+    assert Image.open(folder / "out" / "seed0000.png").size == (2 * width, 2 * height)
 
 
 # --- continuing with other settings ----------------------------------------------------------------------------------
@@ -388,16 +405,15 @@ MISTAKES = {
     ),
     "a number for a key in a recipe": (yaml_file("1: 2\ntrain: {batch: 8}"), "1"),
     "a recipe without a batch": (yaml_file("train: {kimg: 1}"), r"mine\.yaml: train\.batch is missing$"),
-    "a recipe of another size": (yaml_file("G: {img_resolution: 16}\ntrain: {batch: 8}"), "of 16 pixels.*holds 8x8"),
+    "a recipe of another size": (yaml_file("G: {img_resolution: 16}\ntrain: {batch: 8}"), "of 16x16, .*holds 8x8"),
     # data
     "no archive": (data(lambda tiny: tiny.folder / "none.zip"), "none.zip does not exist"),
     "an empty folder": (data(empty_folder), "holds no images"),
     "an empty archive": (data(empty_zip), "holds no images"),
     "a broken archive": (data(lambda tiny: written(tiny, "broken.zip", b"PK\x03\x04" * 9)), "broken.zip"),
     "a broken image": (data(lambda tiny: written(tiny, "pictures/0.png", b"x").parent), "0.png cannot be read"),
-    "rectangles": (data(lambda tiny: tiny.images("wide", size=(16, 8))), "16x8 images.*squares"),
-    "no power of two": (data(lambda tiny: tiny.images("odd", size=(12, 12))), "12x12 images.*power of two"),
-    "images too small": (data(lambda tiny: tiny.images("small", size=(4, 4))), "4x4 images.*8 at least"),
+    "a side that cannot be halved": (data(lambda tiny: tiny.images("odd", size=(17, 8))), "17x8 .*multiples of 2"),
+    "images too small": (data(lambda tiny: tiny.images("small", size=(4, 4))), "4x4 are too small"),
     "no labels": (extra("--cond"), "holds no labels"),
     "labels for half": (lambda tiny: tiny.new("--cond", data=labels_for_half(tiny)), "dataset.json"),
     # directories

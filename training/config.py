@@ -82,7 +82,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self):
-        for name in ("img_resolution", "img_channels", "c_dim"):
+        for name in ("img_shape", "img_channels", "c_dim"):
             g, d = getattr(self.G, name), getattr(self.D, name)
             if g != d:
                 raise ValueError(f"G.{name}={g} and D.{name}={d} must be equal")
@@ -112,12 +112,12 @@ def _divisor(number: int, limit: int) -> int:
     return next(n for n in range(min(number, limit), 0, -1) if number % n == 0)
 
 
-def default_gamma(resolution: int, batch: int) -> float:
+def default_gamma(pixels: int, batch: int) -> float:
     """R1's γ: the power law through the published 128² (batch 128, γ 0.5) and 1024² (batch 8, γ 32).
 
     It gives 6 for 512² with batch 32, published with γ 10.
     """
-    return 0.5 * (resolution**2 / batch / 128) ** 0.6
+    return 0.5 * (pixels / batch / 128) ** 0.6
 
 
 def default_ema_kimg(batch: int) -> float:
@@ -131,23 +131,19 @@ def resolve(settings: dict, images: ImageArchive, where: str) -> RunConfig:
     """
     channels, height, width = images.shape
     path = settings["data"]["path"]
-    if height != width or height & (height - 1) or height < 8:
-        raise UserError(
-            f"{path} holds {width}x{height} images, and training needs squares with a power of two, 8 at least; "
-            "make such an archive with dataset_tool.py --resolution=256x256 --transform=center-crop"
-        )
-    filled = {}
+    settings = merge({"G": {}, "D": {}}, settings)
     for network in ("G", "D"):
-        given = settings.get(network, {})
-        if given.get("img_resolution", height) != height:
+        side = settings[network].pop("img_resolution", None)
+        given = settings[network].get("img_shape", (height, width) if side is None else (side, side))
+        if list(given) != [height, width]:
             raise UserError(
-                f"{where} is for images of {given['img_resolution']} pixels, but {path} holds {width}x{height}; "
+                f"{where} is for images of {'x'.join(map(str, given[::-1]))}, but {path} holds {width}x{height}; "
                 "make another archive with dataset_tool.py, or choose another --cfg"
             )
-        filled[network] = {"img_resolution": height, "img_channels": channels, "c_dim": images.label_dim}
-    settings = merge(filled, settings)
+        found = {"img_shape": (height, width), "img_channels": channels, "c_dim": images.label_dim}
+        settings[network] = found | settings[network]
     batch = settings.get("train", {}).get("batch")
     batch = batch if isinstance(batch, int | float) and batch >= 1 else 1  # a wrong one is refused below
-    settings = merge(nested("loss.r1_gamma", default_gamma(height, batch)), settings)
+    settings = merge(nested("loss.r1_gamma", default_gamma(height * width, batch)), settings)
     settings = merge(nested("train.ema_kimg", default_ema_kimg(batch)), settings)
     return build(RunConfig, settings, where)

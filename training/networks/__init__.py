@@ -4,8 +4,9 @@ from typing import Union
 
 from torch import nn
 
+from training.networks.coords import COORDS
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
-from training.networks.generator import Generator, GeneratorConfig, positions
+from training.networks.generator import Generator, GeneratorConfig
 from training.networks.lines import Lines
 from training.networks.projected import ProjectedConfig, ProjectedDiscriminator
 
@@ -18,6 +19,7 @@ def build_discriminator(config: AnyDiscriminatorConfig) -> nn.Module:
 
 
 __all__ = [
+    "COORDS",
     "DISCRIMINATORS",
     "AnyDiscriminatorConfig",
     "Discriminator",
@@ -28,5 +30,4 @@ __all__ = [
     "ProjectedConfig",
     "ProjectedDiscriminator",
     "build_discriminator",
-    "positions",
 ]

@@ -1,6 +1,7 @@
 """StyleGAN2's residual discriminator (Karras et al., CVPR 2020, section 4.1).
 
-Legend: N images, C channels, R the resolution of a block. Features are [N,C,H,W].
+Legend: N images, C channels, R the resolution of a block: the shorter side, if that is a power of two, else the power
+of two below it. Features are [N,C,H,W].
 """
 
 import itertools
@@ -12,20 +13,16 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dnnlib.config import Config
 from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
 from torch_utils.ops.resample import lowpass
 from torch_utils.precision import full_precision
 from torch_utils.recompute import by_parts, recomputed
-from training.networks.layers import CLAMP, IMPL, EqualLinear, Layer, choose_impl
+from training.networks.layers import CLAMP, IMPL, EqualLinear, ImageConfig, Layer, choose_impl
 from training.networks.mapping import Mapping, check_label
 
 
-class DiscriminatorConfig(Config):
+class DiscriminatorConfig(ImageConfig):
     kind: Literal["residual"] = "residual"
-    img_resolution: int = Field(512, description="side of the square it judges, a power of two of at least 8")
-    img_channels: int = Field(3, ge=1)
-    c_dim: int = Field(0, ge=0, description="label numbers per image; 0 is unconditional")
     channel_base: int = Field(32768, ge=1, description="resolution R has min(channel_base / R, channel_max) channels")
     channel_max: int = Field(512, ge=1)
     mbstd_group: int = Field(4, ge=1, description="images per group of the minibatch standard deviation, at most")
@@ -37,14 +34,27 @@ class DiscriminatorConfig(Config):
 
     @model_validator(mode="after")
     def _buildable(self):
-        if self.img_resolution < 8 or self.img_resolution & (self.img_resolution - 1):
-            raise ValueError(f"img_resolution={self.img_resolution} is not a power of two of at least 8")
-        if self.channels(self.img_resolution) < 1:
+        height, width = self.img_shape
+        if min(self.img_shape) < 8:
+            raise ValueError(f"images of {width}x{height} are too small for the discriminator; it takes 8x8 or more")
+        unit = 1 << len(self.resolutions)
+        if height % unit or width % unit:
+            near = f"{width // unit * unit}x{height // unit * unit}"
             raise ValueError(
-                f"channel_base={self.channel_base} leaves no channel at {self.img_resolution}×{self.img_resolution}; "
-                f"use at least {self.img_resolution}"
+                f"the sides of {width}x{height} must be multiples of {unit}, because the discriminator halves images "
+                f"{len(self.resolutions)} times; make an archive with dataset_tool.py --resolution={near} "
+                "--transform=center-crop"
+            )
+        if self.channels(top := self.resolutions[0]) < 1:
+            raise ValueError(
+                f"channel_base={self.channel_base} leaves no channel at resolution {top}; use {top} or more"
             )
         return self
+
+    @property
+    def resolutions(self) -> list[int]:
+        """R of every block: 8 for the last, which leaves a shorter side of 4 to 7 pixels, and twice that before it."""
+        return [8 << i for i in reversed(range((min(self.img_shape) // 4).bit_length() - 1))]
 
     def channels(self, resolution: int) -> int:
         return min(self.channel_base // resolution, self.channel_max)
@@ -79,7 +89,7 @@ class EqualConv2d(Layer):
 
 
 class ResidualBlock(nn.Module):
-    """[N,I,R,R] -> [N,O,R/2,R/2]."""
+    """[N,I,H,W] -> [N,O,H/2,W/2]."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -113,13 +123,13 @@ def minibatch_std(x: Tensor, group: int, batches: int = 1) -> Tensor:
 
 
 class Epilogue(nn.Module):
-    """[N,C,4,4] -> [N,outputs], in at least float32: the logits decide the sign of every gradient."""
+    """[N,C,H,W] -> [N,outputs], in at least float32: the logits decide the sign of every gradient."""
 
-    def __init__(self, channels: int, outputs: int, mbstd_group: int):
+    def __init__(self, channels: int, pixels: int, outputs: int, mbstd_group: int):
         super().__init__()
         self.mbstd_group = mbstd_group
         self.conv = EqualConv2d(channels + 1, channels, 3)
-        self.fc = EqualLinear(channels * 16, channels, act="lrelu")
+        self.fc = EqualLinear(channels * pixels, channels, act="lrelu")
         self.out = EqualLinear(channels, outputs)
 
     def forward(self, x: Tensor, batches: int = 1) -> Tensor:
@@ -130,7 +140,7 @@ class Epilogue(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """img [N,C,R,R] in [-1,1], c [N,c_dim] or None -> logits [N,1].
+    """img [N,C,H,W] in [-1,1], c [N,c_dim] or None -> logits [N,1].
 
     img may hold several `batches` one after the other: the same as one call for each, and faster. Conditional: the
     projection of Miyato and Koyama (ICLR 2018) on a mapping of the label. Raises ValueError when img or c has another
@@ -140,19 +150,19 @@ class Discriminator(nn.Module):
     def __init__(self, config: DiscriminatorConfig):
         super().__init__()
         self.config = config
-        resolutions = [config.img_resolution >> i for i in range(int(math.log2(config.img_resolution)) - 2)]
-        self.from_rgb = EqualConv2d(config.img_channels, config.channels(config.img_resolution), 1)
+        self.from_rgb = EqualConv2d(config.img_channels, config.channels(config.resolutions[0]), 1)
         # Named by resolution, so that a larger discriminator can begin from the blocks of a smaller one.
         self.blocks = nn.ModuleDict(
-            {str(r): ResidualBlock(config.channels(r), config.channels(r // 2)) for r in resolutions}
+            {str(r): ResidualBlock(config.channels(r), config.channels(r // 2)) for r in config.resolutions}
         )
         last = config.channels(4)
         self.mapping = Mapping(0, config.c_dim, last, config.mapping_layers) if config.c_dim else None
-        self.epilogue = Epilogue(last, last if config.c_dim else 1, config.mbstd_group)
+        pixels = math.prod(config.img_shape) >> 2 * len(config.resolutions)
+        self.epilogue = Epilogue(last, pixels, last if config.c_dim else 1, config.mbstd_group)
         choose_impl(self, config.impl)
 
     def features(self, img: Tensor) -> Tensor:
-        """[N,img_channels,R,R] -> [N,C,4,4], each image by itself."""
+        """[N,img_channels,H,W] -> [N,C,h,w], each image by itself."""
         call = ResidualBlock.__call__ if self.config.recompute == "none" else recomputed
         if img.device.type == "cpu":  # where convolutions are some three times as fast with channels last
             img = img.contiguous(memory_format=torch.channels_last)
@@ -162,7 +172,7 @@ class Discriminator(nn.Module):
         return x
 
     def forward(self, img: Tensor, c: Tensor | None = None, batches: int = 1) -> Tensor:
-        expected = (self.config.img_channels, self.config.img_resolution, self.config.img_resolution)
+        expected = (self.config.img_channels, *self.config.img_shape)
         if img.ndim != 4 or img.shape[1:] != expected:
             raise ValueError(f"img must be [N,{','.join(map(str, expected))}], got {list(img.shape)}")
         if not len(img):

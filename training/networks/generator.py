@@ -10,21 +10,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dnnlib.config import Config
-from training.networks.layers import IMPL, choose_impl
+from training.networks.coords import COORDS
+from training.networks.layers import IMPL, ImageConfig, choose_impl
 from training.networks.lines import Lines, LineSynthesis
 from training.networks.mapping import Mapping
 from training.networks.pixels import PixelSynthesis
 
 
-class GeneratorConfig(Config):
+class GeneratorConfig(ImageConfig):
     """What the generator is made of. The defaults are the paper's (supplement, section 1)."""
 
-    img_resolution: int = Field(512, ge=1, description="side of the square it is trained at, in pixels")
-    img_channels: int = Field(3, ge=1, description="1 grey, 3 RGB, 4 RGBA")
-    depth: int | None = Field(None, ge=2, le=64, description="blocks; by default log2(img_resolution) − 1")
+    depth: int | None = Field(None, ge=2, le=64, description="blocks; by default log2 of the longer side, less 1")
     z_dim: int = Field(512, ge=1)
-    c_dim: int = Field(0, ge=0, description="label numbers per image; 0 is unconditional")
     w_dim: int = Field(512, ge=1)
     mapping_layers: int = Field(8, ge=1, le=64)
     channel_base: int = Field(65536, ge=1, description="block k = 4, 8, … is min(channel_base / k, channel_max) wide")
@@ -34,7 +31,7 @@ class GeneratorConfig(Config):
     bandwidth: float = Field(10.0, gt=0, description="standard deviation of the input frequencies, cycles per picture")
     architecture: Literal["skip", "orig"] = Field("skip", description="fuse after every block, or once at the end")
     decoders: bool = Field(True, description="decode the pixel features between fusions (paper, table 4)")
-    coords: Literal["endpoints", "centers"] = Field(
+    coords: Literal[tuple(COORDS)] = Field(
         "endpoints", description="positions: 0 … 1 with both ends, as released, or pixel centres (i + ½) / R"
     )
     recompute: Literal["none", "pixels", "all"] = Field(
@@ -44,11 +41,8 @@ class GeneratorConfig(Config):
 
     @model_validator(mode="after")
     def _buildable(self):
-        if self.depth is None and (self.img_resolution < 8 or self.img_resolution & (self.img_resolution - 1)):
-            raise ValueError(
-                f"img_resolution={self.img_resolution} is not a power of two of at least 8, so the depth does not "
-                "follow from it; set depth as well"
-            )
+        if self.depth is None and max(self.img_shape) < 8:
+            raise ValueError(f"img_shape={self.img_shape} is too small for two blocks; set depth as well")
         odd = self.widths[0] % 2
         if odd or self.widths[-1] < 1:
             what = "an odd first block" if odd else "an empty last block"
@@ -60,7 +54,7 @@ class GeneratorConfig(Config):
 
     @property
     def num_blocks(self) -> int:
-        return self.depth or int(math.log2(self.img_resolution)) - 1
+        return self.depth or int(math.log2(max(self.img_shape))) - 1
 
     @property
     def widths(self) -> list[int]:
@@ -74,23 +68,6 @@ class GeneratorConfig(Config):
     @property
     def num_ws(self) -> int:
         return 2 * self.num_blocks + 1
-
-    @property
-    def img_shape(self) -> tuple[int, int]:
-        """(height, width) trained at."""
-        return self.img_resolution, self.img_resolution
-
-
-# [count] positions that cover [0,1]: with both ends, as released, or pixel centres.
-COORDS = {
-    "endpoints": lambda count, dtype: torch.linspace(0, 1, count, dtype=dtype),
-    "centers": lambda count, dtype: (torch.arange(count, dtype=dtype) + 0.5) / count,
-}
-
-
-def positions(count: int, coords: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[count] positions that cover the picture; `coords` is a key of COORDS."""
-    return COORDS[coords](count, dtype)
 
 
 class Synthesis(nn.Module):
@@ -131,8 +108,9 @@ class Synthesis(nn.Module):
             raise ValueError(f"ws must be [N,{expected[0]},{expected[1]}], as G.mapping makes it; got {list(ws.shape)}")
         height, width = self.config.img_shape
         dtype = torch.promote_types(ws.dtype, torch.float32)  # half types cannot tell 512 positions apart
-        rows = positions(height, self.config.coords, dtype) if rows is None else rows
-        cols = positions(width, self.config.coords, dtype) if cols is None else cols
+        positions = COORDS[self.config.coords].positions
+        rows = positions(height, dtype) if rows is None else rows
+        cols = positions(width, dtype) if cols is None else cols
         for name, axis in (("rows", rows), ("cols", cols)):
             if axis.ndim != 1 or not len(axis) or not axis.is_floating_point():
                 got = f"{axis.dtype} {list(axis.shape)}"

@@ -6,12 +6,14 @@ that Adam moves every layer at the same relative speed.
 """
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dnnlib.config import Config
 from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
 from torch_utils.ops.chain import Layer as ChainLayer
 from torch_utils.ops.modulated_linear import modulated, modulated_linear
@@ -19,6 +21,27 @@ from torch_utils.precision import full_precision
 
 CLAMP = 256.0  # features of the synthesis and of the discriminator stay within ±256, far from float16's 65504
 IMPL = Field("auto", description="of the operations: the fastest that works on the device, or plain PyTorch")
+
+
+class ImageConfig(Config):
+    """What G and D both know of the images. `img_resolution: R` stands for squares, `img_shape: [R, R]`."""
+
+    img_shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(
+        (512, 512), description="(height, width) of the images in training"
+    )
+    img_channels: int = Field(3, ge=1, description="1 grey, 3 RGB, 4 RGBA")
+    c_dim: int = Field(0, ge=0, description="label numbers per image; 0 is unconditional")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _square(cls, settings: object) -> object:
+        if isinstance(settings, dict) and "img_resolution" in settings:
+            side = settings["img_resolution"]
+            shape = settings.get("img_shape", (side, side))
+            if tuple(shape) != (side, side):
+                raise ValueError(f"img_resolution={side} and img_shape={list(shape)} differ; give one of them")
+            settings = {key: v for key, v in settings.items() if key != "img_resolution"} | {"img_shape": shape}
+        return settings
 
 
 class Layer(nn.Module):

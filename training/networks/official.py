@@ -78,7 +78,7 @@ def discriminator_from_official(tensors: dict[str, Tensor], config: dict) -> Dis
         theirs, ours = f"b{resolution}", f"blocks.{resolution}"
         names |= _parameters(f"{theirs}.conv0", f"{ours}.conv0") | _parameters(f"{theirs}.conv1", f"{ours}.conv1")
         names[f"{theirs}.skip.weight"] = f"{ours}.skip.weight"
-    names |= _parameters(f"b{c.img_resolution}.fromrgb", "from_rgb")
+    names |= _parameters(f"b{c.resolutions[0]}.fromrgb", "from_rgb")
     for layer in ("conv", "fc", "out"):
         names |= _parameters(f"b4.{layer}", f"epilogue.{layer}")
     if c.c_dim:

@@ -3,7 +3,7 @@
 Sauer et al., "Projected GANs Converge Faster" (NeurIPS 2021). The features alone leave colours and fine texture
 unseen; the residual discriminator sees them.
 
-Legend: N images, C channels, R the side of an image. Features are [N,C,H,W].
+Legend: N images, C channels. Features are [N,C,H,W].
 """
 
 import math
@@ -33,15 +33,24 @@ class ProjectedConfig(DiscriminatorConfig):
     kind: Literal["projected"] = "projected"
     channel_base: int = Field(2048, ge=1, description="resolution R has min(channel_base / R, channel_max) channels")
     channel_max: int = Field(128, ge=1)
-    feature_size: int = Field(96, ge=64, multiple_of=32, description="side to which images are enlarged for features")
+    feature_size: int = Field(
+        96, ge=64, multiple_of=32, description="shorter side to which images are enlarged for features"
+    )
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """(height, width), multiples of 32, of the images whose features are taken."""
+        scale = max(1, self.feature_size / min(self.img_shape))
+        height, width = (32 * round(side * scale / 32) for side in self.img_shape)
+        return height, width
 
 
 class Projection(nn.Module):
-    """[N,3,R,R] in [-1,1] -> four features of FUSED channels: frozen, mixed by random frozen 1×1 convolutions."""
+    """[N,3,H,W] in [-1,1] -> four features of FUSED channels: frozen, mixed by random frozen 1×1 convolutions."""
 
-    def __init__(self, size: int):
+    def __init__(self, shape: tuple[int, int]):
         super().__init__()
-        self.size = size
+        self.shape = shape
         self.network = Lite0()
         for i, (inputs, mixed, fused) in enumerate(zip(CHANNELS, MIXED, FUSED, strict=True)):
             self._freeze(f"mix{i}", mixed, inputs)
@@ -51,8 +60,8 @@ class Projection(nn.Module):
         self.register_buffer(name, torch.randn(outputs, inputs, 1, 1) / math.sqrt(inputs))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        if x.shape[2] < self.size:
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear")
+        if x.shape[2:] != self.shape:
+            x = F.interpolate(x, self.shape, mode="bilinear")
         features = self.network(x.contiguous(memory_format=torch.channels_last))
         result, coarse = [], None
         for i in reversed(range(len(features))):
@@ -83,19 +92,19 @@ class HeadLayer(nn.Module):
 
 
 class Head(nn.Module):
-    """[N,C,H,W] -> [N,outputs]: halved until 4×4 is reached, once at least, then one product with all that is left."""
+    """[N,C,H,W] -> [N,outputs]: halved until a side has 4 pixels, at least once, then one product with the rest."""
 
-    def __init__(self, index: int, side: int, outputs: int):
+    def __init__(self, index: int, shape: tuple[int, int], outputs: int):
         super().__init__()
         layers = []
-        channels = FUSED[index]
+        channels, (height, width) = FUSED[index], shape
         widths = HEAD[index:]
-        while side > 4 or not layers:
+        while min(height, width) > 4 or not layers:
             outputs_ = widths[min(len(layers), len(widths) - 1)]
             layers.append(HeadLayer(channels, outputs_))
-            channels, side = outputs_, side // 2
+            channels, height, width = outputs_, height // 2, width // 2
         self.layers = nn.Sequential(*layers)
-        self.out = EqualLinear(channels * side * side, outputs)
+        self.out = EqualLinear(channels * height * width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers(x)
@@ -104,7 +113,7 @@ class Head(nn.Module):
 
 
 class ProjectedDiscriminator(nn.Module):
-    """img [N,C,R,R] in [-1,1], c [N,c_dim] or None -> logits [N,8]: four of features, fine first, and four of pixels.
+    """img [N,C,H,W] in [-1,1], c [N,c_dim] or None -> logits [N,8]: four of features, fine first, and four of pixels.
 
     The four of pixels are equal, so that pixels and features weigh the same in a mean. Conditional as the residual one
     is. The same `batches` and errors.
@@ -114,10 +123,10 @@ class ProjectedDiscriminator(nn.Module):
         super().__init__()
         self.config = config
         self.pixels = Discriminator(config)
-        self.projection = Projection(config.feature_size)
+        height, width = config.feature_shape
+        self.projection = Projection((height, width))
         outputs = LABEL if config.c_dim else 1
-        size = max(config.feature_size, config.img_resolution)
-        self.heads = nn.ModuleList(Head(i, size >> (i + 2), outputs) for i in range(4))
+        self.heads = nn.ModuleList(Head(i, (height >> i + 2, width >> i + 2), outputs) for i in range(4))
         self.mappings = nn.ModuleList(
             Mapping(0, config.c_dim, LABEL, config.mapping_layers) for _ in self.heads if config.c_dim
         )
