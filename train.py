@@ -1,16 +1,18 @@
 """Train a CREPS generator on a folder or ZIP of images."""
 
+import functools
 import os
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 # OpenMP reads this when torch is imported. By default its threads spin at each barrier and starve other processes.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import click
+from pydantic.fields import FieldInfo
 
-from dnnlib.config import Config, merge, nearest, nested, override, read_yaml
+from dnnlib.config import fields, is_group, merge, nearest, nested, override, read_yaml
 from dnnlib.console import UserError
 from metrics.registry import parse
 from torch_utils.command import command
@@ -21,38 +23,61 @@ from training.snapshot import find_network
 
 CONFIGS = Path(__file__).parent / "configs"
 
-# Which settings a flag sets. The discriminator's widths are StyleGAN2's, the generator's twice that, as in the paper.
-FLAGS = {
-    "data": lambda v: {"data.path": v},
-    "cond": lambda v: {"data.cond": v},
-    "mirror": lambda v: {"data.mirror": v},
-    "workers": lambda v: {"data.workers": v},
-    "batch": lambda v: {"train.batch": v},
-    "batch_gpu": lambda v: {"train.batch_gpu": v},
-    "gamma": lambda v: {"loss.r1_gamma": v},
-    "cbase": lambda v: {"D.channel_base": v, "G.channel_base": 2 * v},
-    "cmax": lambda v: {"D.channel_max": v, "G.channel_max": 2 * v},
-    "map_depth": lambda v: {"G.mapping_layers": v},
-    "mbstd_group": lambda v: {"D.mbstd_group": v},
-    "glr": lambda v: {"optim.g_lr": v},
-    "dlr": lambda v: {"optim.d_lr": v},
-    "aug": lambda v: {"augment.mode": {"noaug": "none"}.get(v, v)},
-    "p": lambda v: {"augment.p": v},
-    "target": lambda v: {"augment.target": v},
-    "augpipe": lambda v: {"augment.pipe": v},
-    "kimg": lambda v: {"train.kimg": v},
-    "tick": lambda v: {"train.tick": v},
-    "snap": lambda v: {"train.snap": v},
-    "seed": lambda v: {"train.seed": v},
-    "fp32": lambda v: {"train.precision": "float32" if v else "auto"},
-    "metrics": lambda v: {"metrics": [metric.name for metric in parse(v)]},
+# Flags beside those that the fields of RunConfig name: their option, and the settings that a value stands for. The
+# discriminator's widths are StyleGAN2's, the generator's twice that, as in the paper.
+OTHERS = {
+    "data": (
+        {"metavar": "ZIP|DIR", "help": "Images, as dataset_tool.py writes them.  [required for a new run]"},
+        lambda value: {"data.path": value},
+    ),
+    "aug": (
+        {"type": click.Choice(["noaug", "ada", "fixed", "diffaug"]), "help": "Augmentation.  [default: ada]"},
+        lambda value: {"augment.mode": {"noaug": "none"}.get(value, value)},
+    ),
+    "cbase": (
+        {"type": int, "help": "Channel base of D; G gets twice as many.  [default: 32768]"},
+        lambda value: {"D.channel_base": value, "G.channel_base": 2 * value},
+    ),
+    "cmax": (
+        {"type": int, "help": "Most channels of D; G gets twice as many.  [default: 512]"},
+        lambda value: {"D.channel_max": value, "G.channel_max": 2 * value},
+    ),
+    "fp32": (
+        {"type": bool, "help": "float32 even where mixing it with bfloat16 is faster.  [default: no]"},
+        lambda value: {"train.precision": "float32" if value else "auto"},
+    ),
+    "metrics": (
+        {"metavar": "A,B|none", "help": "Measured at every snapshot.  [default: none]"},
+        lambda value: {"metrics": [metric.name for metric in parse(value)]},
+    ),
 }
+# Defaults in words, of settings that have none of their own.
+DEFAULTS = {"batch": "the recipe's", "batch-gpu": "all", "gamma": "from size and batch", "augpipe": "bgc"}
 
 
-def switch(name: str, text: str):
-    """An option that is on by its name alone, and takes 1/0, true/false, yes/no as StyleGAN2-ADA's do."""
-    text += "  [default: no]"
-    return click.option(name, type=bool, is_flag=False, flag_value="true", metavar="[BOOL]", help=text)
+def setting_option(flag: str, field: FieldInfo) -> dict:
+    """Return the option of the flag of a setting. What values it may have is the field's to say."""
+    kinds = get_args(field.annotation) or (field.annotation,)
+    literal = get_origin(field.annotation) is Literal
+    default = DEFAULTS.get(flag) or ("no" if field.default is False else f"{field.default:g}")
+    text = field.description[0].upper() + field.description[1:] + "."
+    return {"type": click.Choice(kinds) if literal else kinds[0], "help": f"{text}  [default: {default}]"}
+
+
+FLAGS = {
+    extra["flag"]: (setting_option(extra["flag"], field), functools.partial(lambda dotted, v: {dotted: v}, dotted))
+    for dotted, field, extra in fields(RunConfig)
+    if extra.get("flag")
+} | OTHERS
+
+
+def flags_of_settings(function):
+    """Decorate a command with FLAGS. Switches take 1/0, true/false, yes/no too, as StyleGAN2-ADA's do."""
+    for flag, (option, _) in reversed(FLAGS.items()):
+        if option.get("type") is bool:
+            option = option | {"is_flag": False, "flag_value": "true", "metavar": "[BOOL]"}
+        function = click.option(f"--{flag}", **option)(function)
+    return function
 
 
 @click.command(context_settings={"max_content_width": 110})
@@ -60,21 +85,10 @@ def switch(name: str, text: str):
 @click.option(
     "--cfg", metavar="NAME|FILE", help="A recipe: a name in configs/, or a YAML file.  [required for a new run]"
 )
-@click.option("--data", metavar="ZIP|DIR", help="Images, as dataset_tool.py writes them.  [required for a new run]")
+@flags_of_settings
 @click.option(
     "--gpus", type=click.IntRange(min=1), help="Processes to start, one per GPU (or sharing the CPU).  [default: 1]"
 )
-@click.option(
-    "--batch", type=click.IntRange(min=1), help="Images per step, all processes together.  [default: the recipe's]"
-)
-@click.option(
-    "--batch-gpu",
-    type=click.IntRange(min=1),
-    help="Images per process at a time, the rest accumulated.  [default: all]",
-)
-@click.option("--gamma", type=click.FloatRange(min=0), help="R1 weight.  [default: from size and batch]")
-@switch("--cond", "Train on the archive's labels.")
-@switch("--mirror", "Also show every image mirrored.")
 @click.option(
     "--resume",
     metavar="RUN_DIR",
@@ -85,35 +99,6 @@ def switch(name: str, text: str):
     metavar="NAME|FILE",
     help="Start a new run from the weights of a network in models/, a snapshot, a training state or a released .pkl.",
 )
-@click.option(
-    "--aug",
-    type=click.Choice(["noaug", "ada", "fixed", "diffaug"]),
-    help="Augmentation.  [default: the recipe's, else ada]",
-)
-@click.option("--p", type=click.FloatRange(0, 1), help="Strength of --aug=fixed, or where ada begins.  [default: 0]")
-@click.option("--target", type=click.FloatRange(-1, 1), help="What ada steers the sign of D(real) to.  [default: 0.6]")
-@click.option(
-    "--augpipe", type=click.Choice(["blit", "geom", "color", "bg", "bgc"]), help="Which augmentations.  [default: bgc]"
-)
-@click.option("--cbase", type=click.IntRange(min=1), help="Channel base of D; G gets twice as many.  [default: 32768]")
-@click.option("--cmax", type=click.IntRange(min=1), help="Most channels of D; G gets twice as many.  [default: 512]")
-@click.option("--map-depth", type=click.IntRange(min=1), help="Layers of the mapping network.  [default: 8]")
-@click.option(
-    "--mbstd-group", type=click.IntRange(min=1), help="Group of the minibatch standard deviation.  [default: 4]"
-)
-@click.option("--glr", type=click.FloatRange(min=0, min_open=True), help="Learning rate of G.  [default: 0.002]")
-@click.option("--dlr", type=click.FloatRange(min=0, min_open=True), help="Learning rate of D.  [default: 0.002]")
-@click.option(
-    "--kimg", type=click.FloatRange(min=0, min_open=True), help="Length in thousand images.  [default: 25000]"
-)
-@click.option(
-    "--tick", type=click.FloatRange(min=0, min_open=True), help="Thousand images between reports.  [default: 4]"
-)
-@click.option("--snap", type=click.IntRange(min=1), help="Ticks between snapshots.  [default: 50]")
-@click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and latents.  [default: 0]")
-@switch("--fp32", "float32 even where mixing it with bfloat16 is faster.")
-@click.option("--workers", type=click.IntRange(min=0), help="Reading processes per training process.  [default: 3]")
-@click.option("--metrics", metavar="A,B|none", help="Measured at every snapshot.  [default: none]")
 @click.option("--desc", metavar="TEXT", help="Added to the name of the run directory.")
 @click.option(
     "-o", "overrides", metavar="KEY.SUB=VALUE", multiple=True, help="Any setting of the config; may be repeated."
@@ -172,14 +157,13 @@ def command_settings(cfg: str | None, flags: dict, overrides: tuple[str, ...]) -
         settings = {name: {} if value is None else value for name, value in read_yaml(path).items()}
     for name, value in flags.items():
         if value is not None:
-            for dotted, setting in FLAGS[name](value).items():
+            for dotted, setting in FLAGS[name.replace("_", "-")][1](value).items():
                 settings = merge(settings, nested(dotted, setting))
     for assignment in overrides:
         settings = merge(settings, override(assignment))
     for name, field in RunConfig.model_fields.items():
-        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
-        is_group = any(issubclass(kind, Config) for kind in kinds)
-        if is_group and not isinstance(settings.get(name, {}), dict):
+        group = any(is_group(kind) for kind in (field.annotation, *get_args(field.annotation)))
+        if group and not isinstance(settings.get(name, {}), dict):
             raise UserError(f"{name}={settings[name]!r}: this is a group of settings; set one of them, {name}.…")
     path = settings.get("data", {}).get("path")
     if not isinstance(path, str | None):

@@ -24,14 +24,14 @@ from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from torch_utils.command import command
 from training.networks import Generator, GeneratorConfig, positions
-from training.networks.layers import choose_impl
+from training.networks.layers import compute_with
 
 LIMIT = 2048**2  # pixels at once: plain synthesis keeps several layers of up to 128 channels, 2 GiB each there
 
 
 def network() -> Generator:
     torch.manual_seed(0)
-    return Generator(GeneratorConfig(recompute="none")).eval().requires_grad_(False)
+    return Generator(GeneratorConfig()).eval().requires_grad_(False)
 
 
 def styles(G: Generator, batch: int) -> torch.Tensor:
@@ -120,7 +120,7 @@ def on_gpu(G: Generator, sizes: list[int], batches: list[int], rounds: int) -> I
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     G = G.cuda()
-    choose_impl(G, "reference")  # of plain synthesis; the engine has layers of its own
+    compute_with(G, "reference")  # of plain synthesis; the engine has layers of its own
     result: dict = {"errors": {"256": errors(G, styles(G, 1), 256, GPU_METHODS)}, "pictures": []}
     for size, batch in itertools.product(sizes, batches):
         ws = styles(G, batch)

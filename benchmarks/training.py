@@ -30,12 +30,8 @@ from training.memory import GIB, expected_bytes
 from training.trainer import Trainer, new_state
 
 # Of the networks: what they recompute and, on GPUs, plain PyTorch without the project's kernels.
-SETTINGS = {
-    "none": {"G": {"recompute": "none"}},
-    "pixels": {"G": {"recompute": "pixels"}},
-    "all, images": {"G": {"recompute": "all"}, "D": {"recompute": "images"}},
-}
-EAGER = {"eager": {"G": {"recompute": "none", "impl": "reference"}, "D": {"impl": "reference"}}}
+SETTINGS = {name: {"train": {"recompute": name}} for name in ("none", "pixels", "all")}
+EAGER = {"eager": {"train": {"recompute": "none", "impl": "reference"}}}
 
 
 def phases(folder: str, name: str, batch: int, rounds: int) -> dict:

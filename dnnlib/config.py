@@ -2,12 +2,13 @@
 
 import copy
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from dnnlib.console import UserError
 
@@ -19,6 +20,26 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+
+
+def setting(default=..., *, flag: str | None = None, may_change: bool = False, **limits):
+    """A field of a Config. `flag` names it on the command line; `may_change`: when a run is resumed."""
+    return Field(default, json_schema_extra={"flag": flag, "may_change": may_change}, **limits)
+
+
+def fields(kind: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo, dict]]:
+    """Yield ("train.batch", field, what `setting` was given) of every field, those of unions once."""
+    found = {}
+    for name, field in kind.model_fields.items():
+        groups = [k for k in (field.annotation, *get_args(field.annotation)) if is_group(k)]
+        inner = [entry for group in groups for entry in fields(group, f"{prefix}{name}.")]
+        for dotted, leaf, extra in inner or [(prefix + name, field, field.json_schema_extra or {})]:
+            found.setdefault(dotted, (dotted, leaf, extra))
+    yield from found.values()
+
+
+def is_group(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Config)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -82,7 +103,7 @@ def build(kind: type[C], settings: dict, where: str) -> C:
 def _sentence(kind: type[Config], problem: dict) -> str:
     path, owner = [], kind
     for i, part in enumerate(problem["loc"]):
-        kinds = [k for k in get_args(owner) if isinstance(k, type) and issubclass(k, Config)]
+        kinds = [k for k in get_args(owner) if is_group(k)]
         if len(kinds) > 1:  # a union of configs: the part is the kind that was given
             owner = next((k for k in kinds if k.model_fields["kind"].default == part), None)
             continue

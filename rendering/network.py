@@ -50,7 +50,7 @@ class Painter:
     """
 
     def __init__(self, G: Generator, w: Tensor, dtype: torch.dtype, imap: Callable = map, impl: str | None = None):
-        impl = impl or G.config.impl
+        impl = impl or G.synthesis.pixels.impl
         lines, pixels = G.synthesis.lines, G.synthesis.pixels
         self.dtype, self.device, self.thickness = dtype, w.device, lines.thickness
         self.input = lines.input

@@ -17,6 +17,7 @@ from torch_utils.ops.chain import Layer
 from torch_utils.ops.pixels import pixels, with_tensors
 from torch_utils.ops.resample import lowpass
 from training.networks import Generator, GeneratorConfig
+from training.networks.layers import compute_with
 
 pytestmark = pytest.mark.skipif(not shutil.which(cpp_compiler()[0]), reason="there is no C++ compiler")
 
@@ -95,7 +96,8 @@ def test_a_generator_paints_the_same_with_and_without(decoders):
     torch.manual_seed(0)
     config = GeneratorConfig(img_resolution=16, channel_base=128, channel_max=16, z_dim=8, w_dim=8, decoders=decoders)
     G = Generator(config)
-    plain = Generator(config.model_copy(update={"impl": "reference"}))
+    plain = Generator(config)
+    compute_with(plain, "reference")
     plain.load_state_dict(G.state_dict())
     images, gradients = [], []
     for network in (G, plain):

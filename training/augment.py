@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from dnnlib.config import Config
+from dnnlib.config import Config, setting
 from dnnlib.console import UserError
 
 # The twelve taps of the symlet with six vanishing moments (Daubechies, "Ten Lectures on Wavelets", 1992, table 6.3).
@@ -45,7 +45,9 @@ MARGIN = 3
 class AugmentConfig(Config):
     """Which transformations are in use: pixel blitting (b), general geometry (g), colour (c), or several of them."""
 
-    pipe: Literal["blit", "geom", "color", "bg", "bgc"] = "bgc"
+    pipe: Literal["blit", "geom", "color", "bg", "bgc"] = setting(
+        "bgc", flag="augpipe", description="which augmentations"
+    )
 
 
 @dataclass(frozen=True)

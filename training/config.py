@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dnnlib.config import Config, build, merge, nested
+from dnnlib.config import Config, build, merge, nested, setting
 from dnnlib.console import UserError
 from training.augment import AugmentConfig
 from training.data import ImageArchive
@@ -13,25 +13,27 @@ from training.networks import AnyDiscriminatorConfig, GeneratorConfig
 
 
 class DataConfig(Config):
-    path: str = Field(description="ZIP or folder of images")
-    cond: bool = Field(False, description="train on the labels")
-    mirror: bool = Field(False, description="show every image flipped left to right as well")
-    workers: int = Field(3, ge=0, description="reading processes per training process")
+    path: str = setting(may_change=True, description="ZIP or folder of images")
+    cond: bool = setting(False, flag="cond", description="train on the archive's labels")
+    mirror: bool = setting(False, flag="mirror", description="show every image flipped left to right as well")
+    workers: int = setting(
+        3, ge=0, flag="workers", may_change=True, description="reading processes per training process"
+    )
 
 
 class AugmentSettings(AugmentConfig):
-    mode: Literal["none", "ada", "fixed", "diffaug"] = Field(
+    mode: Literal["none", "ada", "fixed", "diffaug"] = setting(
         "ada", description="no augmentation, adaptive, of fixed strength p, or DiffAugment"
     )
     policy: Policy = Field(("translation", "cutout"), description="what diffaug does; also color")
-    p: float = Field(0.0, ge=0, le=1, description="strength: where ada begins, or what fixed keeps")
-    target: float = Field(0.6, ge=-1, le=1, description="the mean sign of D(real) that ada steers to")
+    p: float = setting(0.0, ge=0, le=1, flag="p", description="strength: where ada begins, or what fixed keeps")
+    target: float = setting(0.6, ge=-1, le=1, flag="target", description="the mean sign of D(real) that ada steers to")
     kimg: float = Field(500.0, gt=0, description="thousand images in which ada can move p by one")
 
 
 class LossConfig(Config):
     kind: Literal["logistic", "hinge"] = "logistic"
-    r1_gamma: float = Field(ge=0, description="weight γ of R1: γ/2 · ‖gradient‖²")
+    r1_gamma: float = setting(ge=0, flag="gamma", description="weight γ of R1: γ/2 · ‖gradient‖²")
     r1_interval: int = Field(16, ge=1, description="steps between R1 terms; each is multiplied by this")
     pl_weight: float = Field(2.0, ge=0, description="weight of the path-length penalty; 0 leaves it out")
     pl_interval: int = Field(4, ge=1, description="steps between path-length terms; each is multiplied by this")
@@ -39,23 +41,31 @@ class LossConfig(Config):
 
 
 class OptimConfig(Config):
-    g_lr: float = Field(0.002, gt=0, description="learning rate of G")
-    d_lr: float = Field(0.002, gt=0, description="learning rate of D")
+    g_lr: float = setting(0.002, gt=0, flag="glr", description="learning rate of G")
+    d_lr: float = setting(0.002, gt=0, flag="dlr", description="learning rate of D")
     beta1: float = Field(0.0, ge=0, lt=1)
     beta2: float = Field(0.99, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
 
 
 class TrainConfig(Config):
-    batch: int = Field(ge=1, description="images per step, all processes together")
-    batch_gpu: int | None = Field(None, ge=1, description="images per process at a time; the rest is accumulated")
-    kimg: float = Field(25000.0, gt=0, description="length of the run in thousands of real images")
-    tick: float = Field(4.0, gt=0, description="thousand images between reports")
-    snap: int = Field(50, ge=1, description="ticks between snapshots")
-    seed: int = Field(0, ge=0, lt=2**31)
+    batch: int = setting(ge=1, flag="batch", description="images per step, all processes together")
+    batch_gpu: int | None = setting(
+        None, ge=1, flag="batch-gpu", may_change=True, description="images per process at a time, the rest accumulated"
+    )
+    kimg: float = setting(25000.0, gt=0, flag="kimg", may_change=True, description="length in thousands of real images")
+    tick: float = setting(4.0, gt=0, flag="tick", may_change=True, description="thousand images between reports")
+    snap: int = setting(50, ge=1, flag="snap", may_change=True, description="ticks between snapshots")
+    seed: int = setting(0, ge=0, lt=2**31, flag="seed", description="of weights, data order and latents")
     precision: Literal["auto", "float32", "float64", "bfloat16"] = Field(
         "auto",
         description="bfloat16 mixes with float32; auto does so where it is fast: GPUs and CPUs with bfloat16",
+    )
+    impl: Literal["auto", "reference"] = setting(
+        "auto", may_change=True, description="of operations: the fastest that works on the device, or plain PyTorch"
+    )
+    recompute: Literal["none", "pixels", "all"] = setting(
+        "pixels", may_change=True, description="what backward passes compute again instead of keeping it in memory"
     )
     ema_kimg: float = Field(ge=0, description="half-life of the average of G, in thousand images")
     ema_rampup: float | None = Field(0.05, gt=0, description="half-life at most this share of the images seen")
@@ -71,13 +81,19 @@ class RunConfig(Config):
     optim: OptimConfig = OptimConfig()
     augment: AugmentSettings = AugmentSettings()
     train: TrainConfig
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = setting((), may_change=True, description="measured at every snapshot")
 
     @model_validator(mode="before")
     @classmethod
-    def _of_before_there_were_kinds(cls, settings: object) -> object:
-        if isinstance(settings, dict) and isinstance(settings.get("D"), dict):
-            settings = merge({"D": {"kind": "residual"}}, settings)
+    def _read_older(cls, settings: object) -> object:
+        """Read run directories from before D had kinds, and from when G and D said how they are computed."""
+        groups = [settings.get(name) for name in ("G", "D", "train")] if isinstance(settings, dict) else [None]
+        if not all(isinstance(group, dict) for group in groups):
+            return settings
+        settings = merge({"D": {"kind": "residual"}}, settings)
+        of_G, of_D = ({key: settings[n].pop(key, None) for key in ("impl", "recompute")} for n in ("G", "D"))
+        older = of_G | ({"recompute": "all"} if of_D["recompute"] == "images" else {})
+        settings["train"] = {key: value for key, value in older.items() if value} | settings["train"]
         return settings
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ import torch
 from training import losses
 from training.config import RunConfig
 from training.networks import Generator, build_discriminator
+from training.networks.layers import compute_with
 from training.networks.pixels import part_size
 
 GIB = 2**30
@@ -47,14 +48,16 @@ def expected_bytes(config: RunConfig, micro: int, device: str) -> int:
     """
     with torch.device("meta"):
         G, D = Generator(config.G), build_discriminator(config.D)
+        for network in (G, D):
+            compute_with(network, config.train.impl, config.train.recompute)
         z, c = torch.empty(micro, config.G.z_dim), torch.empty(micro, config.G.c_dim)
         half = (micro + 1) // 2
         height, width = config.G.img_shape
         noise = torch.empty(half, config.G.img_channels, height, width)
         rows, cols = torch.empty(height), torch.empty(width)
-        judged = slice(1 if config.D.recompute == "images" else None)
+        judged = slice(1 if config.train.recompute == "all" else None)
         real = torch.empty(micro, *noise.shape[1:])[judged]
-        count = max(1, part_size(device) // width) if G.synthesis.pixels.recompute else height
+        count = max(1, part_size(device) // width) if config.train.recompute != "none" else height
 
         def synthesis(ws: torch.Tensor) -> torch.Tensor:
             """With one part of each image for all, as one at a time is held: hundreds would take minutes."""

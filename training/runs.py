@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from dnnlib.config import build, merge, read_yaml
+from dnnlib.config import build, fields, merge, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from metrics.evaluation import Evaluation, default_batch
@@ -27,21 +27,6 @@ from training.data import ImageArchive
 from training.loop import find_state, train
 from training.report import duration
 from training.trainer import decide_precision, initialise, new_state
-
-# What may change when a run is continued: nothing that the networks, the data order or the randomness depend on.
-CHANGEABLE = {
-    "data.path",
-    "data.workers",
-    "G.recompute",
-    "D.recompute",
-    "G.impl",
-    "D.impl",
-    "train.batch_gpu",
-    "train.kimg",
-    "train.tick",
-    "train.snap",
-    "metrics",
-}
 
 
 @dataclass(frozen=True)
@@ -77,7 +62,8 @@ def continued(folder: Path, changes: dict) -> RunConfig:
     before = build(RunConfig, settings, str(saved))
     after = build(RunConfig, merge(settings, changes), f"--resume={folder}")
     old, new = flat(before.model_dump()), flat(after.model_dump())
-    refused = [key for key in new if new[key] != old[key] and key not in CHANGEABLE]
+    may_change = {dotted for dotted, _, extra in fields(RunConfig) if extra.get("may_change")}
+    refused = [key for key in new if new[key] != old[key] and key not in may_change]
     if refused:
         listed = ", ".join(f"{key}={new[key]} (was {old[key]})" for key in refused)
         raise UserError(

@@ -36,15 +36,11 @@ def find_network(network: str | os.PathLike) -> Path:
 
 
 def save_generator(G: Generator, path: str | os.PathLike) -> None:
-    """Writes parameters, buffers and config of G to `path` (.safetensors), whole or not at all.
-
-    How G was computed (`impl`) is not part of what it is.
-    """
-    config = G.config.model_copy(update={"impl": "auto"})
+    """Writes parameters, buffers and config of G to `path` (.safetensors), whole or not at all."""
     tensors = {name: t.detach().contiguous().cpu() for name, t in G.state_dict().items()}
     with atomic_write(path) as temporary:
         # One entry: safetensors writes several in random order, and equal generators shall give equal files.
-        save_file(tensors, temporary, {FORMAT: config.model_dump_json()})
+        save_file(tensors, temporary, {FORMAT: G.config.model_dump_json()})
 
 
 def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:
@@ -71,6 +67,8 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
         raise UserError(f"{path} has no readable config in its header; it was not written by this project") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} has a config that is no mapping; it was not written by this project")
+    for name in ("impl", "recompute"):  # which older files hold, and which are not a matter of what G is
+        settings.pop(name, None)
     config = build(GeneratorConfig, settings, f"the config in {path}")
     with torch.device("meta"):
         G = Generator(config)

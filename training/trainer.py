@@ -26,6 +26,7 @@ from training.augment import Draws, adjust, draw
 from training.config import RunConfig
 from training.data import ImageArchive
 from training.networks import Generator, build_discriminator
+from training.networks.layers import compute_with
 from training.networks.released import load_released
 from training.snapshot import load_generator
 
@@ -95,6 +96,8 @@ def new_state(config: RunConfig, device: torch.device) -> TrainState:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         G, D = Generator(config.G).to(device, dtype), build_discriminator(config.D).to(device, dtype)
+    for network in (G, D):
+        compute_with(network, config.train.impl, config.train.recompute)
     return TrainState(
         G=G,
         D=D,

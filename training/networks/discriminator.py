@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dnnlib.config import setting
 from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
 from torch_utils.ops.resample import lowpass
 from torch_utils.precision import full_precision
 from torch_utils.recompute import by_parts, recomputed
-from training.networks.layers import CLAMP, IMPL, EqualLinear, ImageConfig, Layer, choose_impl
+from training.networks.layers import CLAMP, EqualLinear, ImageConfig, Layer
 from training.networks.mapping import Mapping, check_label
 
 
@@ -25,12 +26,8 @@ class DiscriminatorConfig(ImageConfig):
     kind: Literal["residual"] = "residual"
     channel_base: int = Field(32768, ge=1, description="resolution R has min(channel_base / R, channel_max) channels")
     channel_max: int = Field(512, ge=1)
-    mbstd_group: int = Field(4, ge=1, description="images per group of the minibatch standard deviation, at most")
+    mbstd_group: int = setting(4, ge=1, flag="mbstd-group", description="images per minibatch-std group, at most")
     mapping_layers: int = Field(8, ge=0, le=64, description="layers of the label's mapping, when conditional")
-    recompute: Literal["none", "images"] = Field(
-        "none", description="what the backward pass computes again, one image and one block at a time"
-    )
-    impl: Literal["auto", "reference"] = IMPL
 
     @model_validator(mode="after")
     def _buildable(self):
@@ -139,12 +136,14 @@ class Epilogue(nn.Module):
             return self.out(self.fc(x.flatten(1)))
 
 
-class Discriminator(nn.Module):
+class Discriminator(Layer):
     """img [N,C,H,W] in [-1,1], c [N,c_dim] or None -> logits [N,1].
 
     img may hold several `batches` one after the other: the same as one call for each, and faster. Conditional: the
     projection of Miyato and Koyama (ICLR 2018) on a mapping of the label. Raises ValueError when img or c has another
     shape, or when a batch does not divide into minibatch-std groups.
+
+    recompute "all": keep only the images for the backward pass, which computes one image and one block at a time.
     """
 
     def __init__(self, config: DiscriminatorConfig):
@@ -159,11 +158,10 @@ class Discriminator(nn.Module):
         self.mapping = Mapping(0, config.c_dim, last, config.mapping_layers) if config.c_dim else None
         pixels = math.prod(config.img_shape) >> 2 * len(config.resolutions)
         self.epilogue = Epilogue(last, pixels, last if config.c_dim else 1, config.mbstd_group)
-        choose_impl(self, config.impl)
 
     def features(self, img: Tensor) -> Tensor:
         """[N,img_channels,H,W] -> [N,C,h,w], each image by itself."""
-        call = ResidualBlock.__call__ if self.config.recompute == "none" else recomputed
+        call = recomputed if self.recompute == "all" else ResidualBlock.__call__
         if img.device.type == "cpu":  # where convolutions are some three times as fast with channels last
             img = img.contiguous(memory_format=torch.channels_last)
         x = self.from_rgb(img)
@@ -178,7 +176,7 @@ class Discriminator(nn.Module):
         if not len(img):
             raise ValueError("img is an empty batch; the minibatch standard deviation needs an image")
         check_label(c, self.config.c_dim, len(img))
-        if self.config.recompute == "images":
+        if self.recompute == "all":
             shared = itertools.chain(self.from_rgb.parameters(), self.blocks.parameters())
             x = torch.cat(by_parts(self.features, [(one,) for one in img.split(1)], shared))
         else:

@@ -10,8 +10,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dnnlib.config import setting
 from training.networks.coords import COORDS
-from training.networks.layers import IMPL, ImageConfig, choose_impl
+from training.networks.layers import ImageConfig
 from training.networks.lines import Lines, LineSynthesis
 from training.networks.mapping import Mapping
 from training.networks.pixels import PixelSynthesis
@@ -23,7 +24,7 @@ class GeneratorConfig(ImageConfig):
     depth: int | None = Field(None, ge=2, le=64, description="blocks; by default log2 of the longer side, less 1")
     z_dim: int = Field(512, ge=1)
     w_dim: int = Field(512, ge=1)
-    mapping_layers: int = Field(8, ge=1, le=64)
+    mapping_layers: int = setting(8, ge=1, le=64, flag="map-depth", description="layers of the mapping network")
     channel_base: int = Field(65536, ge=1, description="block k = 4, 8, … is min(channel_base / k, channel_max) wide")
     channel_max: int = Field(1024, ge=2)
     biline_channels: int = Field(32, ge=1, description="channels of the summed lines and of the pixel features")
@@ -34,10 +35,6 @@ class GeneratorConfig(ImageConfig):
     coords: Literal[tuple(COORDS)] = Field(
         "endpoints", description="positions: 0 … 1 with both ends, as released, or pixel centres (i + ½) / R"
     )
-    recompute: Literal["none", "pixels", "all"] = Field(
-        "pixels", description="what the backward pass computes again, part by part, instead of keeping it in memory"
-    )
-    impl: Literal["auto", "reference"] = IMPL
 
     @model_validator(mode="after")
     def _buildable(self):
@@ -86,7 +83,6 @@ class Synthesis(nn.Module):
             config.w_dim,
             config.bandwidth,
             every_block=config.architecture == "skip",
-            recompute=config.recompute == "all",
         )
         self.pixels: PixelSynthesis = PixelSynthesis(
             config.num_fusions,
@@ -94,7 +90,6 @@ class Synthesis(nn.Module):
             config.img_channels,
             config.w_dim,
             decoders=config.decoders,
-            recompute=config.recompute != "none",
         )
 
     def forward(self, ws: Tensor, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
@@ -149,7 +144,6 @@ class Generator(nn.Module):
         self.config = config
         self.mapping = StyleMapping(config)
         self.synthesis = Synthesis(config)
-        choose_impl(self, config.impl)
 
     def forward(
         self,

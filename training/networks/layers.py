@@ -20,7 +20,6 @@ from torch_utils.ops.modulated_linear import modulated, modulated_linear
 from torch_utils.precision import full_precision
 
 CLAMP = 256.0  # features of the synthesis and of the discriminator stay within ±256, far from float16's 65504
-IMPL = Field("auto", description="of the operations: the fastest that works on the device, or plain PyTorch")
 
 
 class ImageConfig(Config):
@@ -45,16 +44,23 @@ class ImageConfig(Config):
 
 
 class Layer(nn.Module):
-    """A layer of one operation."""
+    """A module that can be computed in several ways, all with the same result: see `compute_with`."""
 
-    impl = "auto"  # of the operation (see torch_utils.ops); `choose_impl` sets it
+    impl = "auto"
+    recompute = "pixels"
 
 
-def choose_impl(network: nn.Module, impl: str) -> None:
-    """Lets every layer of the network use the implementation `impl` of its operation."""
+def compute_with(network: nn.Module, impl: str = "auto", recompute: str = "pixels") -> None:
+    """Set how all layers of a network are computed.
+
+    impl: "auto", the fastest implementation of an operation (torch_utils.ops) that works on the device, or "reference",
+        plain PyTorch.
+    recompute: what backward passes compute again, part by part, instead of keeping it in memory: "none", "pixels", or
+        "all", the lines and D's features as well.
+    """
     for module in network.modules():
         if isinstance(module, Layer):
-            module.impl = impl
+            module.impl, module.recompute = impl, recompute
 
 
 class EqualLinear(Layer):

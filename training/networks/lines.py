@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torch_utils.precision import full_precision
 from torch_utils.recompute import by_parts, recomputed
-from training.networks.layers import EqualLinear, Head, SynthesisLayer
+from training.networks.layers import EqualLinear, Head, Layer, SynthesisLayer
 
 
 class Lines(NamedTuple):
@@ -74,8 +74,12 @@ class LineBlock(nn.Module):
         self.head = Head(outputs, line_channels, w_dim) if head else None
 
 
-class LineSynthesis(nn.Module):
-    """ws [N,num_ws,w_dim], rows [H], cols [W] -> Lines. Paper section 3.2, with the layer-wise heads of section 3.3."""
+class LineSynthesis(Layer):
+    """ws [N,num_ws,w_dim], rows [H], cols [W] -> Lines. Paper section 3.2, with the layer-wise heads of section 3.3.
+
+    recompute "all": keep nothing for the backward pass, which computes one image's lines at a time again, and each of
+    their layers once more.
+    """
 
     def __init__(
         self,
@@ -86,15 +90,10 @@ class LineSynthesis(nn.Module):
         bandwidth: float,
         *,
         every_block: bool,
-        recompute: bool,
     ):
-        """`widths`: channels of the blocks. `every_block`: heads from the second block on, else on the last alone.
-
-        `recompute`: keep nothing for the backward pass, which computes one image's lines at a time again, and each of
-        their layers once more.
-        """
+        """`widths`: channels of the blocks. `every_block`: heads from the second block on, else on the last alone."""
         super().__init__()
-        self.thickness, self.recompute = thickness, recompute
+        self.thickness = thickness
         self.input = FourierInput(widths[0], thickness, w_dim, bandwidth)
         self.blocks = nn.ModuleList()
         last = len(widths) - 1
@@ -113,7 +112,7 @@ class LineSynthesis(nn.Module):
             yield layers, None if block.head is None else (block.head, first + len(layers))
 
     def forward(self, ws: Tensor, rows: Tensor, cols: Tensor) -> Lines:
-        if self.recompute and len(ws):
+        if self.recompute == "all" and len(ws):
             parts = [(w, rows, cols) for w in ws.split(1)]
             lines = torch.cat(by_parts(self.summed, parts, self.parameters()), dim=1)
         else:
@@ -122,7 +121,7 @@ class LineSynthesis(nn.Module):
 
     def summed(self, ws: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """[K,N,H+W,D,C]: the sums of the lines after every fusion."""
-        call = recomputed if self.recompute else SynthesisLayer.__call__
+        call = recomputed if self.recompute == "all" else SynthesisLayer.__call__
         x = self.input(rows, cols, ws[:, 0])
         total, sums = None, []
         for layers, head in self.styled():

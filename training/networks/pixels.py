@@ -55,15 +55,12 @@ class RefinementBlock(nn.Module):
 class PixelSynthesis(Layer):
     """Lines of any window, w [N,w_dim] -> [N,img_channels,H,W]. Paper section 3.3.
 
-    recompute: compute some rows of a picture at a time, and again in the backward pass, which keeps the lines alone.
-    Where torch_utils.ops.pixels has C++ code, that is how it works in any case.
+    recompute "pixels" or "all": compute some rows of a picture at a time, and again in the backward pass, which keeps
+    only the lines. Where torch_utils.ops.pixels has C++ code, that is how it works in any case.
     """
 
-    def __init__(
-        self, num_fusions: int, channels: int, img_channels: int, w_dim: int, *, decoders: bool, recompute: bool
-    ):
+    def __init__(self, num_fusions: int, channels: int, img_channels: int, w_dim: int, *, decoders: bool):
         super().__init__()
-        self.recompute = recompute
         self.decoders = nn.ModuleList(Decoder(channels) if decoders else nn.Identity() for _ in range(num_fusions - 1))
         self.decoder_last = Decoder(channels)
         self.decoder_img = EqualLinear(channels, img_channels)
@@ -78,7 +75,7 @@ class PixelSynthesis(Layer):
         if pixels_op.choose(self.impl, lines.rows):
             with full_precision(w):
                 return pixels_op.pixels(*lines, self.folded(w), impl=self.impl)
-        if not (self.recompute and len(w)):
+        if self.recompute == "none" or not len(w):
             return self.window(*lines, w)
         height, width = lines.rows.shape[2], lines.cols.shape[2]
         size = part_size(w.device.type)
