@@ -22,7 +22,7 @@ from metrics.sources import Archive, Generated, Given, Photographs, open_labelle
 from torch_utils.command import command
 from torch_utils.distributed import processes
 from training.data import ImageArchive
-from training.snapshot import find_network, load_generator
+from training.snapshot import find_network, load_generator, read_trained
 
 
 def table(records: Iterable[dict]) -> str:
@@ -184,29 +184,28 @@ def calculate(
     records = Evaluation(chosen, reals, photos, tools, settings, procs)(fakes)
     if not procs.is_first:
         return
+    seen = read_trained(find_network(network)) if network else {}
     source = {"network": Path(network).name} if network else {"images": images}
+    source |= {"kimg": seen["kimg"]} if seen else {}
     records = [record | source | ({"data": str(data or path)} if compared else {}) for record in records]
     click.echo(table(records))
     if folder:
-        add(records, folder, network)
+        add(records, folder, seen)
 
 
-def add(records: list[dict], folder: Path, network: str | None) -> None:
+def add(records: list[dict], folder: Path, seen: dict[str, float]) -> None:
     """Adds lines to metric-<name>.jsonl and, of a snapshot of a run, points to TensorBoard in the run directory."""
     for record in records:
         with open(folder / f"metric-{record['metric']}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-    number = re.fullmatch(r"network-snapshot-(\d+)\.safetensors", Path(network or "").name)
-    options = folder / "options.yaml"
-    if number and options.is_file():
+    if seen and (folder / "options.yaml").is_file():
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         from training.report import add_scalars
 
-        step = round(int(number[1]) * 1000 / read_yaml(options)["train"]["batch"])
         with SummaryWriter(folder) as events:
             for record in records:
-                add_scalars(events, record, step)
+                add_scalars(events, record, seen["step"])
 
 
 @main.command()

@@ -23,6 +23,7 @@ from benchmarks.machine import describe
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from torch_utils.command import command
+from training.snapshot import read_trained, snapshots
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 METRICS = "fd_lite0_1k_full,lines1k_full"
@@ -43,11 +44,10 @@ def train(data: Path, options: str, seed: int, minutes: float, folder: Path) -> 
     if ran.returncode != -signal.SIGXCPU:
         raise UserError(f"train.py {options} ended early with code {ran.returncode}: {ran.stderr[-1000:]}")
     (run,) = folder.iterdir()
-    snapshots = sorted(run.glob("network-snapshot-*.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not snapshots:
+    found = snapshots(run)
+    if not found:
         raise UserError(f"train.py {options} wrote no snapshot in {minutes:g} minutes; give it more")
-    reports = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
-    return snapshots[-1], reports[-1]["Progress/kimg"]  # written together
+    return found[-1], read_trained(found[-1])["kimg"]
 
 
 def measure(data: Path, network: Path) -> dict[str, float]:

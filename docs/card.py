@@ -44,7 +44,7 @@ def read_lines(path: Path) -> list[dict]:
 
 def choose(run: Path, measured: list[dict], by: str) -> tuple[Path, str]:
     """Returns the snapshot with the smallest distance `by`, or the newest; and why. Raises UserError."""
-    files = {path.name: path for path in sorted(run.glob("network-snapshot-*.safetensors"))}
+    files = {path.name: path for path in snapshot.snapshots(run)}
     if not files:
         raise UserError(f"{run} holds no network-snapshot-*.safetensors; give the directory of a run")
     if by == "newest":

@@ -16,6 +16,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_features import DINO, crops, dino_state, inception_file  # noqa: F401 (a fixture)
 
 import calc_metrics
@@ -430,11 +431,13 @@ def test_translation_by_whole_pixels_is_exact_for_a_picture_that_is_a_function_o
 def test_the_photographs_of_a_run_are_found(bench):
     options = {"data": {"path": str(bench.data), "mirror": True}, "train": {"batch": 4}}
     (bench.folder / "options.yaml").write_text(yaml.safe_dump(options))
-    shutil.copy(bench.network, bench.folder / "network-snapshot-000002.safetensors")
     network = bench.folder / "network-snapshot-000002.safetensors"
+    save_generator(load_generator(bench.network), network, step=567, kimg=2.268)
     (record,) = bench.measure(metrics="fd_dinov2_4_full", data=None, network=network).values()
     assert record["num_real"] == 34
-    assert list(bench.folder.glob("events*"))
+    assert record["kimg"] == 2.268
+    events = EventAccumulator(str(bench.folder)).Reload()
+    assert {e.step for tag in events.Tags()["scalars"] for e in events.Scalars(tag)} == {567}
     bench.data.rename(bench.folder / "elsewhere")
     assert "say with --data" in bench.refused(metrics="fd_dinov2_4_full", data=None, network=network)
 

@@ -22,7 +22,7 @@ from training.data import ImageArchive, batches, cores
 from training.memory import GIB, expected_bytes, parameters
 from training.networks import Generator
 from training.report import RunLog, SilentLog, duration, grid_shape, tile
-from training.snapshot import save_generator
+from training.snapshot import save_generator, snapshot_name
 from training.trainer import Trainer, TrainState
 
 
@@ -187,23 +187,15 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _snapshot_name(trainer: Trainer, what: str) -> str:
-    return f"{what}{int(kimg(trainer.config, trainer.state)):06d}"
-
-
 def _snapshot(trainer: Trainer, images: ImageArchive, folder: Path, log: RunLog | SilentLog) -> None:
-    s = trainer.state
-    log.picture(_snapshot_name(trainer, "fakes"), _fakes(trainer, images), s.step)
-    save_generator(s.G_ema, folder / f"{_snapshot_name(trainer, 'network-snapshot-')}.safetensors")
+    s, seen = trainer.state, kimg(trainer.config, trainer.state)
+    log.picture(f"fakes{int(seen):06d}", _fakes(trainer, images), s.step)
+    save_generator(s.G_ema, folder / snapshot_name(seen), step=s.step, kimg=seen)
 
 
 def _measure(trainer: Trainer, log: RunLog | SilentLog, evaluate: Callable, stop: Callable[[], bool]) -> None:
-    s = trainer.state
-    where = {
-        "network": f"{_snapshot_name(trainer, 'network-snapshot-')}.safetensors",
-        "kimg": kimg(trainer.config, s),
-        "step": s.step,
-    }
+    s, seen = trainer.state, kimg(trainer.config, trainer.state)
+    where = {"network": snapshot_name(seen), "kimg": seen, "step": s.step}
     for record in evaluate(s.G_ema, stop):
         log.metric(record | where, s.step)
 

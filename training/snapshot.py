@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,12 +36,25 @@ def find_network(network: str | os.PathLike) -> Path:
     raise UserError(f"{path} {what}; give a network-snapshot-*.safetensors of a training run or a released .pkl{known}")
 
 
-def save_generator(G: Generator, path: str | os.PathLike) -> None:
-    """Writes parameters, buffers and config of G to `path` (.safetensors), whole or not at all."""
+def snapshot_name(kimg: float) -> str:
+    """Return the name of the file of a snapshot that has seen so many thousand images."""
+    return f"network-snapshot-{int(kimg):06d}.safetensors"
+
+
+def snapshots(run: Path) -> list[Path]:
+    """List the snapshots in a run directory, oldest first."""
+    return sorted(run.glob("network-snapshot-*.safetensors"))
+
+
+def save_generator(G: Generator, path: str | os.PathLike, **trained: float) -> None:
+    """Write parameters, buffers and config of G to `path` (.safetensors), whole or not at all.
+
+    `trained`: of a snapshot, its `step` and the thousand images (`kimg`) it has seen; `read_trained` reads them.
+    """
     tensors = {name: t.detach().contiguous().cpu() for name, t in G.state_dict().items()}
     with atomic_write(path) as temporary:
         # One entry: safetensors writes several in random order, and equal generators shall give equal files.
-        save_file(tensors, temporary, {FORMAT: G.config.model_dump_json()})
+        save_file(tensors, temporary, {FORMAT: json.dumps(G.config.model_dump() | {"trained": trained})})
 
 
 def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:
@@ -53,21 +67,8 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
     path = find_network(path)
     if path.suffix == ".pkl":
         return load_released(path, ("G_ema",))["G_ema"].to(device)
-    try:
-        with safe_open(path, "pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not an intact safetensors file ({error}); copy or download it again") from error
-    if FORMAT not in metadata:
-        raise UserError(f"{path} holds tensors, but no CREPS generator (its header has no {FORMAT})")
-    try:
-        settings = json.loads(metadata[FORMAT])
-    except ValueError as error:
-        raise UserError(f"{path} has no readable config in its header; it was not written by this project") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} has a config that is no mapping; it was not written by this project")
-    for name in ("impl", "recompute"):  # which older files hold, and which are not a matter of what G is
+    settings, tensors = _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    for name in ("trained", "impl", "recompute"):  # the last two in older files
         settings.pop(name, None)
     config = build(GeneratorConfig, settings, f"the config in {path}")
     with torch.device("meta"):
@@ -82,3 +83,26 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
     tensors = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in tensors.items()}
     G.load_state_dict(tensors, assign=True)
     return G.eval().requires_grad_(False).to(device)
+
+
+def read_trained(path: Path) -> dict[str, float]:
+    """Return the `step` and `kimg` of a snapshot, and {} of another file. Raises UserError as `load_generator`."""
+    return {} if path.suffix == ".pkl" else _read(path)[0].get("trained", {})
+
+
+def _read(path: Path, tensors: Callable[[safe_open], dict] = lambda file: {}) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Return what the header says, and `tensors` of the open file."""
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            metadata, found = file.metadata() or {}, tensors(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not an intact safetensors file ({error}); copy or download it again") from error
+    if FORMAT not in metadata:
+        raise UserError(f"{path} holds tensors, but no CREPS generator (its header has no {FORMAT})")
+    try:
+        header = json.loads(metadata[FORMAT])
+    except ValueError as error:
+        raise UserError(f"{path} has no readable config in its header; it was not written by this project") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path} has a config that is not a mapping; it was not written by this project")
+    return header, found
