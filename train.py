@@ -12,16 +12,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import click
 from pydantic.fields import FieldInfo
 
-from dnnlib.config import fields, is_group, merge, nearest, nested, override, read_yaml
+from dnnlib.config import fields, is_group, merge, nested, override
 from dnnlib.console import UserError
 from metrics.registry import parse
 from torch_utils.command import command
 from torch_utils.distributed import launched
-from training.config import RunConfig, resolve
+from training.config import RunConfig, read_recipe, resolve
 from training.runs import Task, continued, launch, open_images, snapshot_metrics, to_yaml, work
 from training.snapshot import find_network
-
-CONFIGS = Path(__file__).parent / "configs"
 
 # Flags beside those that the fields of RunConfig name: their option, and the settings that a value stands for. The
 # discriminator's widths are StyleGAN2's, the generator's twice that, as in the paper.
@@ -147,14 +145,7 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
 
 def command_settings(cfg: str | None, flags: dict, overrides: tuple[str, ...]) -> dict:
     """Nested settings from the recipe, then the flags that were given, then -o."""
-    settings = {}
-    if cfg:
-        path = Path(cfg) if cfg.endswith((".yaml", ".yml")) else CONFIGS / f"{cfg}.yaml"
-        if not path.is_file():
-            known = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
-            hint = "" if path.parent != CONFIGS else f"; {nearest(cfg, known)}"
-            raise UserError(f"--cfg={cfg}: {path} does not exist{hint}")
-        settings = {name: {} if value is None else value for name, value in read_yaml(path).items()}
+    settings = read_recipe(cfg) if cfg else {}
     for name, value in flags.items():
         if value is not None:
             for dotted, setting in FLAGS[name.replace("_", "-")][1](value).items():

@@ -22,9 +22,9 @@ from dnnlib.files import atomic_write
 from metrics.registry import FAMILIES, parse
 from rendering.styles import Styles
 from torch_utils.command import command
-from train import CONFIGS, command_settings
+from train import command_settings
 from training import snapshot
-from training.config import RunConfig, resolve
+from training.config import CONFIGS, RunConfig, resolve
 from training.networks import Generator
 from training.report import duration
 from training.runs import flat

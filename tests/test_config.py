@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from dnnlib.config import Config, build, merge, nearest, nested, override, read_yaml
 from dnnlib.console import UserError
-from training.config import RunConfig, default_ema_kimg, default_gamma, resolve
+from training.config import RunConfig, default_ema_kimg, default_gamma, read_recipe, resolve
 from training.data import ImageArchive
 from training.networks import Generator, build_discriminator
 from training.runs import to_yaml
@@ -37,7 +37,7 @@ def one_image(folder: Path, size: int) -> ImageArchive:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_builds_networks_of_its_size(path, tmp_path):
-    settings = read_yaml(path)
+    settings = read_recipe(str(path))
     size = settings.get("G", {}).get("img_resolution", 64)
     images = one_image(tmp_path / "images", size)
     config = resolve(merge(settings, nested("data.path", str(tmp_path / "images"))), images, path.name)
@@ -51,7 +51,7 @@ def test_every_recipe_builds_networks_of_its_size(path, tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_for_one_size_refuses_another(path, tmp_path):
-    settings = read_yaml(path)
+    settings = read_recipe(str(path))
     size = settings.get("G", {}).get("img_resolution")
     settings = merge(settings, nested("data.path", str(tmp_path)))
     images = one_image(tmp_path, 2 * (size or 64))
@@ -62,9 +62,21 @@ def test_a_recipe_for_one_size_refuses_another(path, tmp_path):
             resolve(settings, images, path.name)
 
 
+def test_a_recipe_changes_that_of_its_base(tmp_path):
+    for name, text in {"a": "base: b.yaml\nG: {z_dim: 3}", "b": "base: ffhq128\nG: {z_dim: 2, w_dim: 2}"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert read_recipe(str(tmp_path / "a.yaml")) == merge(read_recipe("ffhq128"), {"G": {"z_dim": 3, "w_dim": 2}})
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(UserError, match=r"base: a.yaml in .*b.yaml: a recipe cannot be its own base"):
+        read_recipe(str(tmp_path / "a.yaml"))
+    (tmp_path / "b.yaml").write_text("base: ffhq1288")
+    with pytest.raises(UserError, match=r"base: ffhq1288 in .*b.yaml: .*did you mean ffhq128"):
+        read_recipe(str(tmp_path / "a.yaml"))
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_holds_only_what_differs_from_the_defaults(path, tmp_path):
-    settings = read_yaml(path)
+    settings = read_recipe(str(path))
     for part in ("optim", "augment"):
         defaults = RunConfig.model_fields[part].default.model_dump()
         for key, value in settings.get(part, {}).items():
@@ -276,7 +288,7 @@ def test_the_nearest_word_is_suggested_or_all_are_listed():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_yaml_of_a_run_builds_the_same_run(path, tmp_path):
-    settings = merge(read_yaml(path), {"data": {"path": "a ünusual: name #1"}, "metrics": ["x", "y"]})
+    settings = merge(read_recipe(str(path)), {"data": {"path": "a ünusual: name #1"}, "metrics": ["x", "y"]})
     images = one_image(tmp_path / "images", settings.get("G", {}).get("img_resolution", 16))
     config = resolve(settings, images, "x")
     assert build(RunConfig, yaml.safe_load(to_yaml(config)), "options.yaml") == config

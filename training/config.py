@@ -1,10 +1,11 @@
 """Everything that decides what a training run computes, as one frozen value. Its YAML lies in the run directory."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dnnlib.config import Config, build, merge, nested, setting
+from dnnlib.config import Config, build, merge, nearest, nested, read_yaml, setting
 from dnnlib.console import UserError
 from training.augment import AugmentConfig
 from training.data import ImageArchive
@@ -122,6 +123,27 @@ class RunConfig(Config):
                 f"give --batch or --batch-gpu so that it is a multiple, or --mbstd-group={_divisor(micro, group)}"
             )
         return share // micro
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def read_recipe(name: str, *over: Path) -> dict:
+    """Read a recipe: a name in configs/, or a YAML file. `base` in it names another one, whose settings it changes.
+
+    `over`: the recipes whose base this is. Raises UserError.
+    """
+    is_file = name.endswith((".yaml", ".yml"))
+    path = over[0].parent / name if is_file and over else Path(name) if is_file else CONFIGS / f"{name}.yaml"
+    where = f"base: {name} in {over[0]}" if over else f"--cfg={name}"
+    if not path.is_file():
+        hint = "" if is_file else f"; {nearest(name, sorted(p.stem for p in CONFIGS.glob('*.yaml')))}"
+        raise UserError(f"{where}: {path} does not exist{hint}")
+    if path in over:
+        raise UserError(f"{where}: a recipe cannot be its own base")
+    settings = {key: {} if value is None else value for key, value in read_yaml(path).items()}
+    base = settings.pop("base", None)
+    return merge(read_recipe(str(base), path, *over), settings) if base else settings
 
 
 def _divisor(number: int, limit: int) -> int:
