@@ -226,15 +226,3 @@ def decibels(rows: Tensor) -> Measure:
         len(rows),
         peak - 10 * (squares / counts).log10(),
     )
-
-
-def equivariance(paints: Iterable[Paint], kinds: Iterable[str] = tuple(KINDS), seed: int = 0) -> dict[str, Measure]:
-    """kind -> its `decibels` over all pictures of `paints`, each of which is rendered once for all kinds.
-
-    The arguments and errors are those of `errors`; ValueError too when there are no pictures.
-    """
-    kinds = tuple(kinds)
-    parts = [errors(paint, kinds, seed, index) for index, paint in enumerate(paints)]
-    if not parts:
-        raise ValueError("there are no pictures to move")
-    return {kind: decibels(torch.cat([part[kind] for part in parts])) for kind in kinds}

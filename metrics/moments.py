@@ -51,22 +51,11 @@ class Moments:
             return
         x = features.to(self.mean)
         mean = x.mean(dim=0)
-        self._add(len(x), mean, x - mean)
-
-    @torch.no_grad()
-    def merge(self, other: "Moments") -> None:
-        """Counts in the pictures of `other`."""
-        if other.count:
-            self.scatter += other.scatter.to(self.scatter)
-            self._add(other.count, other.mean.to(self.mean), self.mean.new_empty(0, len(self.mean)))
-
-    def _add(self, count: int, mean: Tensor, deviations: Tensor) -> None:
-        """Counts in `count` pictures about `mean`, whose deviations from it are float64 [any,F]."""
-        total = self.count + count
+        total = self.count + len(x)
         gap = mean - self.mean
-        rows = torch.cat([deviations, gap[None] * (self.count * count / total) ** 0.5])
+        rows = torch.cat([x - mean, gap[None] * (self.count * len(x) / total) ** 0.5])
         self.scatter.addmm_(rows.T, rows)
-        self.mean += gap * (count / total)
+        self.mean += gap * (len(x) / total)
         self.count = total
 
     @torch.no_grad()

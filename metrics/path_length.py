@@ -8,13 +8,11 @@ pictures averaged down by the largest integer that leaves 256 pixels on the shor
 and the distance must be float32 or better: at bfloat16 a step of 10⁻⁴ rounds to none.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from metrics.measure import Measure, measure
 
 
 def path_lengths(
@@ -47,18 +45,3 @@ def trimmed(lengths: Tensor) -> Tensor:
     low = lengths.quantile(0.01, interpolation="lower")
     high = lengths.quantile(0.99, interpolation="higher")
     return lengths[(lengths >= low) & (lengths <= high)]
-
-
-def ppl2_wend(
-    mapping: Callable[[Tensor, Tensor], Tensor],
-    synthesis: Callable[[Tensor], Tensor],
-    distance: Callable[[Tensor, Tensor], Tensor],
-    latents: Iterable[tuple[Tensor, Tensor, Tensor]],
-    epsilon: float = 1e-4,
-) -> Measure:
-    """Batches of (z, z_towards, c) -> the mean path length; its `num` and `values` are those that were kept.
-
-    The arguments and errors are those of `path_lengths`.
-    """
-    lengths = [path_lengths(mapping, synthesis, distance, *batch, epsilon=epsilon) for batch in latents]
-    return measure(trimmed(torch.cat(lengths)))

@@ -14,12 +14,10 @@ network whose outer pixels lie on the edges ("endpoints") differs by that too.
 Legend: N pictures, C colours, H rows, W columns.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from metrics.measure import Measure, measure
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # two uint8 [N,C,H,W] -> [N]
 
@@ -122,39 +120,6 @@ def bring_down(images: Tensor, size: tuple[int, int], filter: str = "box") -> Te
     return resize(images, size, filter)
 
 
-def consistency(
-    pairs: Iterable[tuple[Tensor, Tensor]], distances: Mapping[str, Distance], filter: str = "box"
-) -> dict[str, Measure]:
-    """Pairs (uint8 [N,C,H,W], uint8 [N,C,H',W'], the same pictures larger) -> one Measure per distance, in one pass.
-
-    distances: name -> function of two uint8 [N,C,H,W], e.g. {"scale_psnr": psnr, "scale_ssim": ssim}.
-    filter: as in `bring_down`, whose errors are raised; ValueError too when there are no pairs.
-    """
-    values = {name: [] for name in distances}
-    for small, large in pairs:
-        brought = bring_down(large, tuple(small.shape[-2:]), filter)
-        for name, distance in distances.items():
-            values[name].append(distance(small, brought).double().cpu())
-    if not all(values.values()):
-        raise ValueError("there are no pictures to compare")
-    return {name: measure(torch.cat(parts), filter) for name, parts in values.items()}
-
-
 def on_uint8(distance: Distance) -> Distance:
     """A distance of colours in [-1,1] as one of uint8: x / 127.5 − 1, as StyleGAN reads files."""
     return lambda a, b: distance(a.float() / 127.5 - 1, b.float() / 127.5 - 1)
-
-
-def scale_psnr(pairs: Iterable[tuple[Tensor, Tensor]], filter: str = "box") -> Measure:
-    """`consistency` in dB; infinite where pictures are equal."""
-    return consistency(pairs, {"scale_psnr": psnr}, filter)["scale_psnr"]
-
-
-def scale_ssim(pairs: Iterable[tuple[Tensor, Tensor]], filter: str = "box") -> Measure:
-    """`consistency` as structural similarity."""
-    return consistency(pairs, {"scale_ssim": ssim}, filter)["scale_ssim"]
-
-
-def scale_lpips(pairs: Iterable[tuple[Tensor, Tensor]], lpips: Distance, filter: str = "box") -> Measure:
-    """`consistency` by `lpips`, a `metrics.perceptual.LPIPS`."""
-    return consistency(pairs, {"scale_lpips": on_uint8(lpips)}, filter)["scale_lpips"]

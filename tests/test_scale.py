@@ -14,18 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from metrics.scale import (
-    FILTERS,
-    bring_down,
-    consistency,
-    measure,
-    on_uint8,
-    psnr,
-    scale_lpips,
-    scale_psnr,
-    scale_ssim,
-    ssim,
-)
+from metrics.measure import measure
+from metrics.scale import FILTERS, bring_down, on_uint8, psnr, ssim
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png")
 
@@ -126,39 +116,21 @@ def test_overshoots_are_clamped():
     assert small[..., 16:].max() == 255
 
 
-@pytest.mark.parametrize("filter", FILTERS)
-def test_one_pass_serves_all_measures_whatever_the_batch(pairs, filter):
-    large, _ = pairs
-    small = bring_down(large, (134, 160), "lanczos").roll(1, 3)  # a ratio of 1.5, and no whole one down
-
+def test_a_distance_of_colours_is_given_colours(pairs):
     def absolute(a, b):
         assert a.dtype == b.dtype == torch.float32
         assert -1 <= a.min() < a.max() <= 1
         return (a - b).abs().mean((1, 2, 3))
 
-    distances = {"p": psnr, "s": ssim, "l": on_uint8(absolute)}
-    at_once = consistency([(small, large)], distances, filter)
-    one_by_one = consistency(zip(small.split(1), large.split(1), strict=True), distances, filter)
-    alone = (scale_psnr, scale_ssim, partial(scale_lpips, lpips=absolute))
-    for name, function in zip(distances, alone, strict=True):
-        result = function([(small, large)], filter=filter)
-        for other in (at_once[name], one_by_one[name]):
-            torch.testing.assert_close(other.values, result.values, rtol=1e-6, atol=0)
-        assert result.filter == filter
-        assert result.num == 3
-        assert result.mean == pytest.approx(result.values.mean().item())
-        assert result.standard_error == pytest.approx(np.std(result.values.numpy(), ddof=1) / math.sqrt(3))
-    torch.testing.assert_close(at_once["p"].values, psnr(small, bring_down(large, (134, 160), filter)))
+    expected = (pairs[0].double() - pairs[1].double()).abs().mean((1, 2, 3)) / 127.5
+    torch.testing.assert_close(on_uint8(absolute)(*pairs).double(), expected, rtol=1e-5, atol=0)
 
 
-def test_blur_noise_and_offset_lower_the_consistency(pairs):
-    large, changed = pairs
-    perfect = bring_down(large, (100, 120))
-    worse = bring_down(changed, (100, 120))
-    assert math.isinf(scale_psnr([(perfect, large)]).mean)
-    assert scale_ssim([(perfect, large)]).mean == 1
-    assert scale_ssim([(worse, large)]).mean < 0.99
-    assert 15 < scale_psnr([(worse, large)]).mean < 40
+def test_a_measure_is_the_mean_and_its_standard_error():
+    values = torch.tensor([1.0, 2, 4])
+    result = measure(values, "box")
+    assert (result.filter, result.num, result.mean) == ("box", 3, pytest.approx(7 / 3))
+    assert result.standard_error == pytest.approx(np.std(values.numpy(), ddof=1) / math.sqrt(3))
 
 
 def test_a_single_picture_has_no_standard_error():
@@ -174,7 +146,6 @@ def test_a_single_picture_has_no_standard_error():
         (lambda: bring_down(torch.zeros(1, 1, 8, 6), (9, 6)), "6x8 cannot be brought down to 6x9"),
         (lambda: ssim(torch.zeros(1, 1, 10, 20), torch.zeros(1, 1, 10, 20)), "20x10 are too small"),
         (lambda: psnr(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8)), "of one shape"),
-        (lambda: scale_psnr([]), "no pictures"),
     ],
 )
 def test_a_wrong_call_is_a_sentence(call, words):
