@@ -8,12 +8,19 @@ from torch_utils.distributed import Processes
 class Stats:
     """Count, sum and sum of squares per name, in float64 on the device: reporting never waits for the GPU."""
 
-    def __init__(self, moments: dict[str, torch.Tensor] | None = None):
-        self.moments = moments or {}
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = device
+        self.moments: dict[str, torch.Tensor] = {}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.moments
+
+    def load_state_dict(self, moments: dict[str, torch.Tensor]) -> None:
+        self.moments = {name: values.to(self.device) for name, values in moments.items()}
 
     @torch.no_grad()
     def report(self, name: str, values: torch.Tensor) -> None:
-        """Adds all elements of `values`."""
+        """Add all elements of `values`."""
         x = values.detach().double().flatten()
         moments = torch.stack([x.new_full((), x.numel()), x.sum(), x.square().sum()])
         self.moments[name] = self.moments[name] + moments if name in self.moments else moments

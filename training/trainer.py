@@ -9,7 +9,7 @@ and rounds changes nothing but the order of float additions; minibatch-std group
 
 import contextlib
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ ADA_INTERVAL = 4  # steps between adjustments of p (ADA paper, section 3.1)
 
 @dataclass
 class TrainState:
-    """What a crash must not lose. A field is saved and restored; what is no field may be lost."""
+    """What a crash must not lose. All fields are saved and restored, and nothing else is."""
 
     G: Generator
     D: nn.Module
@@ -53,22 +53,19 @@ class TrainState:
     seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "tick": 0.0, "data": 0.0})
     written: dict[str, int] = field(default_factory=dict)  # bytes of each log that belong to the steps so far
 
-    _MODULES = ("G", "D", "G_ema", "G_opt", "D_opt")
-    _VALUES = ("augment_p", "step", "pl_mean", "signs", "bad_steps", "seconds", "written")
-
     def state_dict(self) -> dict:
-        modules = {name: getattr(self, name).state_dict() for name in self._MODULES}
-        return modules | {name: getattr(self, name) for name in self._VALUES} | {"stats": self.stats.moments}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in values.items()}
 
     def load_state_dict(self, saved: dict, procs: Processes) -> None:
         """Raises UserError when `saved` belongs to other networks."""
         try:
-            for name in self._MODULES:
-                getattr(self, name).load_state_dict(saved[name])
-            for name in self._VALUES:
-                value = saved[name]
-                setattr(self, name, value.to(procs.device) if isinstance(value, Tensor) else value)
-            self.stats = Stats({name: moments.to(procs.device) for name, moments in saved["stats"].items()})
+            for name in (field.name for field in fields(self)):
+                own, value = getattr(self, name), saved[name]
+                if hasattr(own, "load_state_dict"):
+                    own.load_state_dict(value)
+                else:
+                    setattr(self, name, value.to(procs.device) if isinstance(value, Tensor) else value)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(f"the training state does not fit the networks in options.yaml ({reason})") from error
@@ -107,6 +104,7 @@ def new_state(config: RunConfig, device: torch.device) -> TrainState:
         augment_p=0.0 if config.augment.mode == "none" else config.augment.p,
         pl_mean=torch.zeros([], device=device, dtype=dtype),
         signs=torch.zeros(2, device=device, dtype=torch.float64),
+        stats=Stats(device),
     )
 
 
