@@ -23,7 +23,7 @@ from benchmarks.machine import describe, device_name, interleaved, matmul_rate, 
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from torch_utils.command import command
-from training.networks import Generator, GeneratorConfig, positions
+from training.networks import COORDS, Generator, GeneratorConfig
 from training.networks.layers import compute_with
 
 LIMIT = 2048**2  # pixels at once: plain synthesis keeps several layers of up to 128 channels, 2 GiB each there
@@ -40,7 +40,7 @@ def styles(G: Generator, batch: int) -> torch.Tensor:
 
 
 def plain(G: Generator, ws: torch.Tensor, size: int) -> torch.Tensor:
-    t = positions(size, G.config.coords, torch.float64)
+    t = COORDS[G.config.coords].positions(size, torch.float64)
     return G.synthesis(ws, rows=t, cols=t)
 
 
