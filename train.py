@@ -50,14 +50,15 @@ OTHERS = {
     ),
 }
 # Defaults in words, of settings that have none of their own.
-DEFAULTS = {"batch": "the recipe's", "batch-gpu": "all", "gamma": "from size and batch", "augpipe": "bgc"}
+DEFAULTS = {"batch": "the recipe's", "batch-gpu": "all", "gamma": "from size and batch"}
 
 
 def setting_option(flag: str, field: FieldInfo) -> dict:
     """Return the option of the flag of a setting. What values it may have is the field's to say."""
     kinds = get_args(field.annotation) or (field.annotation,)
     literal = get_origin(field.annotation) is Literal
-    default = DEFAULTS.get(flag) or ("no" if field.default is False else f"{field.default:g}")
+    default = DEFAULTS.get(flag, "no" if field.default is False else field.default)
+    default = f"{default:g}" if isinstance(default, float) else default
     text = field.description[0].upper() + field.description[1:] + "."
     return {"type": click.Choice(kinds) if literal else kinds[0], "help": f"{text}  [default: {default}]"}
 
