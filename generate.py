@@ -83,7 +83,7 @@ def picture_size(G: Generator, scale: float | None, size: str | None, window: tu
     help="When shapes differ: show less, show more, or oblong pixels.",
 )
 @click.option("--window", metavar="X0,Y0,X1,Y1", help="Part of the picture to show, in fractions: 0,0,1,1 is all.")
-@click.option("--translate", metavar="X,Y", help="Move the picture right and down, in its sides.")
+@click.option("--translate", metavar="X,Y", help="Move the picture right and down, in units of its longer side.")
 @click.option("--rotate", metavar="DEGREES", help="Turn the picture counter-clockwise.")
 @click.option("--zoom", metavar="FACTOR", help="Magnify the picture about its centre.")
 @click.option("--exact", is_flag=True, help="Compute rotated pixels exactly, some hundred times slower.")

@@ -26,23 +26,23 @@ from training.snapshot import find_network
 OTHERS = {
     "data": (
         {"metavar": "ZIP|DIR", "help": "Images, as dataset_tool.py writes them.  [required for a new run]"},
-        lambda value: {"data.path": value},
+        lambda value: {"data": {"path": value}},
     ),
     "aug": (
         {"type": click.Choice(["noaug", "ada", "fixed", "diffaug"]), "help": "Augmentation.  [default: ada]"},
-        lambda value: {"augment.mode": {"noaug": "none"}.get(value, value)},
+        lambda value: {"augment": {"mode": {"noaug": "none"}.get(value, value)}},
     ),
     "cbase": (
         {"type": int, "help": "Channel base of D; G gets twice as many.  [default: 32768]"},
-        lambda value: {"D.channel_base": value, "G.channel_base": 2 * value},
+        lambda value: {"D": {"channel_base": value}, "G": {"channel_base": 2 * value}},
     ),
     "cmax": (
         {"type": int, "help": "Most channels of D; G gets twice as many.  [default: 512]"},
-        lambda value: {"D.channel_max": value, "G.channel_max": 2 * value},
+        lambda value: {"D": {"channel_max": value}, "G": {"channel_max": 2 * value}},
     ),
     "fp32": (
         {"type": bool, "help": "float32 even where mixing it with bfloat16 is faster.  [default: no]"},
-        lambda value: {"train.precision": "float32" if value else "auto"},
+        lambda value: {"train": {"precision": "float32" if value else "auto"}},
     ),
     "metrics": (
         {"metavar": "A,B|none", "help": "Measured at every snapshot.  [default: none]"},
@@ -63,11 +63,11 @@ def setting_option(flag: str, field: FieldInfo) -> dict:
     return {"type": click.Choice(kinds) if literal else kinds[0], "help": f"{text}  [default: {default}]"}
 
 
-FLAGS = {
-    extra["flag"]: (setting_option(extra["flag"], field), functools.partial(lambda dotted, v: {dotted: v}, dotted))
+FLAGS = OTHERS | {
+    extra["flag"]: (setting_option(extra["flag"], field), functools.partial(nested, dotted))
     for dotted, field, extra in fields(RunConfig)
     if extra.get("flag")
-} | OTHERS
+}
 
 
 def flags_of_settings(function):
@@ -149,8 +149,7 @@ def command_settings(cfg: str | None, flags: dict, overrides: tuple[str, ...]) -
     settings = read_recipe(cfg) if cfg else {}
     for name, value in flags.items():
         if value is not None:
-            for dotted, setting in FLAGS[name.replace("_", "-")][1](value).items():
-                settings = merge(settings, nested(dotted, setting))
+            settings = merge(settings, FLAGS[name.replace("_", "-")][1](value))
     for assignment in overrides:
         settings = merge(settings, override(assignment))
     for name, field in RunConfig.model_fields.items():

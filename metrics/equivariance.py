@@ -186,8 +186,9 @@ KINDS = {"eqt_int": eqt_int, "eqt_frac": eqt_frac, "eqr": eqr}
 def errors(paint: Paint, kinds: Iterable[str] = tuple(KINDS), seed: int = 0, index: int = 0) -> dict[str, Tensor]:
     """kind -> float64 [N,2], on the CPU: each picture's sum of squared differences, and how many numbers it sums.
 
-    paint: the N pictures, about [-1,1], moved as asked. `rendering` takes such a matrix with its last column in sides
-        of the square trained at: times 1/R where pixels are areas, 1/(R − 1) where the outer ones lie on the edges.
+    paint: the N pictures, about [-1,1], moved as asked. `rendering` takes such a matrix with its last column in units
+        of the longer side of the picture trained at: times 1/R where pixels are areas, 1/(R − 1) where the outer ones
+        lie on the edges.
     index: the number of these N in the set. Their one transform per kind depends on (kind, seed, index) alone, so that
         the rows of several processes, concatenated, are those of one.
     Raises ValueError for other kinds, for pictures so small that nothing is known, and for colours that are not finite.

@@ -245,7 +245,9 @@ def inception(plan: Plan, metric: Metric) -> Finish:
 
 def patches(plan: Plan, metric: Metric) -> Finish:
     fakes, tool = plan.fakes, plan.tools["inception"]
-    (large, width), (size, _) = fakes.size, fakes.native
+    (large, width), (size, other) = fakes.size, fakes.native
+    if size != other:
+        raise UserError(f"{metric.name} takes a generator trained on squares, not on {side(fakes.native)}")
     if large != width or large <= size:
         raise UserError(
             f"{metric.name} looks at windows of {size}x{size} pixels in larger squares; give the size of these, "

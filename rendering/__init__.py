@@ -90,9 +90,9 @@ def render_points(
 ) -> Tensor:
     """[N,num_ws,w_dim], x and y float [...] -> [N,C,...]: colours about [-1,1] of single points.
 
-    x runs to the right and y down, in sides of the square trained at: [0,1] is that square, and numbers beyond continue
-    it. Points that share a position on a line share its cost. `exact` and `dtype` as in `tiles`. Memory, besides x, y
-    and the result, is bounded. Raises ValueError for other shapes.
+    x runs to the right and y down, in fractions of the picture trained at: [0,1] is that picture, and numbers beyond
+    continue it. Points that share a position on a line share its cost. `exact` and `dtype` as in `tiles`. Memory,
+    besides x, y and the result, is bounded. Raises ValueError for other shapes.
     """
     if x.shape != y.shape or not (x.is_floating_point() and y.is_floating_point()) or not x.numel():
         raise ValueError(

@@ -34,7 +34,7 @@ from training.snapshot import load_generator, save_generator
 ROOT = Path(__file__).parents[1]
 SIDE = 32  # pixels, which equivariance takes
 NETWORK = {
-    "img_resolution": SIDE,
+    "img_shape": (SIDE, SIDE),
     "channel_base": 64,
     "channel_max": 8,
     "z_dim": 6,
@@ -232,6 +232,12 @@ def test_the_inception_family_and_windows(bench, inception_file):  # noqa: F811
     record = json.loads(path.read_text())
     assert (record["num_photographs"], record["num_real"], record["window"]) == (3, 12, SIDE)
     assert value(record) > 0
+    oblong = bench.folder / "oblong.safetensors"
+    save_generator(Generator(GeneratorConfig(**NETWORK | {"img_shape": (SIDE, 2 * SIDE)})), oblong)
+    options |= {"data": photos, "network": oblong}
+    assert "pfid12_full takes a generator trained on squares, not on 64x32" in bench.refused(
+        metrics="pfid50k_full", size="64x64", **options
+    )
 
 
 # --- photographs -----------------------------------------------------------------------------------------------------

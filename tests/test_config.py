@@ -62,6 +62,23 @@ def test_a_recipe_for_one_size_refuses_another(path, tmp_path):
             resolve(settings, images, path.name)
 
 
+@pytest.mark.parametrize(
+    ("G", "D", "expected"),
+    [
+        ({}, {}, ("auto", "pixels")),
+        ({"recompute": "all", "impl": "reference"}, {"recompute": "none"}, ("reference", "all")),
+        ({"recompute": "none"}, {"recompute": "images", "impl": "auto"}, ("auto", "all")),
+    ],
+)
+def test_options_of_older_runs_are_read(G, D, expected):
+    """Of squares named by a resolution, of D without a kind, of networks that said how they are computed."""
+    older = {"data": {"path": "x"}, "loss": {"r1_gamma": 1}, "train": {"batch": 4, "ema_kimg": 1}}
+    config = build(RunConfig, older | {"G": G | {"img_resolution": 64}, "D": D | {"img_resolution": 64}}, "options")
+    assert (config.train.impl, config.train.recompute) == expected
+    assert config.G.img_shape == config.D.img_shape == (64, 64)
+    assert config.D.kind == "residual"
+
+
 def test_a_recipe_changes_that_of_its_base(tmp_path):
     for name, text in {"a": "base: b.yaml\nG: {z_dim: 3}", "b": "base: ffhq128\nG: {z_dim: 2, w_dim: 2}"}.items():
         (tmp_path / f"{name}.yaml").write_text(text)

@@ -560,7 +560,7 @@ def test_depth_is_set_apart_from_the_size_trained_at():
 
 def test_a_resolution_stands_for_a_square():
     assert GeneratorConfig(img_resolution=32) == GeneratorConfig(img_shape=(32, 32))
-    with pytest.raises(ValueError, match=r"img_resolution=32 and img_shape=\[32, 48\] differ"):
+    with pytest.raises(ValueError, match=r"img_resolution=32 and img_shape=\(32, 48\) differ"):
         GeneratorConfig(img_resolution=32, img_shape=(32, 48))
 
 

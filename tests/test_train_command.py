@@ -413,6 +413,8 @@ MISTAKES = {
     "a broken archive": (data(lambda tiny: written(tiny, "broken.zip", b"PK\x03\x04" * 9)), "broken.zip"),
     "a broken image": (data(lambda tiny: written(tiny, "pictures/0.png", b"x").parent), "0.png cannot be read"),
     "a side that cannot be halved": (data(lambda tiny: tiny.images("odd", size=(17, 8))), "17x8 .*multiples of 2"),
+    "a shape that is none": (extra("-o", "G.img_shape=5"), "G.img_shape=5"),
+    "a shape and a resolution": (extra("-o", "G.img_shape=5", "-o", "G.img_resolution=8"), "G.img_shape=5"),
     "images too small": (data(lambda tiny: tiny.images("small", size=(4, 4))), "4x4 are too small"),
     "no labels": (extra("--cond"), "holds no labels"),
     "labels for half": (lambda tiny: tiny.new("--cond", data=labels_for_half(tiny)), "dataset.json"),

@@ -134,7 +134,7 @@ def read_recipe(name: str, *over: Path) -> dict:
     `over`: the recipes whose base this is. Raises UserError.
     """
     is_file = name.endswith((".yaml", ".yml"))
-    path = over[0].parent / name if is_file and over else Path(name) if is_file else CONFIGS / f"{name}.yaml"
+    path = (over[0].parent if over else Path()) / name if is_file else CONFIGS / f"{name}.yaml"
     where = f"base: {name} in {over[0]}" if over else f"--cfg={name}"
     if not path.is_file():
         hint = "" if is_file else f"; {nearest(name, sorted(p.stem for p in CONFIGS.glob('*.yaml')))}"
@@ -173,7 +173,7 @@ def resolve(settings: dict, images: ImageArchive, where: str) -> RunConfig:
     for network in ("G", "D"):
         side = settings[network].pop("img_resolution", None)
         given = settings[network].get("img_shape", (height, width) if side is None else (side, side))
-        if list(given) != [height, width]:
+        if isinstance(given, list | tuple) and list(given) != [height, width]:
             raise UserError(
                 f"{where} is for images of {'x'.join(map(str, given[::-1]))}, but {path} holds {width}x{height}; "
                 "make another archive with dataset_tool.py, or choose another --cfg"

@@ -6,9 +6,8 @@ import torch
 
 from training import losses
 from training.config import RunConfig
-from training.networks import Generator, build_discriminator
-from training.networks.layers import compute_with
 from training.networks.pixels import part_size
+from training.trainer import new_networks
 
 GIB = 2**30
 
@@ -47,9 +46,7 @@ def expected_bytes(config: RunConfig, micro: int, device: str) -> int:
     precision needs less, and libraries' workspaces come on top.
     """
     with torch.device("meta"):
-        G, D = Generator(config.G), build_discriminator(config.D)
-        for network in (G, D):
-            compute_with(network, config.train.impl, config.train.recompute)
+        G, D = new_networks(config)
         z, c = torch.empty(micro, config.G.z_dim), torch.empty(micro, config.G.c_dim)
         half = (micro + 1) // 2
         height, width = config.G.img_shape

@@ -86,15 +86,21 @@ class TrainState:
             moments.zero_()
 
 
+def new_networks(config: RunConfig) -> tuple[Generator, nn.Module]:
+    """Build G and D, computed as the run wants them to be."""
+    G, D = Generator(config.G), build_discriminator(config.D)
+    for network in (G, D):
+        compute_with(network, config.train.impl, config.train.recompute)
+    return G, D
+
+
 def new_state(config: RunConfig, device: torch.device) -> TrainState:
     """The state before the first step: a function of the config alone, equal in every process."""
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
     # Drawn on the CPU, so that a GPU starts from the same weights; the caller's random state is left alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        G, D = Generator(config.G).to(device, dtype), build_discriminator(config.D).to(device, dtype)
-    for network in (G, D):
-        compute_with(network, config.train.impl, config.train.recompute)
+        G, D = (network.to(device, dtype) for network in new_networks(config))
     return TrainState(
         G=G,
         D=D,

@@ -33,12 +33,12 @@ class ImageConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _square(cls, settings: object) -> object:
+    def _read_resolution(cls, settings: object) -> object:
         if isinstance(settings, dict) and "img_resolution" in settings:
             side = settings["img_resolution"]
             shape = settings.get("img_shape", (side, side))
-            if tuple(shape) != (side, side):
-                raise ValueError(f"img_resolution={side} and img_shape={list(shape)} differ; give one of them")
+            if shape not in ((side, side), [side, side]):
+                raise ValueError(f"img_resolution={side} and img_shape={shape} differ; give one of them")
             settings = {key: v for key, v in settings.items() if key != "img_resolution"} | {"img_shape": shape}
         return settings
 
