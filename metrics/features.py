@@ -1,20 +1,17 @@
-"""Detectors: networks that turn pictures into features, from files of weights that are never executed.
+"""Detectors: networks that turn images into features.
 
 detector = load("inception", device="cuda")
 features, logits = detector(images)
 
-A result is only as good as the weights behind it, so a detector is named after what its file holds: with any other
-file than the standard one its name ends in -custom- and the beginning of that file's SHA-256.
-
-Legend: N pictures, C channels, H×W pixels, F features, K classes, T tokens, D their width.
+Legend: N images, C channels, H×W pixels, F features, K classes.
 """
 
 import io
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,61 +20,39 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from dnnlib.config import nearest
 from dnnlib.console import UserError
-from dnnlib.files import RemoteFile, locate, sha256
+from dnnlib.files import RemoteFile, locate
 from metrics.pictures import Activations
+from metrics.weights import State, Weights
 from torch_utils import lite0
-
-State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Family:
-    """Detectors that differ in their weights alone."""
-
-    standard: str  # the name of the detector with the standard weights
-    weights: RemoteFile
-    build: Callable[[State], nn.Module]  # uint8 [N,3,H,W] -> what Activations holds; ValueError for other weights
-    num_features: Callable[[State], int]
-    num_classes: Callable[[State], int] = lambda state: 0
-    find: Callable[[RemoteFile, str | os.PathLike | None], Path] = locate  # (weights, a folder) -> their path
 
 
 class Detector:
     """A network with its weights, on one device, in eval mode.
 
-    name          "inception-2015-12-05" for the standard weights, else "inception-custom-" and 8 digits of the digest
-    digest        SHA-256 of the file of weights, hexadecimal
-    standard      whether the digest is the standard one
-    num_features  F
-    num_classes   K, or 0
+    name, digest, standard  those of metrics.weights.Weights
+    num_features            F
+    num_classes             K, or 0
     """
 
-    def __init__(self, kind: str, path: Path, device: str | torch.device = "cpu", batch: int = 64):
-        family = DETECTORS[kind]
-        self.digest = sha256(path)
-        self.standard = family.weights.digest is not None and self.digest.startswith(family.weights.digest)
-        self.name = family.standard if self.standard else f"{kind}-custom-{self.digest[:8]}"
+    def __init__(self, kind: str, path: str | os.PathLike, device: str | torch.device = "cpu", batch: int = 64):
+        """Build DETECTORS[kind] with the weights in the file `path`. Raises UserError when it holds others."""
+        entry = DETECTORS[kind]
+        weights = Weights(path, entry.weights, kind, entry.published)
+        self.name, self.digest, self.standard = weights.name, weights.digest, weights.standard
         self.device, self.batch = torch.device(device), batch
-        state = _read(path)
-        try:
-            self.module = family.build(state)
-            self.num_features, self.num_classes = family.num_features(state), family.num_classes(state)
-        except (KeyError, IndexError, ValueError, RuntimeError) as error:  # the last is load_state_dict's
-            raise UserError(
-                f"{path} holds other tensors than a network of the family {kind} has; get it from {family.weights.url}"
-            ) from error
-        self.module.eval().requires_grad_(False).to(self.device)
+        self.module = weights.build(entry.build).eval().requires_grad_(False).to(self.device)
+        self.num_features, self.num_classes = self.module.num_features, self.module.num_classes
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Activations:
         """uint8 [N,C,H,W] in 0..255, C = 1 (grey, repeated) or 3 (RGB), any size -> float32, on the detector's device.
 
-        `batch` pictures pass at once. Raises UserError for an alpha channel, ValueError for tensors of another kind.
+        `batch` images pass at once. Raises UserError for an alpha channel, ValueError for tensors of another kind.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3, 4):
-            raise ValueError(f"pictures must be uint8 [N,1 or 3,H,W], not {images.dtype} {list(images.shape)}")
+            raise ValueError(f"images must be uint8 [N,1 or 3,H,W], not {images.dtype} {list(images.shape)}")
         if images.shape[1] == 4:
-            raise UserError(f"{self.name} looks at RGB or grey pictures, and these have an alpha channel; remove it")
+            raise UserError(f"{self.name} looks at RGB or grey images, and these have an alpha channel; remove it")
         parts = [self.module(part.to(self.device).expand(-1, 3, -1, -1)) for part in images.split(self.batch)]
         return Activations(*(torch.cat(same) for same in zip(*parts, strict=True)))
 
@@ -89,35 +64,22 @@ def load(
     device: str | torch.device = "cpu",
     batch: int = 64,
 ) -> Detector:
-    """The detector "inception" or "dinov2", with the weights found in the cache, in `weights_dir`, or downloaded; or
-    "lite0", with those of its package.
+    """Load the detector "inception" or "dinov2", with the weights found in the cache, in `weights_dir`, or downloaded;
+    or "lite0", with those of its package.
 
     Raises UserError when there is no such detector, or its weights can be neither found, downloaded nor read.
     """
     if kind not in DETECTORS:
         raise UserError(f"there is no detector {kind!r}; {nearest(kind, DETECTORS)}")
-    family = DETECTORS[kind]
-    return Detector(kind, family.find(family.weights, weights_dir), device, batch)
-
-
-def _read(path: Path) -> State:
-    """The tensors in a file that torch.save wrote. Executes nothing."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not all(type(k) is str and isinstance(t, Tensor) for k, t in state.items()):
-            raise ValueError("it is no dictionary of tensors")
-    # Broken bytes make zipfile, torch and its unpickler raise a dozen kinds of exception; all mean the same.
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} holds no weights ({reason}); remove it, and it is looked for again") from error
-    return state
+    entry = DETECTORS[kind]
+    return Detector(kind, entry.find(entry.weights, weights_dir), device, batch)
 
 
 # --- Inception -------------------------------------------------------------------------------------------------------
 
 
 def inception(state: State) -> nn.Module:
-    """The network that TensorFlow released in 2015, with its resizing to 299² (bilinear, no antialiasing), as
+    """Build the network that TensorFlow released in 2015, with its resizing to 299² (bilinear, no antialiasing), as
     torch-fidelity ported it: uint8 [N,3,H,W] -> features [N,2048] before the last layer, logits [N,1008] without bias.
     """
     # torch-fidelity would unpickle, and so execute, the file. It gets bytes that we wrote ourselves, of tensors only.
@@ -125,9 +87,11 @@ def inception(state: State) -> nn.Module:
     torch.save(state, harmless)
     harmless.seek(0)
     with torch.random.fork_rng(devices=[]):  # weights are drawn before they are overwritten
-        return FeatureExtractorInceptionV3(
+        module = FeatureExtractorInceptionV3(
             "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=harmless
         )
+    module.num_classes, module.num_features = state["fc.weight"].shape
+    return module
 
 
 # --- DINOv2 ----------------------------------------------------------------------------------------------------------
@@ -138,40 +102,37 @@ SIZE = 224  # pixels, of DINOv2 (16² patches) and Lite0
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB
 
 
-class Block(nn.Module):
-    """Attention and a two-layer network, each added to its normalised input after a learned scale. [N,T,D]."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
-        self.ls1 = nn.ParameterDict({"gamma": torch.empty(dim)})
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
-        self.ls2 = nn.ParameterDict({"gamma": torch.empty(dim)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)  # [N,heads,T,64]
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.ls1["gamma"] * self.attn["proj"](mixed)
-        return x + self.ls2["gamma"] * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-
-
 class DINOv2(nn.Module):
-    """A vision transformer of Oquab et al. 2023 (https://arxiv.org/abs/2304.07193), parameters named as released.
+    """A vision transformer of Oquab et al. 2023 (https://arxiv.org/abs/2304.07193), of any width and depth, by timm.
 
-    uint8 [N,3,H,W] -> (its class token [N,D],). Pictures are resized to 224² as Stein et al. 2023
+    uint8 [N,3,H,W] -> (its class token [N,F],). Images are resized to 224² as Stein et al. 2023
     (https://arxiv.org/abs/2306.04675) do for FD-DINOv2: bicubic with antialiasing, as Pillow does it.
     """
 
-    def __init__(self, dim: int, depth: int, positions: int):
+    num_classes = 0
+
+    def __init__(self, state: State):
+        """Take the tensors of a released file. Raises for those of another network."""
+        from timm.models.vision_transformer import VisionTransformer  # takes a second to import
+
         super().__init__()
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.mask_token = nn.Parameter(torch.empty(1, dim))  # of the training; in the file, without use here
-        self.pos_embed = nn.Parameter(torch.empty(1, positions, dim))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, PATCH, PATCH)})
-        self.blocks = nn.ModuleList(Block(dim) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.num_features = state["pos_embed"].shape[2]
+        depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+        if self.num_features % HEAD:
+            raise ValueError(f"no DINOv2 has {self.num_features} features")
+        with torch.device("meta"):
+            self.net = VisionTransformer(
+                img_size=SIZE,
+                patch_size=PATCH,
+                embed_dim=self.num_features,
+                depth=depth,
+                num_heads=self.num_features // HEAD,
+                init_values=1.0,  # any: it makes timm build the learned scales
+                num_classes=0,
+            )
+        tensors = {name: t.float() for name, t in state.items() if name != "mask_token"}  # of the training alone
+        tensors["pos_embed"] = resize_positions(tensors["pos_embed"])
+        self.net.load_state_dict(tensors, assign=True)
 
     @staticmethod
     def resize(images: Tensor) -> Tensor:
@@ -181,35 +142,23 @@ class DINOv2(nn.Module):
             x = F.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)
         return x
 
-    def positions(self) -> Tensor:
-        """[1,T,D]: the learned embeddings of the class token and of a square of patches, brought to 16² patches."""
-        grid = self.pos_embed[:, 1:]
-        wanted, side = SIZE // PATCH, math.isqrt(grid.shape[1])
-        if side != wanted:
-            grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-            # The released code adds 0.1 to the size for fear of rounding, which moves every sample; so must this.
-            grid = F.interpolate(grid, scale_factor=(wanted + 0.1) / side, mode="bicubic").flatten(2).transpose(1, 2)
-        return torch.cat([self.pos_embed[:, :1], grid], dim=1)
-
     def forward(self, images: Tensor) -> tuple[Tensor]:
         mean, deviation = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, DEVIATION))
-        patches = self.patch_embed["proj"]((self.resize(images) / 255 - mean) / deviation).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.positions()
-        for block in self.blocks:
-            x = block(x)
-        return (self.norm(x)[:, 0],)
+        return (self.net((self.resize(images) / 255 - mean) / deviation),)
 
 
-def dinov2(state: State) -> DINOv2:
-    """The transformer whose tensors these are, of any width and depth (ViT-S, B, L). Raises for other tensors."""
-    _, positions, dim = state["pos_embed"].shape
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    if dim % HEAD or math.isqrt(positions - 1) ** 2 != positions - 1:
-        raise ValueError(f"no DINOv2 has {positions} positions of width {dim}")
-    with torch.device("meta"):
-        module = DINOv2(dim, depth, positions)
-    module.load_state_dict(state, assign=True)
-    return module.float()
+def resize_positions(embeddings: Tensor) -> Tensor:
+    """[1,1+side²,F] -> [1,1+16²,F]: the learned embeddings of the class token and of a square of patches, at 16².
+
+    timm's own resizing has antialiasing and no offset, so the features would not be those of the released code.
+    """
+    token, grid = embeddings[:, :1], embeddings[:, 1:]
+    wanted, side = SIZE // PATCH, math.isqrt(grid.shape[1])
+    if side != wanted:
+        grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        # The released code adds 0.1 to the size for fear of rounding, which moves every sample; so must this.
+        grid = F.interpolate(grid, scale_factor=(wanted + 0.1) / side, mode="bicubic").flatten(2).transpose(1, 2)
+    return torch.cat([token, grid], dim=1)
 
 
 # --- EfficientNet-Lite0 ----------------------------------------------------------------------------------------------
@@ -218,9 +167,11 @@ def dinov2(state: State) -> DINOv2:
 class Lite0Means(nn.Module):
     """uint8 [N,3,H,W] -> (float32 [N,496],): the spatial means of the four features of torch_utils.lite0, side by side.
 
-    Pictures are resized to 224², bilinear with antialiasing. Each feature's means are divided by the root of its number
+    Images are resized to 224², bilinear with antialiasing. Each feature's means are divided by the root of its number
     of channels, so that each has its part of the variance (docs/metrics.md).
     """
+
+    num_features, num_classes = sum(lite0.CHANNELS), 0
 
     def __init__(self, state: State):
         super().__init__()
@@ -231,26 +182,33 @@ class Lite0Means(nn.Module):
         return (torch.cat([f.mean((2, 3)) / math.sqrt(f.shape[1]) for f in self.net(x)], dim=1),)
 
 
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    published: str  # name of the detector with the published weights
+    weights: RemoteFile
+    build: Callable[[State], nn.Module]  # uint8 [N,3,H,W] -> what Activations holds; raises for other tensors
+    find: Callable[[RemoteFile, str | os.PathLike | None], Path] = locate  # (weights, a folder) -> their path
+
+
 DETECTORS = {
-    "inception": Family(
+    "inception": Entry(
         "inception-2015-12-05",
         RemoteFile(URL_INCEPTION_V3.rsplit("/", 1)[1], URL_INCEPTION_V3, "6726825d"),
         inception,
-        lambda state: state["fc.weight"].shape[1],
-        lambda state: state["fc.weight"].shape[0],
     ),
     # No file of these weights has been seen here, so none is known by its digest: every one is custom.
-    "dinov2": Family(
+    "dinov2": Entry(
         "dinov2-vitl14",
         RemoteFile(
             "dinov2_vitl14_pretrain.pth",
             "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
             None,
         ),
-        dinov2,
-        lambda state: state["pos_embed"].shape[2],
+        DINOv2,
     ),
-    "lite0": Family(
+    "lite0": Entry(
         "efficientnet-lite0",
         RemoteFile(
             "efficientnet-lite0-57934424.pth",
@@ -258,7 +216,6 @@ DETECTORS = {
             lite0.SHA256,
         ),
         Lite0Means,
-        lambda state: sum(lite0.CHANNELS),
         find=lambda weights, folder: lite0.find_weights(),
     ),
 }

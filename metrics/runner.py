@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from dnnlib.console import UserError, progress
-from dnnlib.files import locate
 from metrics.cache import Statistics, cache_key, cached
 from metrics.lines import LineShare
 from metrics.pictures import Batch, Fakes, Files, Numbers, Whole, Windowed, cut
@@ -62,9 +61,9 @@ def load_detector(kind: str) -> Callable:
 
 def load_lpips(net: str) -> Callable:
     def load(device, weights):
-        from metrics.perceptual import LPIPS, NETS
+        from metrics.perceptual import LPIPS
 
-        return LPIPS(net, locate(NETS[net].weights, weights)).to(device)
+        return LPIPS(net, weights).to(device)
 
     return load
 

@@ -18,11 +18,12 @@ from click.testing import CliRunner
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_features import DINO, crops, dino_state, inception_file  # noqa: F401 (a fixture)
+from torchvision.models import alexnet
 
 import calc_metrics
 from metrics import evaluation, features, sources
 from metrics.lines import line_share
-from metrics.perceptual import NETS
+from metrics.perceptual import BACKBONES
 from metrics.pictures import Windows, cut, fitted
 from metrics.plan import Settings
 from metrics.registry import FAMILIES, KNOWN, parse
@@ -214,8 +215,7 @@ def test_two_processes_give_the_results_of_one(bench):
 @pytest.mark.slow
 def test_the_inception_family_and_windows(bench, inception_file):  # noqa: F811
     torch.manual_seed(0)
-    alex = NETS["alex"]
-    torch.save(alex.build().state_dict(), inception_file.parent / alex.weights.name)
+    torch.save(alexnet().state_dict(), inception_file.parent / BACKBONES["alex"].weights.name)
     photos = save_pictures(bench.folder / "photos", crops("astronaut", 3, (70, 90)))
     save_pictures(bench.folder / "photos" / "small", crops("coffee", 2, (40, 50)))
     options = {"weights": inception_file.parent, "num": 12}

@@ -7,11 +7,11 @@ import shutil
 import types
 import urllib.error
 import urllib.request
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import skimage.data
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -28,7 +28,7 @@ from dnnlib.files import RemoteFile, locate, sha256
 from metrics import cache as statistics
 from metrics.cache import Statistics, cache_key, cached, content_digest
 from metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
-from metrics.features import DETECTORS, Detector, DINOv2, dinov2, inception, load
+from metrics.features import DETECTORS, SIZE, Detector, DINOv2, inception, load, resize_positions
 from metrics.moments import Moments
 from torch_utils.lite0 import Lite0
 
@@ -36,8 +36,14 @@ INCEPTION, DINO = DETECTORS["inception"].weights, DETECTORS["dinov2"].weights
 
 
 def dino_state(seed=0, positions=26, dim=128, depth=2):
+    """Random tensors under the names of the released files."""
     random = torch.Generator().manual_seed(seed)
-    shapes = {name: t.shape for name, t in DINOv2(dim, depth, positions).state_dict().items()}
+    with torch.device("meta"):
+        net = timm.models.VisionTransformer(
+            SIZE, 14, embed_dim=dim, depth=depth, num_heads=2, init_values=1, num_classes=0
+        )
+    shapes = {name: t.shape for name, t in net.state_dict().items()}
+    shapes |= {"mask_token": (1, dim), "pos_embed": (1, positions, dim)}
     std = {1: 0.5, 2: 0.05, 3: 0.05, 4: 0.05}  # by the number of dimensions
     return {name: torch.randn(shape, generator=random) * std[len(shape)] for name, shape in shapes.items()}
 
@@ -170,7 +176,7 @@ def test_only_the_standard_weights_have_the_standard_name(dino_file, monkeypatch
     assert detector.name == f"dinov2-custom-{detector.digest[:8]}"
     family = DETECTORS["dinov2"]
     for digest, standard in ((detector.digest[:8], True), ("00000000", False)):
-        monkeypatch.setitem(DETECTORS, "dinov2", replace(family, weights=family.weights._replace(digest=digest)))
+        monkeypatch.setitem(DETECTORS, "dinov2", family._replace(weights=family.weights._replace(digest=digest)))
         again = Detector("dinov2", dino_file)
         assert again.standard is standard
         assert (again.name == "dinov2-vitl14") is standard
@@ -212,7 +218,7 @@ def test_dinov2_equals_the_transformer_of_torchvision():
     pictures = crops("astronaut", 2, (224, 224))
     with torch.no_grad():
         expected = twin(normalize(pictures / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        (found,) = dinov2(state).eval()(pictures)
+        (found,) = DINOv2(state).eval()(pictures)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -231,7 +237,7 @@ def test_dinov2_samples_its_positions_where_the_released_code_does():
     state = dino_state(positions=1 + 37**2)
     state["pos_embed"][0, 1:, 0] = torch.arange(37.0).repeat(37)
     state["pos_embed"][0, 1:, 1] = torch.arange(37.0).repeat_interleave(37)
-    found = dinov2(state).positions().detach()
+    found = resize_positions(state["pos_embed"])
     torch.testing.assert_close(found[0, 0], state["pos_embed"][0, 0])
     columns, rows = found[0, 1:, :2].unflatten(0, (16, 16)).unbind(2)
     expected = (torch.arange(16) + 0.5) * 37 / 16.1 - 0.5

@@ -1,0 +1,54 @@
+"""Files of weights that others published: found or downloaded, never executed, and named after what they hold."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dnnlib.console import UserError
+from dnnlib.files import RemoteFile, sha256
+
+State = dict[str, Tensor]
+T = TypeVar("T")
+
+
+class Weights:
+    """The tensors in a file that torch.save wrote.
+
+    A result is only as good as the weights behind it. So a network has the name `published` with the published weights
+    alone; with others its name is `kind`-custom- and 8 digits of the file's SHA-256.
+
+    state     the tensors by their names
+    digest    SHA-256 of the file, hexadecimal
+    standard  whether that is the published one
+    name      of the network with these weights
+    """
+
+    def __init__(self, path: str | os.PathLike, source: RemoteFile, kind: str, published: str):
+        """Read the file and execute nothing. Raises UserError when it holds no dictionary of tensors."""
+        self.path, self.source, self.kind = Path(path), source, kind
+        try:
+            self.digest = sha256(path)
+            self.state = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(self.state, dict) or not all(
+                type(name) is str and isinstance(t, Tensor) for name, t in self.state.items()
+            ):
+                raise ValueError("it is not a dictionary of tensors")
+        # Broken bytes make zipfile, torch and its unpickler raise a dozen kinds of exception; all mean the same.
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path} holds no weights ({reason}); replace it with {source.url}") from error
+        self.standard = source.digest is not None and self.digest.startswith(source.digest)
+        self.name = published if self.standard else f"{kind}-custom-{self.digest[:8]}"
+
+    def build(self, network: Callable[[State], T]) -> T:
+        """Return network(state). Raises UserError when the file holds the tensors of another network."""
+        try:
+            return network(self.state)
+        except (KeyError, IndexError, ValueError, RuntimeError) as error:  # the last is load_state_dict's
+            raise UserError(
+                f"{self.path} holds other tensors than {self.kind} has; replace it with {self.source.url}"
+            ) from error
