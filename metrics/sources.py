@@ -18,7 +18,8 @@ from metrics.path_length import path_lengths
 from metrics.pictures import Batch, Drawing, Size
 from torch_utils.pictures import to_uint8
 from torch_utils.randomness import generator
-from training.data import ImageArchive, ImageFiles, cores, listed
+from torch_utils.reading import cores, read_ahead
+from training.data import ImageArchive, ImageFiles
 from training.networks import COORDS, Generator
 
 READERS = 3  # processes that read ahead
@@ -124,7 +125,7 @@ class Archive:
         return self._digest
 
     def batches(self, lists: Sequence[list[int]]) -> Iterator[list[Tensor]]:
-        return listed(self.read, lists, readers(lists))
+        return read_ahead(self.read, lists, readers(lists))
 
     def read(self, indices: list[int]) -> list[Tensor]:
         return [self.images[index][0] for index in indices]
@@ -183,7 +184,7 @@ class Photographs:
         return self._digest
 
     def batches(self, lists: Sequence[list[int]]) -> Iterator[list[Tensor]]:
-        return listed(self.read, lists, readers(lists))
+        return read_ahead(self.read, lists, readers(lists))
 
     def read(self, indices: list[int]) -> list[Tensor]:
         images = (self.files.image(self.names[index], self.channels) for index in indices)

@@ -13,20 +13,19 @@ import io
 import itertools
 import json
 import os
-import signal
 import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dnnlib.console import UserError
+from torch_utils.reading import read_ahead
 
 EXTENSIONS = (
     ".png",
@@ -49,9 +48,6 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 ZIP_ERRORS = (OSError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
 MAX_FILE_BYTES = 2**30  # Pillow refuses images above 179 million pixels, which are 0.5 GiB in RGB
 MAX_CLASSES = 100_000  # a one-hot vector this long is 0.4 MB per image; more is a mistake in the labels
-
-
-T = TypeVar("T")
 
 
 class BadImage(UserError):
@@ -383,11 +379,6 @@ def index_at(position: int, count: int, seed: int) -> int:
     return int(epoch_order(count, seed, epoch)[place])
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def batches(
     images: ImageArchive,
     *,
@@ -411,47 +402,12 @@ def batches(
     if not 0 <= rank < world or start < 0 or workers < 0:
         raise UserError(f"{rank=} must be below {world=}, and {start=} and {workers=} not negative")
     lists = _IndexLists(len(images), batch, start, rank, world, seed)
-    return listed(functools.partial(_batch, images), lists, workers, pin_memory)
+    return read_ahead(functools.partial(_batch, images), lists, workers, pin_memory)
 
 
 def _batch(images: ImageArchive, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = zip(*(images[index] for index in indices), strict=True)
     return torch.stack(images), torch.stack(labels)
-
-
-def listed(
-    read: Callable[[list[int]], T], lists: Iterable[list[int]], workers: int = 0, pin_memory: bool = False
-) -> Iterator[T]:
-    """read(indices) for each of `lists`, in order; `workers` processes read ahead. Raises the UserErrors of `read`."""
-    loader = torch.utils.data.DataLoader(
-        _Lists(read),
-        sampler=lists,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_parent,
-    )
-    return _unwrap(loader)
-
-
-def _unwrap(loader: torch.utils.data.DataLoader) -> Iterator:
-    for item in loader:
-        if isinstance(item, str):
-            raise UserError(item)
-        yield item
-
-
-class _Lists:
-    """Indices -> what is read of them. A UserError returns as its sentence: DataLoader would wrap it in a traceback."""
-
-    def __init__(self, read: Callable[[list[int]], T]):
-        self.read = read
-
-    def __getitem__(self, indices: list[int]) -> T | str:
-        try:
-            return self.read(indices)
-        except UserError as error:
-            return str(error)
 
 
 class _IndexLists:
@@ -464,10 +420,3 @@ class _IndexLists:
         for first in itertools.count(self.start, self.batch):
             positions = range(first + self.rank, first + self.batch, self.world)
             yield [index_at(position, self.count, self.seed) for position in positions]
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group. A worker that died of them would end the training
-    # process in the middle of a step; a worker whose parent is gone ends by itself.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

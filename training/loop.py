@@ -17,8 +17,9 @@ from torch_utils import checkpoint
 from torch_utils.distributed import Processes
 from torch_utils.pictures import to_uint8
 from torch_utils.randomness import generator
+from torch_utils.reading import cores
 from training.config import RunConfig
-from training.data import ImageArchive, batches, cores
+from training.data import ImageArchive, batches
 from training.memory import GIB, expected_bytes, parameters
 from training.networks import Generator
 from training.report import RunLog, SilentLog, duration, grid_shape, tile
