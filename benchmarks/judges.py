@@ -35,7 +35,7 @@ from metrics.moments import Moments
 from metrics.pictures import cut, fitted
 from metrics.sources import Generated
 from torch_utils.command import command
-from torch_utils.randomness import generator
+from torch_utils.randomness import make_rng
 from training.data import ImageArchive, epoch_order, index_at
 from training.networks import Generator
 from training.snapshot import load_generator
@@ -86,7 +86,7 @@ def train_classifier(images: Tensor, classes: Tensor, num_classes: int, seed: in
         for step in progress(range(steps), desc="classifier", unit="step"):
             indices = [index_at(position, len(images), seed) for position in range(step * BATCH, (step + 1) * BATCH)]
             x = F.pad(images[indices], [SHIFT] * 4, mode="replicate")
-            top, left = torch.randint(2 * SHIFT + 1, (2, BATCH), generator=generator(seed, step, "shifts"))
+            top, left = torch.randint(2 * SHIFT + 1, (2, BATCH), generator=make_rng(seed, step, "shifts"))
             x = x.unfold(2, SIDE, 1).unfold(3, SIDE, 1)[torch.arange(BATCH), :, top, left]
             loss = F.cross_entropy(net(x), classes[indices], label_smoothing=0.1)
             adam.zero_grad()

@@ -11,7 +11,7 @@ import rendering
 from dnnlib.files import atomic_write
 from rendering.styles import Styles
 from torch_utils.command import command
-from torch_utils.pictures import to_uint8
+from torch_utils.images import to_uint8
 from training.networks import Generator
 from training.snapshot import load_generator
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metrics.measure import Measure
-from torch_utils.randomness import generator
+from torch_utils.randomness import make_rng
 
 # The same N pictures [N,C,H,W], moved by a matrix float64 [3,3] (in pixels, about their centre), or as they are.
 Paint = Callable[[Tensor | None], Tensor]
@@ -198,7 +198,7 @@ def errors(paint: Paint, kinds: Iterable[str] = tuple(KINDS), seed: int = 0, ind
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
-        moved, expected = KINDS[kind](paint, images, generator(seed, index, kind))
+        moved, expected = KINDS[kind](paint, images, make_rng(seed, index, kind))
         if not moved.numel():
             raise ValueError(
                 f"{kind}: pictures of {images.shape[-1]}x{images.shape[-2]} are too small, use 32x32 or more"

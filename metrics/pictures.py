@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metrics.scale import resize
-from torch_utils.randomness import generator
+from torch_utils.randomness import make_rng
 
 TOGETHER = 64  # windows of one photograph
 Size = tuple[int, int]
@@ -149,7 +149,7 @@ class Windows:
 
     def box(self, kind: str, number: int) -> tuple[float, float, float, float]:
         """x0, y0, x1, y1 in sides of the square. It depends on (seed, kind, number) alone."""
-        zoom, x, y = torch.rand(3, dtype=torch.float64, generator=generator(self.seed, number, f"{kind} window"))
+        zoom, x, y = torch.rand(3, dtype=torch.float64, generator=make_rng(self.seed, number, f"{kind} window"))
         part = (self.large / self.size) ** -zoom.item()
         x0, y0 = x.item() * (1 - part), y.item() * (1 - part)
         return x0, y0, x0 + part, y0 + part

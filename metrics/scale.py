@@ -7,7 +7,7 @@ A set of pictures rendered at R is compared, one by one, with the same set rende
     scale_lpips   a learned distance (metrics/perceptual.py), from 0; lower is more consistent
 
 Both sets are uint8, as files would hold them: StyleGAN's 127.5·x + 128, clamped to 0 … 255 and truncated, of colours x
-in [-1,1] (`torch_utils.pictures.to_uint8`). What is brought down is computed in float64, rounded to the nearest integer
+in [-1,1] (`torch_utils.images.to_uint8`). What is brought down is computed in float64, rounded to the nearest integer
 (halves to the even one), clamped, and uint8 again. Bringing down takes pixels for areas, as image files do, so that a
 network whose outer pixels lie on the edges ("endpoints") differs by that too.
 

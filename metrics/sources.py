@@ -16,8 +16,8 @@ from dnnlib.console import UserError, progress
 from metrics.cache import content_digest
 from metrics.path_length import path_lengths
 from metrics.pictures import Batch, Drawing, Size
-from torch_utils.pictures import to_uint8
-from torch_utils.randomness import generator
+from torch_utils.images import to_uint8
+from torch_utils.randomness import make_rng
 from torch_utils.reading import cores, read_ahead
 from training.data import ImageArchive, ImageFiles
 from training.networks import COORDS, Generator
@@ -51,7 +51,7 @@ class Generated:
         """z [N,z_dim] and labels [N,c_dim]."""
         z, c = [], torch.zeros(len(numbers), self.G.config.c_dim)
         for i, number in enumerate(numbers):
-            random = generator(self.seed, number, purpose)
+            random = make_rng(self.seed, number, purpose)
             z.append(torch.randn(self.G.config.z_dim, generator=random))
             if self.labelled:
                 c[i] = self.labelled.label(int(torch.randint(len(self.labelled), (), generator=random)))

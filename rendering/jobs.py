@@ -16,7 +16,7 @@ from rendering.grid import Box
 from rendering.video import Film
 from rendering.writers import SUFFIXES, Canvas, check_format, guess_format
 from torch_utils.distributed import Processes
-from torch_utils.pictures import to_uint8
+from torch_utils.images import to_uint8
 from training.networks import Generator
 
 GRIDS = {suffix: format for format, suffix in SUFFIXES.items()}  # how a grid is written

@@ -15,7 +15,7 @@ import train
 from docs import card, figures
 from rendering import render
 from rendering.styles import Styles
-from torch_utils.pictures import to_uint8
+from torch_utils.images import to_uint8
 from training.networks import Generator, GeneratorConfig
 from training.networks.layers import SynthesisLayer
 from training.snapshot import load_generator, save_generator

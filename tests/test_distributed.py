@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from torch_utils import checkpoint
 from torch_utils.distributed import Processes, processes
-from torch_utils.randomness import generator
+from torch_utils.randomness import make_rng
 from torch_utils.stats import Stats
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -227,20 +227,20 @@ ARGUMENTS = st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 10**9), st.text(
 
 @given(ARGUMENTS, ARGUMENTS)
 def test_streams_are_equal_for_equal_arguments_and_differ_otherwise(a, b):
-    first, again, other = (torch.randn(8, generator=generator(*x)) for x in (a, a, b))
+    first, again, other = (torch.randn(8, generator=make_rng(*x)) for x in (a, a, b))
     assert torch.equal(first, again)
     assert torch.equal(first, other) == (a == b)
 
 
 def test_streams_of_neighbouring_steps_seeds_and_purposes_are_independent():
     n = 2000
-    base = torch.randn(n, generator=generator(0, 0, "generator"))
+    base = torch.randn(n, generator=make_rng(0, 0, "generator"))
     for arguments in [(1, 0, "generator"), (0, 1, "generator"), (0, 0, "critic"), (0, 0, "path noise 0")]:
-        other = torch.randn(n, generator=generator(*arguments))
+        other = torch.randn(n, generator=make_rng(*arguments))
         assert abs(float((base * other).mean())) < 5 / n**0.5
 
 
 def test_a_stream_leaves_the_global_state_alone():
     before = torch.random.get_rng_state()
-    torch.randn(5, generator=generator(0, 0, "x"))
+    torch.randn(5, generator=make_rng(0, 0, "x"))
     assert torch.equal(before, torch.random.get_rng_state())

@@ -20,7 +20,7 @@ from metrics.equivariance import (
     translation,
     turned,
 )
-from torch_utils.randomness import generator
+from torch_utils.randomness import make_rng
 from training.networks import Generator, GeneratorConfig
 
 
@@ -67,7 +67,7 @@ def quality(moved, expected):
 
 
 def random(index=0):
-    return generator(0, index, "test")
+    return make_rng(0, index, "test")
 
 
 @pytest.mark.parametrize("period", [3, 8, 32])

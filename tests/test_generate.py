@@ -23,7 +23,7 @@ import generate
 import rendering
 from dnnlib.console import UserError
 from rendering import camera, styles, video
-from torch_utils.pictures import to_uint8
+from torch_utils.images import to_uint8
 from training.networks import Generator, GeneratorConfig
 from training.snapshot import load_generator, save_generator
 

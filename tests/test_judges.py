@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from benchmarks import judges
-from torch_utils.randomness import generator
+from torch_utils.randomness import make_rng
 from training.data import ImageArchive
 from training.networks import Generator, GeneratorConfig
 from training.snapshot import save_generator
@@ -85,7 +85,7 @@ def test_a_class_is_read_right_when_most_of_its_images_are():
 
 
 def test_copies_have_ratio_0_and_fresh_samples_ratio_1():
-    points = torch.randn(800, 5, generator=generator(0, 0, "points"))
+    points = torch.randn(800, 5, generator=make_rng(0, 0, "points"))
     reals, fresh = points[:500], points[500:]
     copies = judges.neighbours(reals[[3, 1, 4]], reals, seed=0)
     assert (copies["ratio"], copies["images"]) == (0, [3, 1, 4])

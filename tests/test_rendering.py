@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 import rendering
 from rendering import engine, lens, perspective, points, render, render_points, rotation, shear, translation, zoom
 from rendering.grid import view
-from torch_utils.pictures import to_uint8
+from torch_utils.images import to_uint8
 from training.networks import Generator, GeneratorConfig
 
 TINY = {

@@ -17,8 +17,8 @@ from dnnlib.config import merge, nested
 from dnnlib.console import UserError
 from torch_utils import checkpoint
 from torch_utils.distributed import Processes
-from torch_utils.pictures import to_uint8
-from torch_utils.randomness import generator
+from torch_utils.images import to_uint8
+from torch_utils.randomness import make_rng
 from training import ema
 from training.augment import augment, draw
 from training.config import resolve
@@ -63,7 +63,7 @@ class Straightforward:
         return torch.optim.Adam(network.parameters(), lr=lr * k, betas=(o.beta1**k, o.beta2**k), eps=o.eps)
 
     def random(self, step, purpose):
-        return generator(self.config.train.seed, step, purpose)
+        return make_rng(self.config.train.seed, step, purpose)
 
     def latents(self, step, purpose, count):
         random = self.random(step, purpose)
@@ -378,7 +378,7 @@ def test_a_grid_fills_a_screen(size, expected):
 @given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 3, 4]), st.integers(1, 4), st.integers(1, 4))
 def test_a_tile_of_a_grid_is_its_picture(rows, columns, channels, height, width):
     shape = (rows * columns, channels, height, width)
-    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator(0, 0, "tiles"))
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=make_rng(0, 0, "tiles"))
     grid = tile(images, rows)
     assert grid.shape == (rows * height, columns * width, channels)
     for i, image in enumerate(images):

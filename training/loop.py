@@ -15,8 +15,8 @@ import torch
 from dnnlib.console import UserError
 from torch_utils import checkpoint
 from torch_utils.distributed import Processes
-from torch_utils.pictures import to_uint8
-from torch_utils.randomness import generator
+from torch_utils.images import to_uint8
+from torch_utils.randomness import make_rng
 from torch_utils.reading import cores
 from training.config import RunConfig
 from training.data import ImageArchive, batches
@@ -203,7 +203,7 @@ def _measure(trainer: Trainer, log: RunLog | SilentLog, evaluate: Callable, stop
 
 def _reals(images: ImageArchive, seed: int):
     rows, columns = grid_shape(*images.shape[1:])
-    chosen = torch.randperm(len(images), generator=generator(seed, 0, "grid of reals")).tolist()
+    chosen = torch.randperm(len(images), generator=make_rng(seed, 0, "grid of reals")).tolist()
     chosen = (chosen * math.ceil(rows * columns / len(chosen)))[: rows * columns]
     return tile(torch.stack([images[i][0] for i in chosen]), rows)
 
@@ -213,7 +213,7 @@ def _fakes(trainer: Trainer, images: ImageArchive):
     """The same latents at every snapshot. With labels, each row of the grid is one class."""
     config, G = trainer.config, trainer.state.G_ema
     rows, columns = grid_shape(*config.G.img_shape)
-    random = generator(config.train.seed, 0, "grid of fakes")
+    random = make_rng(config.train.seed, 0, "grid of fakes")
     z = torch.randn(rows * columns, config.G.z_dim, generator=random)
     chosen = torch.randint(len(images), [rows * columns], generator=random)
     c = torch.stack([images.label(i) for i in chosen.tolist()])

@@ -19,7 +19,7 @@ from dnnlib.console import UserError
 from torch_utils import checkpoint
 from torch_utils.distributed import Processes
 from torch_utils.precision import multiplies_bfloat16_fast
-from torch_utils.randomness import generator
+from torch_utils.randomness import make_rng
 from torch_utils.stats import Stats
 from training import diffaug, ema, losses
 from training.augment import Draws, adjust, draw
@@ -290,7 +290,7 @@ class Trainer:
     # --- what they share ---------------------------------------------------------------------------------------------
 
     def _random(self, purpose: str) -> torch.Generator:
-        return generator(self.config.train.seed, self.state.step, purpose)
+        return make_rng(self.config.train.seed, self.state.step, purpose)
 
     def _deal(self, mine: Tensor | Draws | diffaug.Draws) -> list:
         """This process's share of a batch -> micro-batches, one per round."""

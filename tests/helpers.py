@@ -1,0 +1,43 @@
+"""Functions that several test files share. They import nothing of the project, so tests/gpu can use them too."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Return standard normal numbers, a function of the shape, the seed and the type."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def noise_image(seed: int, height: int = 6, width: int = 8, channels: int = 3) -> np.ndarray:
+    """Return random pixels: uint8 [H,W,C]."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def encode(image: np.ndarray | Image.Image, form: str = "png", **options) -> bytes:
+    """Return an image as the bytes of a file."""
+    data = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(data, form, **options)
+    return data.getvalue()
+
+
+def write_folder(folder: Path, contents: dict[str, bytes]) -> Path:
+    """Write {name: bytes} as files of a folder, which need not exist. Return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def write_zip(path: Path, contents: dict[str, bytes]) -> Path:
+    """Write {name: bytes} as a ZIP. Return its path."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    return path
