@@ -1,7 +1,7 @@
-"""C++ and CUDA sources made into libraries, on first use, by the compilers of the machine they run on.
+"""Compiles C++ and CUDA sources into libraries on first use, with the compilers of this machine.
 
-They are plain libraries of C functions, called through ctypes: a CUDA source compiles in seconds where an extension of
-PyTorch takes a minute, and needs no headers but CUDA's own.
+The libraries export C functions, which are called through ctypes: a CUDA source compiles in seconds where an extension
+of PyTorch takes a minute, and needs no headers but CUDA's own.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,15 +33,14 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 def cpp_compiler() -> list[str]:
-    """The command of the C++ compiler: the variable CXX, or the first of COMPILERS on the PATH."""
+    """Return the command of the C++ compiler: the variable CXX, or the first of COMPILERS on the PATH."""
     return shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, COMPILERS), COMPILERS[0])]
 
 
 def cuda_compiler() -> list[str]:
-    """The command of nvcc: of CUDA_HOME, of the PATH, of pip's wheels, or of /usr/local/cuda.
+    """Return the command of nvcc: from CUDA_HOME, the PATH, pip's wheels, or /usr/local/cuda, in this order.
 
-    Wheels come after the PATH, for other packages bring an nvcc without the headers. Raises UserError when there is
-    none.
+    Wheels come after the PATH because some contain an nvcc without the headers. Raises UserError when there is none.
     """
     places = [Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"] if os.environ.get("CUDA_HOME") else []
     places += [Path(found) for found in [shutil.which("nvcc")] if found]
@@ -60,7 +59,7 @@ def cuda_compiler() -> list[str]:
 
 
 def version(compiler: list[str]) -> str:
-    """What the compiler says of itself. Raises UserError when it cannot be run."""
+    """Return what the compiler prints about its version. Raises UserError when it cannot be run."""
     return _run([*compiler, "--version"], "name another compiler by the variable CXX or CUDA_HOME")
 
 
@@ -68,29 +67,27 @@ def version(compiler: list[str]) -> str:
 
 
 def library(source: Path) -> ctypes.CDLL:
-    """The library made of the C++ `source`, which includes nothing but the standard library, for this very processor.
+    """Build and load the library of a C++ `source`, optimised for this processor.
 
-    It is kept in the cache directory under a hash of the source, the headers beside it, the flags, the compiler and the
-    processor's features, and appears there whole: processes that build at once, or die, do not disturb each other.
+    It is kept in the cache directory under a hash of the source, its own headers, the flags, the compiler and the
+    processor's features. It is written atomically, so processes may build at once, or die while they build.
     Raises UserError, with the reason and the fix, when there is no compiler or it fails.
     """
     command = [*cpp_compiler(), *FLAGS]
     fix = "name another compiler by the variable CXX"
-    # The macros that a compiler predefines tell its version and what the processor can do.
+    # The predefined macros hold the compiler's version and the processor's features.
     return _library(source, command, _run([*command, "-dM", "-E", "-x", "c++", os.devnull], fix), fix)
 
 
 def cuda_library(source: Path, capability: int) -> ctypes.CDLL:
-    """The library of the CUDA `source` for devices of a compute capability (90 is 9.0), made and kept as `library`."""
+    """Build and load the library of a CUDA `source` for a compute capability (90 is 9.0); otherwise as `library`."""
     compiler = cuda_compiler()
     fix = "choose another CUDA toolkit by the variable CUDA_HOME"
     return _library(source, [*compiler, *CUDA_FLAGS, f"-arch=sm_{capability}"], version(compiler), fix)
 
 
 def _library(source: Path, command: list[str], identity: str, fix: str) -> ctypes.CDLL:
-    code = source.read_bytes()
-    headers = [source.with_name(name.decode()) for name in re.findall(rb'^#include "(.+)"', code, re.MULTILINE)]
-    key = repr((command, identity)).encode() + code + b"".join(path.read_bytes() for path in headers)
+    key = repr((command, identity)).encode() + b"".join(_code(source))
     path = cache_dir() / "libraries" / f"{source.stem}-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if not path.exists():
         with atomic_write(path) as temporary:
@@ -99,6 +96,14 @@ def _library(source: Path, command: list[str], identity: str, fix: str) -> ctype
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be loaded ({error}); remove it, and it is built again") from error
+
+
+def _code(path: Path) -> Iterator[bytes]:
+    """Yield the content of a source and of the headers that it includes in quotes, directly or not."""
+    code = path.read_bytes()
+    yield code
+    for name in re.findall(rb'^#include "(.+)"', code, re.MULTILINE):
+        yield from _code(path.parent / name.decode())
 
 
 def _run(command: list[str], fix: str) -> str:
