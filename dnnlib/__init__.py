@@ -1,1 +1,1 @@
-"""Helpers that know no tensors: the config schema, files, and words for the console."""
+"""Helpers without tensors: settings, files, and output to the console."""

@@ -1,4 +1,4 @@
-"""Settings as frozen values that refuse nonsense, read from YAML and overridden by dotted keys."""
+"""Defines settings as frozen, validated values; reads them from YAML and from overrides with dotted keys."""
 
 import copy
 import difflib
@@ -14,7 +14,7 @@ from dnnlib.console import UserError
 
 
 class Config(BaseModel):
-    """The base of every settings class: immutable, typed, and closed to unknown keys."""
+    """Base of every settings class: immutable and typed; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -23,12 +23,12 @@ C = TypeVar("C", bound=Config)
 
 
 def setting(default=..., *, flag: str | None = None, may_change: bool = False, **limits):
-    """A field of a Config. `flag` names it on the command line; `may_change`: when a run is resumed."""
+    """Declare a field of a Config. `flag`: its name on the command line; `may_change`: when a run is resumed."""
     return Field(default, json_schema_extra={"flag": flag, "may_change": may_change}, **limits)
 
 
 def fields(kind: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo, dict]]:
-    """Yield ("train.batch", field, what `setting` was given) of every field, those of unions once."""
+    """Yield (dotted name such as "train.batch", field, its flag and may_change); fields of unions once."""
     found = {}
     for name, field in kind.model_fields.items():
         groups = [k for k in (field.annotation, *get_args(field.annotation)) if is_group(k)]
@@ -43,14 +43,14 @@ def is_group(kind: object) -> bool:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A clause that names the known word closest to `word`, or lists the known ones."""
+    """Return a clause that names the known word closest to `word`, or lists the known ones."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
 
 
 def read_yaml(path: str | Path) -> dict:
-    """The mapping in a YAML file; an empty file is an empty mapping. Raises UserError."""
+    """Read the mapping in a YAML file; an empty file is an empty mapping. Raises UserError."""
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -63,7 +63,7 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def merge(settings: dict, changes: dict) -> dict:
-    """A copy of nested `settings` in which `changes` win."""
+    """Return a copy of nested `settings` updated by nested `changes`."""
     merged = copy.deepcopy(settings)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -72,14 +72,14 @@ def merge(settings: dict, changes: dict) -> dict:
 
 
 def nested(dotted: str, value: object) -> dict:
-    """nested("a.b", 1) is {"a": {"b": 1}}."""
+    """Turn "a.b" and 1 into {"a": {"b": 1}}."""
     for key in reversed(dotted.split(".")):
         value = {key: value}
     return value
 
 
 def override(assignment: str) -> dict:
-    """nested settings from `key.sub=value`, the value read as YAML. Raises UserError."""
+    """Parse `key.sub=value` into nested settings; the value is YAML. Raises UserError."""
     dotted, equals, text = assignment.partition("=")
     if not equals or not all(part.isidentifier() for part in dotted.split(".")):
         raise UserError(
@@ -92,7 +92,7 @@ def override(assignment: str) -> dict:
 
 
 def build(kind: type[C], settings: dict, where: str) -> C:
-    """A `kind` made of `settings`, with every mistake named in one UserError that begins with `where`."""
+    """Make a `kind` from `settings`. Raises one UserError that begins with `where` and names every mistake."""
     try:
         return kind.model_validate(settings)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What the user reads: mistakes as sentences, progress as a bar with the time left."""
+"""Reports to the user: mistakes as sentences, progress as a bar."""
 
 from tqdm import tqdm
 
@@ -11,10 +11,10 @@ class UserError(ValueError):
 
 
 def brief(problem: Exception) -> str:
-    """The first line of what an exception says, or its name: compilers and drivers say pages."""
+    """Return the first line of an exception's message, or its name: compilers and drivers write pages."""
     return next(iter(str(problem).splitlines()), type(problem).__name__)
 
 
 def progress(iterable, *, desc: str, total: int | None = None, unit: str = "img", scale: bool = False) -> tqdm:
-    """`iterable` behind a bar with rate and ETA on stderr; silent when stderr is no terminal. `scale`: 3M for 3e6."""
+    """Wrap `iterable` in a bar on stderr with rate and ETA; silent unless stderr is a terminal. `scale`: 3M for 3e6."""
     return tqdm(iterable, desc=desc, total=total, unit=unit, unit_scale=scale, dynamic_ncols=True, disable=None)

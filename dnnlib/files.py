@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, what they hold, and where those that others made are found."""
+"""Writes files atomically, computes checksums, and finds or downloads files by other authors."""
 
 import contextlib
 import hashlib
@@ -13,14 +13,14 @@ from typing import NamedTuple
 from dnnlib.console import UserError, progress
 
 BLOCK = 2**20  # bytes read at once
-TIMEOUT = 30  # seconds without a byte before a download is given up
+TIMEOUT = 30  # seconds without a byte until a download fails
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; when the block ends well, it is flushed to disk and renamed to `path`.
+    """Yield a temporary path beside `path`; after the block, flush it to disk and rename it to `path`.
 
-    When the block raises, or the process dies, `path` keeps what it held before.
+    `path` keeps its former content when the block raises or the process dies.
     Raises UserError when the directory cannot be made or written.
     """
     path = Path(path)
@@ -45,7 +45,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
@@ -54,23 +54,23 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 class RemoteFile(NamedTuple):
-    """A file that others made: its name, where it comes from, and how its SHA-256 begins."""
+    """A file by other authors."""
 
     name: str
     url: str
-    digest: str | None  # hexadecimal, the whole or its beginning; None: unknown here, so it is never downloaded
+    digest: str | None  # the SHA-256 in hexadecimal, or its beginning; None: unknown, so the file is never downloaded
 
 
 def cache_dir() -> Path:
-    """Where downloads and computed statistics are kept: $CREPS_CACHE, or else ~/.cache/creps."""
+    """Return the directory of downloads, statistics and libraries: $CREPS_CACHE, or else ~/.cache/creps."""
     return Path(os.environ.get("CREPS_CACHE") or Path.home() / ".cache" / "creps")
 
 
 def locate(file: RemoteFile, folder: str | os.PathLike | None = None) -> Path:
-    """The path of `file` in the cache directory, or else in `folder`, or else downloaded into the cache directory.
+    """Find `file` in the cache directory or in `folder`, or else download it into the cache directory; return its path.
 
-    What is found is not checked: whoever reads it looks at its SHA-256.
-    Raises UserError, saying which file from where must lie in which place, when it can neither be found nor downloaded.
+    A file that is found is not checked: its reader compares the SHA-256.
+    Raises UserError, naming the file, its source and its place, when it can be neither found nor downloaded.
     """
     places = [cache_dir() / file.name, *([Path(folder) / file.name] if folder is not None else [])]
     for place in places:
@@ -89,10 +89,10 @@ def locate(file: RemoteFile, folder: str | os.PathLike | None = None) -> Path:
 
 
 def download(file: RemoteFile, path: Path) -> None:
-    """Downloads `file` to `path`, with a progress bar; `path` changes only when the SHA-256 is right.
+    """Download `file` to `path`, with a progress bar; `path` changes only when the SHA-256 is right.
 
-    Raises UserError when it is not, or `path` cannot be written, and OSError or HTTPException when the server is out of
-    reach or silent for 30 seconds.
+    Raises UserError when the SHA-256 is wrong or `path` cannot be written, and OSError or HTTPException when the server
+    is out of reach or silent for TIMEOUT seconds.
     """
     with urllib.request.urlopen(file.url, timeout=TIMEOUT) as answer, atomic_write(path) as temporary:
         length = int(answer.headers.get("Content-Length") or 0) or None
@@ -104,14 +104,16 @@ def download(file: RemoteFile, path: Path) -> None:
         if not found.startswith(file.digest):
             raise UserError(
                 f"{file.url} gave a file whose SHA-256 is {found}, not one that begins with {file.digest}; the "
-                f"download was cut short or another file lies there: try again, or put the right file at {path}"
+                f"download was cut short or the file was replaced: try again, or put the right file at {path}"
             )
 
 
 def check_writable(folder: Path) -> None:
-    """Raises UserError unless files can be written into `folder`, which is made if it is missing."""
+    """Make `folder` if it is missing. Raises UserError unless files can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; give a folder of yours as --outdir") from error
+        raise UserError(
+            f"cannot write into {folder}: {error.strerror}; choose a folder that you may write to"
+        ) from error

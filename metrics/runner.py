@@ -152,7 +152,7 @@ def measure(*arguments, stop: Callable[[], bool] = lambda: False) -> list[Result
         for result in figures():
             result.seconds = passed + time.monotonic() - began
             results.append(result)
-    return procs.share(results)
+    return procs.broadcast(results)
 
 
 def by_set(plan: Plan) -> dict[Whole | Windowed, list[tuple]]:
@@ -174,7 +174,7 @@ def photographs(plan: Plan, stop: Callable[[], bool]) -> None:
     """Finds the statistics of photographs: those that were kept, and the others in one pass over each set."""
     procs = plan.procs
     for pictures, keys in by_set(plan).items():
-        content = procs.share(pictures.files.digest() if procs.is_first else None)
+        content = procs.broadcast(pictures.files.digest() if procs.is_first else None)
         wanted = {}
         for key in keys:
             _, kind, name, limit = key

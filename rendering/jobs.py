@@ -116,7 +116,7 @@ def write_sheet(
     }
     if group.is_first:
         canvas = Canvas.create(path, resume=job.resume, **known)
-    missing = group.share(np.flatnonzero(~canvas.done) if group.is_first else None)
+    missing = group.broadcast(np.flatnonzero(~canvas.done) if group.is_first else None)
     if not group.is_first:
         canvas = Canvas(path, **known)
     mine = np.zeros((len(ws), plan.tiles), bool)
@@ -147,7 +147,7 @@ def write_film(job: Job, group: Processes, ws: Tensor, camera: Camera, frames: i
     }
     if group.is_first:
         film = Film.create(path, resume=job.resume, **known)
-    missing = group.share(film.missing if group.is_first else None)
+    missing = group.broadcast(film.missing if group.is_first else None)
     if not group.is_first:
         film = Film(path, **known)
     keys = np.concatenate([ws.cpu().double().numpy(), ws[:1].cpu().double().numpy()])

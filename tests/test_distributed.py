@@ -176,7 +176,7 @@ def test_alone_every_collective_is_the_identity(values, flag):
     assert ALONE.sum_(x.clone()).tolist() == values
     assert ALONE.mean_(x.clone()).tolist() == values
     assert ALONE.any(flag) is flag
-    assert ALONE.share(values) is values
+    assert ALONE.broadcast(values) is values
     assert ALONE.is_first
 
 

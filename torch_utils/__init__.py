@@ -1,1 +1,1 @@
-"""Helpers that know tensors and no GANs."""
+"""Helpers for PyTorch that know nothing of GANs."""

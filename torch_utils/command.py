@@ -1,4 +1,4 @@
-"""Ends every command with a sentence and an exit code."""
+"""Ends every command with a sentence and an exit code instead of a traceback."""
 
 import contextlib
 import os
@@ -32,6 +32,6 @@ def command(*, memory: str = "free some of it", interrupted: str = "nothing was 
             click.echo(f"Interrupted; {interrupted}", err=True)
         sys.exit(130)
     if not first:
-        time.sleep(5)  # all ranks may meet the same error: the launcher ends the others once rank 0 has ended
+        time.sleep(5)  # every rank may hit this error; the launcher ends the others once rank 0 has printed it
     click.echo(f"Error: {mistake}", err=True)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""Several processes as one value: who am I, on which device, and the sums that all must agree on."""
+"""Wraps torch.distributed: rank, world size, device and collectives as one value."""
 
 import contextlib
 import datetime
@@ -14,7 +14,10 @@ from dnnlib.console import UserError
 
 @dataclass(frozen=True)
 class Processes:
-    """Process `rank` of `world`, computing on `device`. With world 1, no communication takes place."""
+    """Process `rank` of `world`, computing on `device`. World size 1 communicates nothing.
+
+    All ranks must call the same collectives in the same order.
+    """
 
     rank: int
     world: int
@@ -25,24 +28,25 @@ class Processes:
         return self.rank == 0
 
     def sum_(self, x: torch.Tensor) -> torch.Tensor:
-        """Replaces x by its sum over the processes, and returns it."""
+        """All-reduce x in place to its sum; return it."""
         if self.world > 1:
             dist.all_reduce(x)
         return x
 
     def mean_(self, x: torch.Tensor) -> torch.Tensor:
+        """All-reduce x in place to its mean; return it."""
         return self.sum_(x).div_(self.world)
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in any process."""
+        """Tell whether `flag` is set on any rank."""
         return bool(self.sum_(torch.tensor(float(flag), device=self.device)))
 
     def barrier(self) -> None:
-        """Waits for all processes."""
+        """Wait until all ranks have called this."""
         self.any(False)
 
-    def share(self, value: object) -> object:
-        """The first process's value, in every process."""
+    def broadcast(self, value: object) -> object:
+        """Return rank 0's value on every rank."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box, src=0, device=self.device)
@@ -50,15 +54,15 @@ class Processes:
 
 
 def launched() -> bool:
-    """Whether torchrun, or our own use of its launcher, started this process."""
+    """Tell whether torchrun, or train.py through its launcher, started this process."""
     return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 @contextlib.contextmanager
 def processes() -> Iterator[Processes]:
-    """Joins the group that torchrun's environment names (none: a single process) and leaves it after a clean end.
+    """Join the process group given by torchrun's environment (none: a single process); leave it after the block.
 
-    nccl with one GPU per process where there are GPUs, gloo on CPUs. Raises UserError when there are too few GPUs.
+    Uses nccl with one GPU per process where there are GPUs, else gloo. Raises UserError when there are too few GPUs.
     """
     rank, world, local_rank = (
         (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if launched() else (0, 1, 0)
@@ -72,13 +76,13 @@ def processes() -> Iterator[Processes]:
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32; speed comes from bfloat16
     elif "OMP_NUM_THREADS" not in os.environ:
-        # Processes that share the cores get equal parts; more threads than cores would only wait for each other.
+        # Divide the cores evenly: more threads than cores would wait for each other.
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, torch.get_num_threads() // local_world))
     if world > 1:
-        # The others wait while the first process measures a snapshot; a dead one is the launcher's to notice.
-        patience = datetime.timedelta(hours=6)
-        dist.init_process_group("nccl" if gpus else "gloo", timeout=patience, device_id=device if gpus else None)
+        # The other ranks wait while rank 0 measures a snapshot; the launcher notices a process that died.
+        timeout = datetime.timedelta(hours=6)
+        dist.init_process_group("nccl" if gpus else "gloo", timeout=timeout, device_id=device if gpus else None)
     yield Processes(rank, world, device)
-    if world > 1:  # not after an error: nccl would wait for the others, who wait for us
+    if world > 1:  # not after an error: nccl would wait for the other ranks, which wait for this one
         dist.destroy_process_group()

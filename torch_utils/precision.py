@@ -1,4 +1,4 @@
-"""Where half precision pays, and where it does not reach."""
+"""Decides where bfloat16 is used."""
 
 import contextlib
 
@@ -6,7 +6,7 @@ import torch
 
 
 def multiplies_bfloat16_fast(device: torch.device) -> bool:
-    """Tell whether mixing bfloat16 with float32 saves time: GPUs that have it, and CPUs with AMX or AVX512-BF16."""
+    """Tell whether mixing bfloat16 with float32 saves time: GPUs that support it, and CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # AMX only comes with AVX512-BF16. Names with an underscore may leave torch.
@@ -14,7 +14,7 @@ def multiplies_bfloat16_fast(device: torch.device) -> bool:
 
 
 def full_precision(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """A block in which autocast leaves operations alone on the device of x (devices without autocast included)."""
+    """Return a context that disables autocast on the device of x, if that device has autocast."""
     if torch.amp.is_autocast_available(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Running means of whatever the training loop reports, over steps and processes."""
+"""Averages what the training loop reports over steps and processes."""
 
 import torch
 
@@ -6,7 +6,7 @@ from torch_utils.distributed import Processes
 
 
 class Stats:
-    """Count, sum and sum of squares per name, in float64 on the device: reporting never waits for the GPU."""
+    """Accumulates count, sum and sum of squares per name, in float64 on the device: reporting never waits for the GPU."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = device
@@ -26,7 +26,7 @@ class Stats:
         self.moments[name] = self.moments[name] + moments if name in self.moments else moments
 
     def collect(self, procs: Processes) -> dict[str, dict[str, float]]:
-        """{name: {num, mean, std}} over all processes, which must call this together; empties the collector."""
+        """Return {name: {num, mean, std}} over all ranks, which must all call this, and reset."""
         names = sorted(self.moments)
         if not names:
             return {}

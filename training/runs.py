@@ -168,12 +168,12 @@ def run(task: Task, procs: Processes) -> int:
         say(f"the metrics of a snapshot take about {duration(pictures)}{first}")
     if task.resume:
         folder = Path(task.resume)
-        path = procs.share(find_state(folder, say) if procs.is_first else None)
+        path = procs.broadcast(find_state(folder, say) if procs.is_first else None)
         state.load_state_dict(checkpoint.load(path), procs)
         say(f"continue {folder} at {state.step * config.train.batch / 1000:g} kimg, from {path.name}")
     else:
         report = initialise(state, task.init_from) if task.init_from else []
-        folder = procs.share(new_folder(Path(task.outdir), task.cfg, images, task.desc) if procs.is_first else None)
+        folder = procs.broadcast(new_folder(Path(task.outdir), task.cfg, images, task.desc) if procs.is_first else None)
         for line in [f"run directory {folder}", f"precision: {config.train.precision}", *report]:
             say(line)
     if images.has_labels and not config.data.cond:
