@@ -6,7 +6,7 @@ from torch_utils.distributed import Processes
 
 
 class Stats:
-    """Accumulates count, sum and sum of squares per name, in float64 on the device: reporting never waits for the GPU."""
+    """Accumulates count, sum and sum of squares per name, as float64 on the device, so reporting never waits."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = device
