@@ -1,10 +1,11 @@
-"""Measure a trained generator, or a folder of pictures."""
+"""Measure a trained generator, or a folder of images."""
 
 import json
 import math
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -12,34 +13,183 @@ import click
 from dnnlib.config import read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import check_writable
-from metrics.evaluation import Evaluation, default_batch
-from metrics.pictures import Size
-from metrics.plan import Settings
-from metrics.registry import FAMILIES, KNOWN, parse
-from metrics.runner import load_tools
-from metrics.scale import FILTERS
-from metrics.sources import Archive, Generated, Given, Photographs, open_labelled
+from metrics.evaluation import Evaluation
+from metrics.generated import Generated
+from metrics.images import Size
+from metrics.needs import Settings
+from metrics.reals import EqualFiles, Given, LargeFiles
+from metrics.registry import KNOWN, Metric, parse
+from metrics.resize import FILTERS
 from torch_utils.command import command
-from torch_utils.distributed import processes
-from training.data import ImageArchive
+from torch_utils.distributed import Processes, processes
+from training.data import ImageArchive, ImageFiles
+from training.networks import Generator
 from training.snapshot import find_network, load_generator, read_trained
 
 
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    network: str | None
+    images: str | None
+    data: str | None
+    metrics: str | None
+    num: int | None
+    size: str | None
+    scale: float | None
+    scales: str | None
+    filter: str | None
+    mirror: bool | None
+    trunc: float
+    seed: int
+    batch: int | None
+    weights: str | None
+    outdir: str | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The images to measure and those to compare with.
+
+    source  what the records say about their origin
+    seen    `step` and `kimg` of a run's snapshot, else {}
+    folder  where the records are added, if anywhere
+    """
+
+    images: Generated | Given
+    reals: EqualFiles | None
+    large: LargeFiles | None
+    source: dict
+    seen: dict
+    folder: Path | None
+
+
+def measure(options: Options, procs: Processes) -> None:
+    """Measure, print the results and add them to files."""
+    if bool(options.network) == bool(options.images):
+        raise UserError("give either --network, a generator, or --images, a folder or ZIP of images")
+    metrics = parse(options.metrics or ("scale_psnr" if options.network else "fid50k_full"))
+    metrics = tuple(dict.fromkeys(metric.of(options.num or metric.num) for metric in metrics))
+    if not metrics:
+        raise UserError(f"--metrics={options.metrics} measures nothing; known are {', '.join(KNOWN)}")
+    settings = Settings(parse_scales(options.scales), options.filter, options.seed, options.batch)
+    subject = (from_network if options.network else from_files)(options, metrics, procs)
+    if options.images:
+        metrics = tuple(metric.of(min(metric.num, subject.images.files.num)) for metric in metrics)
+    if procs.is_first:
+        if subject.large and subject.large.left_out:
+            side = max(subject.images.size)
+            click.echo(f"{subject.large.left_out:,} images smaller than {side} pixels are left out", err=True)
+        if subject.folder:
+            check_writable(subject.folder)
+    evaluation = Evaluation(metrics, settings, procs, subject.reals, subject.large, options.weights)
+    records = [record | subject.source for record in evaluation(subject.images)]
+    if procs.is_first:
+        click.echo(table(records))
+        if subject.folder:
+            add(records, subject.folder, subject.seen)
+
+
+def from_network(options: Options, metrics: tuple[Metric, ...], procs: Processes) -> Subject:
+    """Open a generator and, as far as the metrics need them, the images that it was trained on or --data."""
+    if options.size and options.scale:
+        raise UserError("--size and --scale both set the size; give one of them")
+    if not math.isfinite(options.trunc):
+        raise UserError(f"--trunc={options.trunc}: give a finite number, for example 0.7")
+    file, G = find_network(options.network), load_generator(options.network, procs.device)
+    trained = trained_on(file)
+    path = options.data or trained.get("path")
+    compares = any(metric.family.reals for metric in metrics)
+    windows = any(metric.family.windows for metric in metrics)
+    if path and path != options.data and (compares or windows or G.config.c_dim) and not os.path.exists(path):
+        raise UserError(f"the network was trained on {path}, which is not there; say with --data where it is now")
+    mirror = bool(trained.get("mirror")) if options.mirror is None else options.mirror
+    archive = open_labelled(path, G, mirror) if path and (compares or G.config.c_dim) else None
+    size = parse_size(options.size, "--size") if options.size else None
+    if options.scale:
+        size = tuple(max(1, round(side * options.scale)) for side in G.config.img_shape)
+    labelled = archive if archive and archive.label_dim else None
+    images = Generated(G, size, seed=options.seed, trunc=options.trunc, labelled=labelled)
+    seen = read_trained(file)
+    source = {"network": Path(options.network).name} | ({"kimg": seen["kimg"]} if seen else {})
+    # The results of networks in models/ are kept only where --outdir says.
+    beside = file.parent if Path(options.network).is_file() else None
+    return Subject(
+        images,
+        EqualFiles(archive, mirror) if archive else None,
+        LargeFiles(ImageFiles(path), images.channels, max(images.size)) if path and windows else None,
+        source | ({"data": str(path)} if compares or windows else {}),
+        seen,
+        Path(options.outdir) if options.outdir else beside,
+    )
+
+
+def from_files(options: Options, metrics: tuple[Metric, ...], procs: Processes) -> Subject:
+    """Open --images and --data."""
+    for metric in metrics:
+        if metric.family.renders:
+            raise UserError(f"{metric.name} takes a generator, not --images; give --network")
+    given = [name for name in ("size", "scale", "scales") if getattr(options, name)]
+    if given or options.trunc != 1:
+        raise UserError(f"--{(given or ['trunc'])[0]} is for networks; --images are measured as they are")
+    mirror, reals = bool(options.mirror), None
+    if options.data:
+        reals = EqualFiles(ImageArchive(options.data, mirror=mirror, channels=3), mirror)
+    return Subject(
+        Given(EqualFiles(ImageArchive(options.images, channels=3)), procs.device),
+        reals,
+        None,
+        {"images": options.images} | ({"data": options.data} if any(metric.family.reals for metric in metrics) else {}),
+        {},
+        Path(options.outdir) if options.outdir else None,
+    )
+
+
+def trained_on(network: Path) -> dict:
+    """Return the settings `data` of the run in whose directory the network is; {} when it is elsewhere."""
+    path = network.parent / "options.yaml"
+    return read_yaml(path).get("data", {}) if path.is_file() else {}
+
+
+def open_labelled(path: str, G: Generator, mirror: bool) -> ImageArchive:
+    """Open images, with labels if they have them and G takes them. Raises UserError when these do not fit."""
+    settings = {"mirror": mirror, "channels": G.config.img_channels}
+    images = ImageArchive(path, **settings)
+    if not (G.config.c_dim and images.has_labels):
+        return images
+    images = ImageArchive(path, use_labels=True, **settings)
+    if images.label_dim != G.config.c_dim:
+        raise UserError(
+            f"the labels of {path} have {images.label_dim} numbers, and the network takes {G.config.c_dim}; "
+            "give the archive that it was trained on"
+        )
+    return images
+
+
+def parse_size(text: str, option: str) -> Size:
+    """Return (height, width) of "512" or "1024x512". Raises UserError."""
+    match = re.fullmatch(r"\s*([1-9]\d{0,4})(?:[xX]([1-9]\d{0,4}))?\s*", text)
+    if not match:
+        raise UserError(f"{option}={text}: write width x height in pixels, for example 1024x512, or a square's side")
+    return int(match[2] or match[1]), int(match[1])
+
+
+def parse_scales(text: str | None) -> tuple[Size, ...]:
+    sizes = tuple(dict.fromkeys(parse_size(part, "--scales") for part in text.split(","))) if text else ()
+    if len(sizes) == 1:
+        raise UserError(f"--scales={text}: give two sizes or more, for example --scales=256,512")
+    return sizes
+
+
 def table(records: Iterable[dict]) -> str:
-    """Lines with aligned columns."""
-    rows = [("metric", "value", "± standard error", "pictures", "seconds")]
+    """Format the results as lines with aligned columns."""
+    rows = [("metric", "value", "± standard error", "images", "seconds")]
     for record in records:
         for name, value in record["results"].items():
             error = record["standard_error"][name]
-            rows.append(
-                (
-                    name,
-                    f"{value:.4f}",
-                    "" if error is None else f"{error:.4f}",
-                    f"{record['num_fake']:,}",
-                    f"{record['total_time']:.1f}",
-                )
-            )
+            error = "" if error is None else f"{error:.4f}"
+            rows.append((name, f"{value:.4f}", error, f"{record['num_fake']:,}", f"{record['total_time']:.1f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *rest in rows:
@@ -48,153 +198,8 @@ def table(records: Iterable[dict]) -> str:
     return "\n".join(lines)
 
 
-# The command.
-
-
-def parse_size(text: str, option: str) -> Size:
-    """(height, width) from "512" or "1024x512". Raises UserError."""
-    match = re.fullmatch(r"\s*([1-9]\d{0,4})(?:[xX]([1-9]\d{0,4}))?\s*", text)
-    if not match:
-        raise UserError(f"{option}={text}: write width x height in pixels, for example 1024x512, or a square's side")
-    return int(match[2] or match[1]), int(match[1])
-
-
-def trained_on(network: str) -> dict:
-    """The settings `data` of the run in whose directory the network lies; {} when it lies elsewhere."""
-    path = find_network(network).parent / "options.yaml"
-    return read_yaml(path).get("data", {}) if path.is_file() else {}
-
-
-@click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
-@click.option(
-    "--network", metavar="NAME|FILE", help="A name in models/, a network-snapshot-*.safetensors, or a released .pkl."
-)
-@click.option("--images", metavar="ZIP|DIR", help="Pictures to measure, instead of a network's.")
-@click.option(
-    "--data", metavar="ZIP|DIR", help="Photographs to compare with.  [default: those the network was trained on]"
-)
-@click.option("--metrics", metavar="A,B", help="Which.  [default: scale_psnr of networks, fid50k_full of images]")
-@click.option("--num", type=click.IntRange(min=1), help="How many pictures, instead of the numbers in the names.")
-@click.option("--size", metavar="WxH", help="Size to measure at.  [default: that trained at]")
-@click.option("--scale", type=click.FloatRange(0, 1000, min_open=True), help="Size as a multiple of that trained at.")
-@click.option("--scales", metavar="R,S", help="Sizes that scale_* compares, each with the first.  [default: R,2R]")
-@click.option(
-    "--filter",
-    type=click.Choice(list(FILTERS)),
-    help="Brings pictures to another size.  [default: box for scale_*, lanczos for photographs]",
-)
-@click.option(
-    "--mirror",
-    type=bool,
-    is_flag=False,
-    flag_value="true",
-    metavar="[BOOL]",
-    help="Also take the photographs mirrored.  [default: as in training]",
-)
-@click.option("--trunc", type=float, default=1, show_default=True, help="Truncation ψ of the pictures.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of latents, labels, windows.")
-@click.option("--batch", type=click.IntRange(min=1), help="Pictures at once.  [default: 32 on a GPU, else 8]")
-@click.option("--weights", metavar="DIR", help="Where the weights of detectors lie, if not in the cache.")
-@click.option("--outdir", metavar="DIR", help="Where results are added.  [default: beside the network's file]")
-@click.pass_context
-@command(memory="give a smaller --batch", interrupted="the statistics of photographs that were complete are kept.")
-def main(context, network, images, outdir, **options):
-    """Measure a trained generator, or a folder of pictures.
-
-    \b
-    python calc_metrics.py --network=runs/00000-auto-faces/network-snapshot-005000.safetensors
-    python calc_metrics.py --network=net.safetensors --data=faces.zip --metrics=fid50k_full,is50k --num=5000
-    python calc_metrics.py --network=net.safetensors --metrics=scale_psnr,scale_ssim --scales=256,512,1024
-    python calc_metrics.py --images=pictures/ --data=photos/ --metrics=fid50k_full,pr50k3_full
-
-    \b
-    fid50k_full fid50k fd_dinov2_50k_full   Fréchet distance; _full: against all photographs
-    fd_lite0_50k_full                       the same by a small network that comes with the installation
-    lines1k_full                            line artefacts: spectral energy along the axes
-    kid50k_full pr50k3_full is50k           kernel distance; precision and recall; Inception score
-    pfid50k_full                            Fréchet distance of windows of large pictures
-    ppl2_wend                               path length in W
-    eqt50k_int eqt50k_frac eqr50k           equivariance in dB: translation, rotation
-    scale_psnr scale_ssim scale_lpips       consistency of two sizes, of 1,000 pictures
-
-    The number in a name is how many pictures are generated, and may be any other. Results are printed, and added as
-    lines to metric-NAME.jsonl. With several GPUs, start the same command with torchrun. docs/metrics.md has the rest.
-    """
-    if context.invoked_subcommand:
-        return
-    with processes() as procs:
-        calculate(procs, network, images, outdir, **options)
-
-
-def calculate(
-    procs, network, images, outdir, data, metrics, num, size, scale, scales, filter, mirror, trunc, seed, batch, weights
-) -> None:
-    if bool(network) == bool(images):
-        raise UserError("give either --network, a generator, or --images, a folder or ZIP of pictures")
-    if size and scale:
-        raise UserError("--size and --scale both set the size; give one of them")
-    if not math.isfinite(trunc):
-        raise UserError(f"--trunc={trunc}: give a finite number, for example 0.7")
-    chosen = parse(metrics or ("scale_psnr" if network else "fid50k_full"))
-    chosen = tuple(dict.fromkeys(metric.of(num or metric.num) for metric in chosen))
-    if not chosen:
-        raise UserError(f"--metrics={metrics} measures nothing; known are {', '.join(KNOWN)}")
-    compared = {metric.family for metric in chosen if FAMILIES[metric.family].reals}
-    sizes = tuple(dict.fromkeys(parse_size(part, "--scales") for part in scales.split(","))) if scales else ()
-    if len(sizes) == 1:
-        raise UserError(f"--scales={scales}: give two sizes or more, for example --scales=256,512")
-    settings = Settings(sizes, filter, seed, batch or default_batch(procs.device))
-
-    reals = photos = None
-    if network:
-        G = load_generator(network, procs.device)
-        trained = trained_on(network)
-        path = data or trained.get("path")
-        if path and not data and (compared or G.config.c_dim) and not os.path.exists(path):
-            raise UserError(f"the network was trained on {path}, which is not there; say with --data where it is now")
-        mirror = bool(trained.get("mirror")) if mirror is None else mirror
-        archive = open_labelled(path, G, mirror) if path and (compared - {"pfid"} or G.config.c_dim) else None
-        reals = archive and Archive(archive, mirror)
-        shape = parse_size(size, "--size") if size else None
-        if scale:
-            shape = tuple(max(1, round(side * scale)) for side in G.config.img_shape)
-        labelled = archive if archive and archive.label_dim else None
-        fakes = Generated(G, shape, seed=seed, trunc=trunc, labelled=labelled)
-        if path and "pfid" in compared:
-            photos = Photographs(path, fakes.channels, max(fakes.size))
-    else:
-        drawn = [metric.name for metric in chosen if FAMILIES[metric.family].drawn]
-        if drawn:
-            raise UserError(f"{drawn[0]} takes a generator, not --images; give --network")
-        given = [name for name, value in (("size", size), ("scale", scale), ("scales", scales)) if value]
-        if given or trunc != 1:
-            raise UserError(f"--{(given or ['trunc'])[0]} is for networks; --images are measured as they are")
-        fakes = Given(ImageArchive(images, channels=3))
-        chosen = tuple(metric.of(min(metric.num, fakes.files.num)) for metric in chosen)
-        if data:
-            reals = Archive(ImageArchive(data, mirror=bool(mirror), channels=3), bool(mirror))
-    if photos and photos.left_out and procs.is_first:
-        click.echo(f"{photos.left_out:,} photographs smaller than {max(fakes.size)} pixels are left out", err=True)
-    # Of pictures and of networks in models/ the results are printed, and kept only where --outdir says.
-    folder = Path(outdir) if outdir else Path(network).parent if network and Path(network).is_file() else None
-    if folder and procs.is_first:
-        check_writable(folder)
-
-    tools = load_tools(chosen, procs, weights)
-    records = Evaluation(chosen, reals, photos, tools, settings, procs)(fakes)
-    if not procs.is_first:
-        return
-    seen = read_trained(find_network(network)) if network else {}
-    source = {"network": Path(network).name} if network else {"images": images}
-    source |= {"kimg": seen["kimg"]} if seen else {}
-    records = [record | source | ({"data": str(data or path)} if compared else {}) for record in records]
-    click.echo(table(records))
-    if folder:
-        add(records, folder, seen)
-
-
 def add(records: list[dict], folder: Path, seen: dict[str, float]) -> None:
-    """Adds lines to metric-<name>.jsonl and, of a snapshot of a run, points to TensorBoard in the run directory."""
+    """Add lines to metric-<name>.jsonl and, for a snapshot of a run, points to TensorBoard in the run directory."""
     for record in records:
         with open(folder / f"metric-{record['metric']}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -208,20 +213,83 @@ def add(records: list[dict], folder: Path, seen: dict[str, float]) -> None:
                 add_scalars(events, record, seen["step"])
 
 
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
+@click.option(
+    "--network", metavar="NAME|FILE", help="A name in models/, a network-snapshot-*.safetensors, or a released .pkl."
+)
+@click.option("--images", metavar="ZIP|DIR", help="Images to measure, instead of a network's.")
+@click.option(
+    "--data", metavar="ZIP|DIR", help="Real images to compare with.  [default: those the network was trained on]"
+)
+@click.option("--metrics", metavar="A,B", help="Which.  [default: scale_psnr of networks, fid50k_full of images]")
+@click.option("--num", type=click.IntRange(min=1), help="How many images, instead of the numbers in the names.")
+@click.option("--size", metavar="WxH", help="Size to measure at.  [default: that trained at]")
+@click.option("--scale", type=click.FloatRange(0, 1000, min_open=True), help="Size as a multiple of that trained at.")
+@click.option("--scales", metavar="R,S", help="Sizes that scale_* compares, each with the first.  [default: R,2R]")
+@click.option(
+    "--filter",
+    type=click.Choice(list(FILTERS)),
+    help="Resizes images.  [default: box for scale_*, lanczos for real images]",
+)
+@click.option(
+    "--mirror",
+    type=bool,
+    is_flag=False,
+    flag_value="true",
+    metavar="[BOOL]",
+    help="Also take the real images mirrored.  [default: as in training]",
+)
+@click.option("--trunc", type=float, default=1, show_default=True, help="Truncation ψ of the generated images.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of latents, labels, windows.")
+@click.option("--batch", type=click.IntRange(min=1), help="Images at once.  [default: 32 on a GPU, else 8]")
+@click.option("--weights", metavar="DIR", help="Where the weights of detectors are, if not in the cache.")
+@click.option("--outdir", metavar="DIR", help="Where results are added.  [default: beside the network's file]")
+@click.pass_context
+@command(memory="give a smaller --batch", interrupted="complete statistics of real images are kept.")
+def main(context, **options):
+    """Measure a trained generator, or a folder of images.
+
+    \b
+    python calc_metrics.py --network=runs/00000-auto-faces/network-snapshot-005000.safetensors
+    python calc_metrics.py --network=net.safetensors --data=faces.zip --metrics=fid50k_full,is50k --num=5000
+    python calc_metrics.py --network=net.safetensors --metrics=scale_psnr,scale_ssim --scales=256,512,1024
+    python calc_metrics.py --images=generated/ --data=real/ --metrics=fid50k_full,pr50k3_full
+
+    \b
+    fid50k_full fid50k fd_dinov2_50k_full   Fréchet distance; _full: against all real images
+    fd_lite0_50k_full                       the same by a small network that needs no download
+    lines1k_full                            line artefacts: spectral energy along the axes
+    kid50k_full pr50k3_full is50k           kernel distance; precision and recall; Inception score
+    pfid50k_full                            Fréchet distance of windows of large images
+    ppl2_wend                               path length in W
+    eqt50k_int eqt50k_frac eqr50k           equivariance in dB: translation, rotation
+    scale_psnr scale_ssim scale_lpips       consistency of two sizes, of 1,000 images
+
+    The number in a name is how many images are generated, and may be any other. Results are printed, and added as
+    lines to metric-NAME.jsonl. With several GPUs, start the same command with torchrun. docs/metrics.md has the rest.
+    """
+    if context.invoked_subcommand is None:
+        with processes() as procs:
+            measure(Options(**options), procs)
+
+
 @main.command()
 @click.argument("runs", metavar="RUN_DIR…", nargs=-1, required=True)
-@click.option("--out", metavar="PNG", default="metrics.png", show_default=True, help="The picture, or a .pdf or .svg.")
+@click.option("--out", metavar="PNG", default="metrics.png", show_default=True, help="The image, or a .pdf or .svg.")
 @click.option("--published", metavar="NAME", help="Published FIDs as dashed lines, for example of FFHQ-512.")
 @command()
 def plot(runs, out, published):
-    """Draw what was measured in several run directories: each metric over the training, and scale consistency over
-    scales, with the paper's figures as dashed lines.
+    """Plot what was measured in several run directories: each metric over the training, and scale consistency over
+    scales, with the paper's values as dashed lines.
     """
     try:
-        from metrics.plot import draw
+        from metrics.plot import plot_runs
     except ModuleNotFoundError as error:
-        raise UserError("drawing takes matplotlib; run: pip install matplotlib") from error
-    draw([Path(run) for run in runs], Path(out), published)
+        raise UserError("plots take matplotlib; run: pip install matplotlib") from error
+    plot_runs([Path(run) for run in runs], Path(out), published)
     click.echo(out)
 
 

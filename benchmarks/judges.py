@@ -31,9 +31,10 @@ from dnnlib.files import atomic_write, check_writable
 from metrics.cache import Statistics, cache_key, cached, content_digest
 from metrics.distances import frechet_distance
 from metrics.features import Detector, load
+from metrics.generated import Generated
+from metrics.images import cut
 from metrics.moments import Moments
-from metrics.pictures import cut, fitted
-from metrics.sources import Generated
+from metrics.resize import fit
 from torch_utils.command import command
 from torch_utils.randomness import make_rng
 from training.data import ImageArchive, epoch_order, index_at
@@ -105,7 +106,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
     both = Moments(a.shape[1]), Moments(a.shape[1])
     for moments, features in zip(both, (a, b), strict=True):
         moments.update(features)
-    return frechet_distance(*both).mean
+    return frechet_distance(*both).value
 
 
 def read_right(logits: Tensor, classes: Tensor) -> dict:
@@ -259,7 +260,7 @@ class Judges:
         for name, (fakes, reals) in spaces.items():
             found[name] = neighbours(fakes.flatten(1), reals.flatten(1), self.seed)
             indices = found[name]["images"]
-            rows.append([fitted(self.images[i][0][None], G.config.img_shape, "lanczos")[0].to(drawn) for i in indices])
+            rows.append([fit(self.images[i][0][None], G.config.img_shape, "lanczos")[0].to(drawn) for i in indices])
         return found, rows
 
     def generated(self, G: Generator, num: int, labelled: ImageArchive | None = None) -> tuple[Tensor, Tensor]:
@@ -267,8 +268,8 @@ class Judges:
         lists = cut([num], BATCH // 4)
         batches = Generated(G, seed=self.seed, trunc=self.trunc, labelled=labelled).batches(lists)
         batches = progress(batches, desc="generated", total=len(lists), unit="batch")
-        pictures, labels = zip(*((batch.pictures(), batch.c) for batch in batches), strict=True)
-        return torch.cat(pictures), torch.cat(labels)
+        images, labels = zip(*((batch.images(), batch.c) for batch in batches), strict=True)
+        return torch.cat(images), torch.cat(labels)
 
 
 def open_networks(paths: tuple[str, ...], images: ImageArchive, device: torch.device) -> dict[str, Generator]:

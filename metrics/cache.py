@@ -1,4 +1,4 @@
-"""Statistics of real pictures, kept on disk under the digest of all that they were computed from, never under a path.
+"""Statistics of real images, kept on disk under the digest of all that they were computed from, never under a path.
 
 content = content_digest(archive bytes or pixels, in order)
 key = cache_key(content, detector=detector.digest, size=[256, 256], filter="lanczos3")
@@ -31,32 +31,32 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 Value = Moments | Tensor
 
 
-def content_digest(pictures: Iterable[bytes | Tensor]) -> str:
-    """SHA-256, in hexadecimal, of pictures in their order: the bytes of each file, or its pixels, a tensor.
+def content_digest(images: Iterable[bytes | Tensor]) -> str:
+    """Return the SHA-256, in hexadecimal, of images in their order: the bytes of each file, or its pixels, a tensor.
 
-    Both tell the same pictures from others; the bytes are read ten times as fast as pixels are decoded.
+    Both identify the images; the bytes are read ten times as fast as pixels are decoded.
     """
     digest = hashlib.sha256()
-    for picture in pictures:
-        is_file = isinstance(picture, bytes)
-        data = picture if is_file else picture.detach().cpu().contiguous().numpy().tobytes()
-        kind = "file" if is_file else f"{picture.dtype} {list(picture.shape)}"
+    for image in images:
+        is_file = isinstance(image, bytes)
+        data = image if is_file else image.detach().cpu().contiguous().numpy().tobytes()
+        kind = "file" if is_file else f"{image.dtype} {list(image.shape)}"
         digest.update(f"{kind} {len(data)}\n".encode())  # where one ends and the next begins
         digest.update(data)
     return digest.hexdigest()
 
 
 def cache_key(content: str, **facts: object) -> str:
-    """SHA-256, in hexadecimal, of a content_digest and of all else that decides the statistics.
+    """Return the SHA-256, in hexadecimal, of a content_digest and of all else that decides the statistics.
 
-    That is the digest of the detector (not its name), the size, the filter, how many pictures: anything JSON holds.
+    That is the digest of the detector (not its name), the size, the filter, how many images: anything JSON holds.
     """
     text = json.dumps({"format": FORMAT, "content": content, "facts": facts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Statistics(NamedTuple):
-    """What is wanted: the "moments" (a Moments, on the CPU) or the "features" (float32 [N,F]) of some pictures."""
+    """Names the "moments" (a Moments, on the CPU) or the "features" (float32 [N,F]) of some images."""
 
     kind: str
     key: str  # a cache_key
@@ -72,10 +72,10 @@ def cached(
     compute: Callable[[list[Statistics]], Sequence[Value]],
     procs: Processes = ALONE,
 ) -> list[Value]:
-    """The statistics that are kept, and compute(those that are missing), which are then kept.
+    """Return the statistics on disk, and compute(those that are missing), which are then kept.
 
-    `compute` is called by all processes or by none, and returns the same in all. Missing are too the files that are
-    damaged or hold anything but finite statistics of the right form.
+    `compute` is called by all processes or by none, and returns the same in all. Files that are damaged, or hold
+    anything but finite statistics of the right form, count as missing.
     """
     folder = cache_dir() / "statistics"
     found = {one: _read(folder / f"{one.name}.safetensors", one) for one in wanted}
@@ -99,7 +99,7 @@ def parse_features(tensors: dict[str, Tensor], num_features: int) -> Tensor:
 
 
 class Kind(NamedTuple):
-    """How a kind of statistics is written and read."""
+    """Converts a kind of statistics to tensors and back."""
 
     tensors: Callable[[Value], dict[str, Tensor]]
     parse: Callable[[dict[str, Tensor], int], Value]  # raises ValueError or KeyError for other tensors
@@ -116,7 +116,7 @@ def _header(name: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _read(path: Path, wanted: Statistics) -> Value | None:
-    """What the file holds; None when there is none, or, with a note, when it is damaged."""
+    """Return what the file holds; None when there is none, or, with a note, when it is damaged."""
     if not os.path.exists(path):
         return None
     try:
@@ -132,7 +132,7 @@ def _read(path: Path, wanted: Statistics) -> Value | None:
 
 
 def _write(path: Path, name: str, tensors: dict[str, Tensor]) -> None:
-    """Keeps the tensors; when that fails, says so and goes on, for computing them took longer than it takes to lose."""
+    """Write the tensors; a failure is a note, because the results are worth more than the time of the next call."""
     try:
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, {FORMAT: _header(name, tensors)})

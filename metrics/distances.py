@@ -1,33 +1,33 @@
-"""Distances between two sets of pictures, given their features or the moments of these. All in float64 on their device.
+"""Distances between two sets of images, given their features or the moments of these. All in float64 on their device.
 
-Legend: N pictures, F features, K classes. `fake` are the pictures measured, `real` the reference.
+Legend: N images, F features, K classes. `fake` are the generated images, `real` the reference.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dnnlib.console import UserError, progress
-from metrics.measure import Measure, measure
-from metrics.moments import Moments, check
+from dnnlib.console import progress
+from metrics.estimate import Estimate, mean
+from metrics.moments import Moments
 
 SEED = 2020  # that of torch-fidelity, so that equal features give equal numbers
 
 
-def frechet_distance(fake: Moments, real: Moments) -> Measure:
-    """|m_f - m_r|² + tr(C_f + C_r - 2·(C_f·C_r)^½), 0 and above; 0 for equal moments. No standard error (nan).
+def frechet_distance(fake: Moments, real: Moments) -> Estimate:
+    """Return |m_f - m_r|² + tr(C_f + C_r - 2·(C_f·C_r)^½), 0 and above; 0 for equal moments. It has no standard error.
 
     With C = F·Fᵀ, the trace of the root is the sum of the singular values of F_fᵀ·F_r. That takes symmetric
-    eigenproblems only, drops the directions without variance (fewer pictures than features), and never squares the
+    eigenproblems only, drops the directions without variance (fewer images than features), and never squares the
     covariances: eigenvalues of their product lose half of the digits, and scipy's sqrtm fails where it is singular.
-    Raises UserError for fewer than two pictures. Source: Heusel et al. 2017 (https://arxiv.org/abs/1706.08500).
+    Raises UserError for fewer than two images. Source: Heusel et al. 2017 (https://arxiv.org/abs/1706.08500).
     """
     covariances = [m.covariance.cpu() for m in (fake, real)]  # before anything else, for its errors
     gap = (fake.mean.cpu() - real.mean.cpu()).square().sum()
     roots = [_root(covariance) for covariance in covariances]
     traces = sum(root.square().sum() for root in roots)
     distance = gap + traces - 2 * torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
-    return Measure(max(distance.item(), 0.0), float("nan"), fake.count)
+    return Estimate(max(distance.item(), 0.0))
 
 
 def _root(covariance: Tensor) -> Tensor:
@@ -39,17 +39,15 @@ def _root(covariance: Tensor) -> Tensor:
 
 def kernel_distance(
     fake: Tensor, real: Tensor, *, subset_size: int = 1000, subsets: int = 100, seed: int = SEED
-) -> Measure:
-    """Unbiased squared maximum mean discrepancy of float [N,F] and [M,F] under the kernel (x·y/F + 1)³.
+) -> Estimate:
+    """Return the unbiased squared maximum mean discrepancy of float [N,F] and [M,F] under the kernel (x·y/F + 1)³.
 
-    The mean over `subsets` pairs of random subsets, and its standard error, which tells how far more subsets could move
-    it (torch-fidelity reports the deviation of a single one, √subsets times as large). Subsets have `subset_size`
-    pictures, or as many as the smaller set. May be negative, as the truth is 0 for equal distributions. The choice
-    depends on `seed` and the counts alone, and is torch-fidelity's.
-    Raises UserError for fewer than two pictures or features that are not finite.
+    It is the mean over `subsets` pairs of random subsets of `subset_size` images, or as many as the smaller set has.
+    The standard error says how far more subsets could move it (torch-fidelity reports the deviation of a single one,
+    √subsets times as large). It may be negative, as the truth is 0 for equal distributions. The choice depends on
+    `seed` and the counts alone, and is torch-fidelity's.
     Source: Bińkowski et al. 2018 (https://arxiv.org/abs/1801.01401).
     """
-    _check_pair(fake, real, 2)
     size = min(subset_size, len(fake), len(real))
     random = np.random.RandomState(seed)  # NumPy has frozen the streams of RandomState, not those of its newer class
     values = []
@@ -57,49 +55,45 @@ def kernel_distance(
         x, y = (z[torch.from_numpy(random.choice(len(z), size, replace=False))].double() for z in (fake, real))
         within = sum(k.sum() - k.diagonal().sum() for k in (_kernel(x, x), _kernel(y, y)))
         values.append(within / (size * (size - 1)) - 2 * _kernel(x, y).mean())
-    return measure(torch.stack(values))._replace(num=len(fake))
+    return mean(torch.stack(values))
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def inception_score(logits: Tensor, *, splits: int = 10, seed: int = SEED) -> Measure:
-    """exp(mean KL(p(class | picture) ‖ p(class))) of float [N,K] logits, from 1 to K: the mean over `splits` parts.
+def inception_score(logits: Tensor, *, splits: int = 10, seed: int = SEED) -> dict[str, Estimate]:
+    """Return exp(mean KL(p(class | image) ‖ p(class))) of float [N,K] logits, N ≥ splits, from 1 to K.
 
-    The standard error is that of the mean (torch-fidelity and others report the deviation of the parts, which is
-    about √splits times as large). Pictures are shuffled by `seed` first, as torch-fidelity does.
-    Raises UserError for fewer pictures than splits or logits that are not finite.
+    `_mean` is that over `splits` parts, `_std` their deviation, which torch-fidelity and StyleGAN report in place of
+    the standard error of the mean. Images are shuffled by `seed` first, as torch-fidelity does.
     Source: Salimans et al. 2016 (https://arxiv.org/abs/1606.03498).
     """
-    check(logits, logits.shape[-1])
     num = len(logits)
-    if num < splits:
-        raise UserError(f"the Inception score over {splits} parts takes {splits} pictures or more, and there are {num}")
     order = torch.from_numpy(np.random.RandomState(seed).permutation(num))
     scores = []
     for i in range(splits):
         log_p = logits[order[i * num // splits : (i + 1) * num // splits]].double().log_softmax(dim=1)
         p = log_p.exp()
         q = p.mean(dim=0)
-        # The divergence as a difference of entropies: log q alone is infinite for a class without any picture.
+        # The divergence as a difference of entropies: log q alone is infinite for a class without any image.
         scores.append(((p * log_p).sum(dim=1).mean() - torch.xlogy(q, q).sum()).exp())
-    return measure(torch.stack(scores))._replace(num=num)
+    scores = torch.stack(scores)
+    return {"_mean": mean(scores), "_std": Estimate(scores.std(correction=0).item())}
 
 
-def precision_recall(fake: Tensor, real: Tensor, *, k: int = 3, chunk: int = 4096) -> tuple[Measure, Measure]:
-    """Improved precision and recall of float [N,F] against [M,F], each from 0 to 1.
+def precision_recall(fake: Tensor, real: Tensor, *, k: int = 3, chunk: int = 4096) -> dict[str, Estimate]:
+    """Return the improved `_precision` and `_recall` of float [N,F] against [M,F], each from 0 to 1; N, M > k.
 
-    Precision: the part of `fake` inside the ball about some real picture that reaches to its k-th nearest real
-    neighbour; recall: the same the other way round. The standard errors are those of a proportion, with the balls as
-    they are. Memory is bounded by chunk² distances, about 0.5 GB; time grows with (N + M)².
-    Raises UserError for k pictures or fewer, or features that are not finite.
+    Precision is the part of `fake` inside the ball about some real image that reaches to its k-th nearest real
+    neighbour; recall, the same with the sets exchanged. The standard errors are those of a proportion, with the balls
+    held fixed. Memory is bounded by chunk² distances, about 0.5 GB; time grows with (N + M)².
     Source: Kynkäänniemi et al. 2019 (https://arxiv.org/abs/1904.06991).
     """
-    _check_pair(fake, real, k + 1)
-    precision = measure(_covered(fake, real, _radii(real, k, chunk), chunk))
-    recall = measure(_covered(real, fake, _radii(fake, k, chunk), chunk))
-    return precision, recall
+    return {
+        "_precision": mean(_covered(fake, real, _radii(real, k, chunk), chunk)),
+        "_recall": mean(_covered(real, fake, _radii(fake, k, chunk), chunk)),
+    }
 
 
 def _radii(x: Tensor, k: int, chunk: int) -> Tensor:
@@ -110,7 +104,7 @@ def _radii(x: Tensor, k: int, chunk: int) -> Tensor:
         for columns in x.split(chunk):
             distances = torch.cat([nearest, torch.cdist(rows.double(), columns.double())], dim=1)
             nearest = distances.topk(k + 1, largest=False).values
-        radii.append(nearest[:, k])  # the first is the picture itself
+        radii.append(nearest[:, k])  # the first is the image itself
     return torch.cat(radii)
 
 
@@ -123,10 +117,3 @@ def _covered(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> Tens
             inside |= (torch.cdist(rows.double(), columns.double()) <= reach).any(dim=1)
         covered.append(inside)
     return torch.cat(covered).double()
-
-
-def _check_pair(fake: Tensor, real: Tensor, least: int) -> None:
-    for name, features in (("pictures measured", fake), ("real pictures", real)):
-        check(features, fake.shape[-1])
-        if len(features) < least:
-            raise UserError(f"this metric takes {least} {name} or more, and there are {len(features)}")

@@ -1,58 +1,49 @@
-"""Equivariance: is the picture of a moved scene the moved picture? (Karras et al., Alias-Free GAN, 2021)
+"""Equivariance: is the image of a moved scene the moved image? (Karras et al., Alias-Free GAN, 2021)
 
 EQ-T and EQ-R of section 2 and appendix E of that paper, https://arxiv.org/abs/2106.12423. With a generator g, a
-transform t of scenes and pictures, and the pixels V that t(g(x)) knows from the picture g(x) alone,
+transform t of scenes and images, and the pixels V that t(g(x)) knows from the image g(x) alone,
 
-    EQ = 10 · log₁₀(2² / E[(g(t(x)) − t(g(x)))²]) dB,    the mean over pictures, transforms, colours and V;
+    EQ = 10 · log₁₀(2² / E[(g(t(x)) − t(g(x)))²]) dB,    the mean over images, transforms, colours and V;
 
 2 is the width of the range of colours, [-1,1]. They are neither clamped nor rounded, and compared in float64. Higher is
 better, infinite is perfect.
 
-    eqt_int    translation by whole pixels; V is where both pictures overlap
-    eqt_frac   translation by fractions of pixels; pictures are resampled by Lanczos kernels 2a pixels wide, and V is
+    eqt_int    translation by whole pixels; V is where both images overlap
+    eqt_frac   translation by fractions of pixels; images are resampled by Lanczos kernels 2a pixels wide, and V is
                about a pixels smaller on every side
-    eqr        rotation by any angle; pictures are resampled by an oriented filter 4a pixels wide, g(t(x)) passes the
+    eqr        rotation by any angle; images are resampled by an oriented filter 4a pixels wide, g(t(x)) passes the
                same band limits, and V is about 2a pixels smaller on every side
 
-Translations are uniform within ±12.5 % of each side, angles within ±180°; one is drawn for each batch, as the authors'
-code does. The resampling itself bounds eqt_frac and eqr: with a = 3, as published, an ideal generator of waves of 8,
-16, 32 and 64 pixels and amplitude ½ reaches 56, 58, 63 and 69 dB of eqt_frac at the worst of 8 draws, and 57, 74, 88
-and 100 dB of eqr at the worst of 5. Wider kernels lift the bound: a = 48 gives eqt_frac 107 dB and more.
+Translations are uniform within ±12.5 % of each side, angles within ±180°. The resampling itself bounds eqt_frac and
+eqr: with a = 3, as published, an ideal generator of waves of 8, 16, 32 and 64 pixels and amplitude ½ reaches 56, 58, 63
+and 69 dB of eqt_frac at the worst of 8 samples, and 57, 74, 88 and 100 dB of eqr at the worst of 5. Wider kernels lift
+the bound: a = 48 gives eqt_frac 107 dB and more.
 
-Legend: N pictures, C colours, H rows, W columns; x runs to the right and y down, in pixels, from the picture's centre.
+Legend: N images, C colours, H rows, W columns; x runs to the right and y down, in pixels, from the image's centre.
+Matrices and angles are those of rendering: counter-clockwise, in degrees.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metrics.measure import Measure
+from metrics.estimate import Estimate
+from rendering import rotation, translation
 from torch_utils.randomness import make_rng
 
-# The same N pictures [N,C,H,W], moved by a matrix float64 [3,3] (in pixels, about their centre), or as they are.
-Paint = Callable[[Tensor | None], Tensor]
+# The same N images [N,C,H,W], moved by a matrix float64 [3,3] (in pixels, about their centre), or as they are.
+Render = Callable[[Tensor | None], Tensor]
 
 FARTHEST = 0.125  # of a side: translations are within ± this
 WIDTH = 3  # a, half the width of the Lanczos kernels
-UP = 4  # samples per pixel of pictures to be turned
-
-
-def translation(x: float, y: float) -> Tensor:
-    """float64 [3,3], in pixels to the right and down."""
-    return torch.tensor([[1, 0, x], [0, 1, y], [0, 0, 1]], dtype=torch.float64)
-
-
-def rotation(angle: float) -> Tensor:
-    """float64 [3,3], counter-clockwise, in radians."""
-    cos, sin = math.cos(angle), math.sin(angle)
-    return torch.tensor([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]], dtype=torch.float64)
+UP = 4  # samples per pixel of images to be rotated
 
 
 def shifted_whole(images: Tensor, x: int, y: int) -> tuple[Tensor, tuple[slice, slice]]:
-    """[N,C,H,W] moved by whole pixels -> its known part [N,C,h,w], and the rows and columns where that lies."""
+    """Move [N,C,H,W] by whole pixels: return its known part [N,C,h,w], and the rows and columns where that is."""
 
     def kept(length: int, shift: int) -> slice:
         return slice(max(shift, 0), max(length + shift, 0) if shift < 0 else length)
@@ -62,7 +53,7 @@ def shifted_whole(images: Tensor, x: int, y: int) -> tuple[Tensor, tuple[slice, 
 
 
 def shifted(images: Tensor, x: float, y: float, a: int = WIDTH) -> tuple[Tensor, tuple[slice, slice]]:
-    """As `shifted_whole` for float64 and any x and y, by sinc kernels under sinc windows (appendix E.2).
+    """Move float64 [N,C,H,W] like `shifted_whole`, by any x and y, with sinc kernels under sinc windows (appendix E.2).
 
     Kernels are scaled to sum to 1. At most this is lost, at any fraction, of waves of f/2 to f cycles per pixel, in dB:
 
@@ -71,19 +62,15 @@ def shifted(images: Tensor, x: float, y: float, a: int = WIDTH) -> tuple[Tensor,
         a = 8   −51   −59    −61    −61    −64
         a = 48  −81   −89    −92    −92    −92
 
-    Raises ValueError when a side has less than 2a pixels.
+    Takes 2a pixels per side or more.
     """
-    if min(images.shape[-2:]) < 2 * a:
-        raise ValueError(
-            f"pictures of {images.shape[-1]}x{images.shape[-2]} are too small for kernels of {2 * a} pixels"
-        )
 
     def along_last(images: Tensor, shift: float) -> tuple[Tensor, slice]:
         whole = math.floor(-shift)
         taps = torch.arange(1 - a, a + 1, dtype=torch.float64, device=images.device) + shift + whole
         kernel = torch.sinc(taps) * torch.sinc(taps / a)
         known = images.unfold(-1, 2 * a, 1) @ (kernel / kernel.sum())
-        first = a - 1 - whole  # where element 0 of `known` lies
+        first = a - 1 - whole  # the position of element 0 of `known`
         start, stop = max(first, 0), min(first + known.shape[-1], images.shape[-1])
         return known[..., start - first : max(stop, start) - first], slice(start, max(stop, start))
 
@@ -93,10 +80,10 @@ def shifted(images: Tensor, x: float, y: float, a: int = WIDTH) -> tuple[Tensor,
 
 
 def oriented_filter(matrix: Tensor, a: int, up: int) -> Tensor:
-    """float64 [2p+1,2p+1], p = 2a·up − 1: what passes the band limits of the pixels before and after `matrix` both.
+    """Return float64 [2p+1,2p+1], p = 2a·up − 1: what passes the band limits of pixels both before and after `matrix`.
 
-    It is the convolution of two square sincs, one turned by `matrix`, under the convolution of two Lanczos windows
-    turned alike, sampled at 1/up pixels; each of its up² phases sums to 1 (appendix E.3, and the extents of its code).
+    It is the convolution of two square sincs, one rotated by `matrix`, under the convolution of two Lanczos windows
+    rotated alike, sampled at 1/up pixels; each of its up² phases sums to 1 (appendix E.3, and the extents of its code).
     """
     reach = max(64, 4 * a)
     taps = torch.arange(1 - reach * up, reach * up, dtype=torch.float64) / up
@@ -116,114 +103,93 @@ def oriented_filter(matrix: Tensor, a: int, up: int) -> Tensor:
 
 
 def convolve(images: Tensor, kernel: Tensor) -> Tensor:
-    """[N,C,H,W] * [h,w] -> [N,C,H+h−1,W+w−1], by Fourier transforms."""
+    """Convolve [N,C,H,W] with [h,w] into [N,C,H+h−1,W+w−1], by Fourier transforms."""
     size = [image + part - 1 for image, part in zip(images.shape[-2:], kernel.shape, strict=True)]
     return torch.fft.irfft2(torch.fft.rfft2(images, s=size) * torch.fft.rfft2(kernel, s=size), s=size)
 
 
-def turned(images: Tensor, angle: float, a: int = WIDTH, up: int = UP) -> tuple[Tensor, Tensor]:
-    """float64 [N,C,H,W] turned counter-clockwise by `angle` radians -> the same shape, and bool [H,W]: where known.
+def rotated(images: Tensor, degrees: float, a: int = WIDTH) -> tuple[Tensor, Tensor]:
+    """Rotate float64 [N,C,H,W] about its centre: return the same shape, and bool [H,W], where it is known.
 
-    The filtered picture has `up` samples per pixel and is taken for linear between them, which loses up to
-    (2πf / up)² / 8 of a wave of f cycles per pixel: −46 dB at 1/8, −70 dB at 1/32.
+    The filtered image has UP samples per pixel and is interpolated linearly between them, which loses up to
+    (2πf / UP)² / 8 of a wave of f cycles per pixel: −46 dB at 1/8, −70 dB at 1/32.
     """
-    matrix = rotation(angle)
-    kernel = oriented_filter(matrix, a, up).to(images)
+    matrix = rotation(degrees)
+    kernel = oriented_filter(matrix, a, UP).to(images)
     height, width = images.shape[-2:]
-    dense = images.new_zeros(*images.shape[:2], (height - 1) * up + 1, (width - 1) * up + 1)
-    dense[..., ::up, ::up] = images
+    dense = images.new_zeros(*images.shape[:2], (height - 1) * UP + 1, (width - 1) * UP + 1)
+    dense[..., ::UP, ::UP] = images
     dense = convolve(dense, kernel)
-    margin = kernel.shape[-1] // 2  # sample k of a row of `dense` lies at (k − margin) / up
+    margin = kernel.shape[-1] // 2  # sample k of a row of `dense` is at (k − margin) / UP
     y, x = torch.meshgrid(*(torch.arange(n).to(images) for n in (height, width)), indexing="ij")
     extent = torch.tensor([width - 1, height - 1]).to(images)
     # Where pixels come from: the inverse of a rotation is its transpose, and rows times a matrix transpose it again.
     places = (torch.stack([x, y], -1) - extent / 2) @ matrix[:2, :2].to(images) + extent / 2
-    known = ((places >= margin / up) & (places <= extent - margin / up)).all(-1)
-    grid = (2 * (places * up + margin) / (extent * up + 2 * margin) - 1).expand(len(images), -1, -1, -1)
+    known = ((places >= margin / UP) & (places <= extent - margin / UP)).all(-1)
+    grid = (2 * (places * UP + margin) / (extent * UP + 2 * margin) - 1).expand(len(images), -1, -1, -1)
     return F.grid_sample(dense, grid, mode="bilinear", align_corners=True), known
 
 
-def as_if_turned(images: Tensor, angle: float, a: int = WIDTH) -> tuple[Tensor, Tensor]:
-    """float64 [N,C,H,W] of a turned scene -> what `turned` would leave of its frequencies, and where known, [H,W]."""
-    kernel = oriented_filter(rotation(-angle), a, 1).to(images)
+def band_limited(images: Tensor, degrees: float, a: int = WIDTH) -> tuple[Tensor, Tensor]:
+    """Filter float64 [N,C,H,W] of a rotated scene as `rotated` does: return the same shape, and where it is known."""
+    kernel = oriented_filter(rotation(-degrees), a, 1).to(images)
     margin = kernel.shape[-1] // 2
     known = torch.zeros(images.shape[-2:], dtype=torch.bool, device=images.device)
     known[margin:-margin, margin:-margin] = True
     return convolve(images, kernel)[..., margin:-margin, margin:-margin], known
 
 
-def draw(images: Tensor, random: torch.Generator) -> tuple[float, float]:
-    """x and y of a translation, in pixels."""
+# Each moves a scene at random: (render, its images as float64, rng) -> g(t(x)) and t(g(x)) where known, [N,C,...] each.
+
+
+def sample_shift(images: Tensor, rng: torch.Generator) -> tuple[float, float]:
+    """Sample x and y of a translation, in pixels."""
     height, width = images.shape[-2:]
-    x, y = ((2 * torch.rand(2, dtype=torch.float64, generator=random) - 1) * FARTHEST).tolist()
+    x, y = ((2 * torch.rand(2, dtype=torch.float64, generator=rng) - 1) * FARTHEST).tolist()
     return x * width, y * height
 
 
-def eqt_int(paint: Paint, images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    x, y = map(round, draw(images, random))
+def eqt_int(render: Render, images: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    x, y = map(round, sample_shift(images, rng))
     expected, (rows, cols) = shifted_whole(images, x, y)
-    return paint(translation(x, y)).double()[..., rows, cols], expected
+    return render(translation(x, y)).double()[..., rows, cols], expected
 
 
-def eqt_frac(paint: Paint, images: Tensor, random: torch.Generator, a: int = WIDTH) -> tuple[Tensor, Tensor]:
-    x, y = draw(images, random)
+def eqt_frac(render: Render, images: Tensor, rng: torch.Generator, a: int = WIDTH) -> tuple[Tensor, Tensor]:
+    x, y = sample_shift(images, rng)
     expected, (rows, cols) = shifted(images, x, y, a)
-    return paint(translation(x, y)).double()[..., rows, cols], expected
+    return render(translation(x, y)).double()[..., rows, cols], expected
 
 
-def eqr(paint: Paint, images: Tensor, random: torch.Generator, a: int = WIDTH, up: int = UP) -> tuple[Tensor, Tensor]:
-    angle = (2 * torch.rand([], dtype=torch.float64, generator=random) - 1).item() * math.pi
-    expected, known = turned(images, angle, a, up)
-    painted, known_too = as_if_turned(paint(rotation(angle)).double(), angle, a)
+def eqr(render: Render, images: Tensor, rng: torch.Generator, a: int = WIDTH) -> tuple[Tensor, Tensor]:
+    degrees = (2 * torch.rand([], dtype=torch.float64, generator=rng) - 1).item() * 180
+    expected, known = rotated(images, degrees, a)
+    moved, known_too = band_limited(render(rotation(degrees)).double(), degrees, a)
     known &= known_too
-    return painted[..., known], expected[..., known]
+    return moved[..., known], expected[..., known]
 
 
-# kind -> function(paint, its pictures as float64, random numbers) -> g(t(x)) and t(g(x)) where known, [N,C,...] each
-KINDS = {"eqt_int": eqt_int, "eqt_frac": eqt_frac, "eqr": eqr}
+def errors(render: Render, move: Callable, seed: int = 0, number: int = 0) -> Tensor:
+    """Return float64 [N,2], on the CPU: each image's sum of squared differences, and how many numbers it sums.
 
-
-def errors(paint: Paint, kinds: Iterable[str] = tuple(KINDS), seed: int = 0, index: int = 0) -> dict[str, Tensor]:
-    """kind -> float64 [N,2], on the CPU: each picture's sum of squared differences, and how many numbers it sums.
-
-    paint: the N pictures, about [-1,1], moved as asked. `rendering` takes such a matrix with its last column in units
-        of the longer side of the picture trained at: times 1/R where pixels are areas, 1/(R − 1) where the outer ones
-        lie on the edges.
-    index: the number of these N in the set. Their one transform per kind depends on (kind, seed, index) alone, so that
-        the rows of several processes, concatenated, are those of one.
-    Raises ValueError for other kinds, for pictures so small that nothing is known, and for colours that are not finite.
+    render: renders the N images, about [-1,1], moved as asked. move: eqt_int, eqt_frac or eqr.
+    number: of these N in the set. Their transform depends on (move, seed, number) alone, so that the rows of several
+        processes, concatenated, are those of one.
+    Images have 32 pixels per side or more.
     """
-    images = paint(None).double()
-    rows = {}
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
-        moved, expected = KINDS[kind](paint, images, make_rng(seed, index, kind))
-        if not moved.numel():
-            raise ValueError(
-                f"{kind}: pictures of {images.shape[-1]}x{images.shape[-2]} are too small, use 32x32 or more"
-            )
-        squares = (moved - expected).square().flatten(1)
-        rows[kind] = torch.stack([squares.sum(1), squares.new_full([len(squares)], squares.shape[1])], 1).cpu()
-        if not rows[kind].isfinite().all():
-            raise ValueError(f"{kind}: the pictures have NaN or infinite colours")
-    return rows
+    images = render(None).double()
+    found, expected = move(render, images, make_rng(seed, number, move.__name__))
+    squares = (found - expected).square().flatten(1)
+    return torch.stack([squares.sum(1), squares.new_full([len(squares)], squares.shape[1])], 1).cpu()
 
 
-def decibels(rows: Tensor) -> Measure:
-    """The `errors` [N,2] of one kind -> the equivariance in dB.
+def decibels(rows: Tensor) -> Estimate:
+    """Return the equivariance in dB, of the mean squared error of all numbers, for the `errors` [N,2] of one kind.
 
-    `mean` belongs to the mean squared error of all numbers, `values` to that of each picture. The standard error takes
-    pictures for independent, and is carried from the error to its logarithm by the slope of the latter.
+    The standard error takes images for independent; the logarithm's slope carries it from the error to dB.
     """
     squares, counts = rows.unbind(1)
     error = squares.sum() / counts.sum()
     spread = (squares - error * counts).square().sum() * len(rows) / (len(rows) - 1) if len(rows) > 1 else math.nan
     relative = spread**0.5 / squares.sum()
-    peak = 10 * math.log10(2**2)
-    return Measure(
-        (peak - 10 * error.log10()).item(),
-        (10 / math.log(10) * relative).item(),
-        len(rows),
-        peak - 10 * (squares / counts).log10(),
-    )
+    return Estimate((10 * (4 / error).log10()).item(), (10 / math.log(10) * relative).item())

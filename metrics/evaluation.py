@@ -1,69 +1,212 @@
-"""Metrics with all that they need besides the pictures measured, and the records that they leave."""
+"""Measures a set of images by several metrics at once, and makes the records of their results.
 
+evaluation = Evaluation(parse("fid50k_full,kid50k_full,scale_psnr"), Settings(), procs, reals)
+records = evaluation(Generated(G))
+
+Real images come first, and their statistics are kept on disk (metrics/cache.py). Then the images measured pass once, in
+batches that the processes share; every metric keeps what it needs of a batch, and what several need (a size, the
+activations of a detector) is computed once. At the end, rank 0 computes the results.
+"""
+
+import itertools
 import math
+import os
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from metrics.pictures import Fakes, Files
-from metrics.plan import Result, Settings
+from dnnlib.console import progress
+from metrics import cache
+from metrics.estimate import Estimate
+from metrics.generated import Generated
+from metrics.images import Batch, cut
+from metrics.needs import Inputs, RealNeed, Settings, Statistics, Task, empty, features_of
+from metrics.reals import Files, Given
 from metrics.registry import Metric
-from metrics.runner import Stopped, estimate, measure
 from torch_utils.distributed import Processes
 
 
-def default_batch(device: torch.device) -> int:
-    return 32 if device.type == "cuda" else 8
+class Stopped(Exception):
+    """The caller's `stop` became true."""
 
 
-@dataclass(frozen=True)
+class Collector(NamedTuple):
+    """Statistics of the images 0 … limit − 1, filled by whole batches."""
+
+    limit: int
+    look: Callable[[Batch], Tensor]
+    statistics: Statistics
+
+    def feed(self, batch: Batch) -> None:
+        if batch.numbers[0] < self.limit:
+            self.statistics.update(self.look(batch), batch.numbers)
+
+
 class Evaluation:
-    """Metrics and all that they need besides the pictures measured."""
+    def __init__(
+        self,
+        metrics: Sequence[Metric],
+        settings: Settings,
+        procs: Processes,
+        reals: Files | None = None,
+        large: Files | None = None,
+        weights: str | os.PathLike | None = None,
+    ):
+        """Load the networks that the metrics look with. Raises UserError.
 
-    metrics: tuple[Metric, ...]
-    reals: Files | None
-    photos: Files | None
-    tools: dict  # of metrics.runner.load_tools
-    settings: Settings
-    procs: Processes
+        reals: the images to compare with. large: those that pfid takes windows of. weights: a folder of weights.
+        """
+        self.metrics, self.settings, self.procs, self.reals, self.large = metrics, settings, procs, reals, large
+        self.batch = settings.batch or (32 if procs.device.type == "cuda" else 8)
+        needed = dict.fromkeys(metric.family.tool for metric in metrics if metric.family.tool)
+        if not procs.is_first:
+            procs.barrier()  # rank 0 downloads what is missing
+        self.tools = {load: load(procs.device, weights) for load in needed}
+        if procs.is_first:
+            procs.barrier()
 
     @torch.no_grad()
-    def __call__(self, fakes: Fakes, stop: Callable[[], bool] = lambda: False) -> list[dict]:
-        """The lines for metric-<name>.jsonl, in every process; none when `stop` became true in some process."""
+    def __call__(self, images: Generated | Given, stop: Callable[[], bool] = lambda: False) -> list[dict]:
+        """Return the lines for metric-<name>.jsonl, in every process; [] when `stop` became true in some process.
+
+        It is asked at every batch. The statistics of real images are kept once all of them were seen. Raises UserError
+        when the images do not serve a metric.
+        """
+        began = time.monotonic()
+        tasks = self.tasks(images)
         try:
-            results = measure(*self._arguments(fakes), stop=stop)
+            reals = self.real_statistics(tasks, stop)
+            collectors = self.collectors(tasks)
+            lists = cut([collector.limit for collector in collectors.values()], self.batch)
+            values = self.collect(images.batches, lists, list(collectors.values()), "generated images", stop)
         except Stopped:
             return []
-        return [self.record(result) for result in results]
+        generated = dict(zip(collectors, values, strict=True))
+        passed = time.monotonic() - began
+        records = []
+        for task in tasks if self.procs.is_first else ():
+            began = time.monotonic()
+            statistics = [generated[task.need.key], *([reals[task.real]] if task.real else [])]
+            on_device = [x.to(self.procs.device) if isinstance(x, Tensor) else x for x in statistics]
+            estimates = task.compute(*on_device)
+            records.append(self.record(task, estimates, passed + time.monotonic() - began))
+        return self.procs.broadcast(records)
+
+    def tasks(self, images: Generated | Given) -> list[Task]:
+        inputs = Inputs(images, self.reals, self.large, self.tools, self.settings, self.procs.device)
+        return [task for metric in self.metrics for task in metric.family.tasks(metric, inputs)]
+
+    def collectors(self, tasks: Sequence[Task]) -> dict[object, Collector]:
+        needs = {task.need.key: task.need for task in tasks}
+        return {key: Collector(need.limit, need.look, need.empty()) for key, need in needs.items()}
+
+    def real_collector(self, need: RealNeed) -> Collector:
+        statistics = empty(need.kind, need.tool, need.limit, self.procs.device)
+        return Collector(need.limit, features_of(need.tool), statistics)
+
+    def collect(
+        self,
+        batches: Callable[[Sequence[Sequence[int]]], Iterator[Batch]],
+        lists: Sequence[Sequence[int]],
+        collectors: Sequence[Collector],
+        desc: str,
+        stop: Callable[[], bool],
+    ) -> list:
+        """Feed the batches, which the processes take in turn, to every collector; return the statistics gathered."""
+        procs = self.procs
+        own = batches(lists[procs.rank :: procs.world])
+        turns = range(0, len(lists), procs.world)
+        for turn in progress(turns, desc=desc, unit="batch") if procs.is_first else turns:
+            if procs.any(stop()):  # all take the same number of turns, so that they stop together
+                raise Stopped
+            if turn + procs.rank < len(lists):
+                batch = next(own)
+                for collector in collectors:
+                    collector.feed(batch)
+        return [collector.statistics.gather(procs) for collector in collectors]
+
+    def real_statistics(self, tasks: Sequence[Task], stop: Callable[[], bool]) -> dict[RealNeed, Statistics]:
+        """Find the statistics of real images: those on disk, and the others in one pass over each set."""
+        found = {}
+        for images, needs in by_set(tasks).items():
+            content = self.procs.broadcast(images.files.digest if self.procs.is_first else None)
+            wanted = {}
+            for need in needs:
+                detector = need.tool.digest or need.tool.name
+                key = cache.cache_key(content, detector=detector, **images.facts(need.limit))
+                wanted[cache.Statistics(need.kind, key, need.tool.num_features)] = need
+
+            def compute(missing: list[cache.Statistics], images=images, wanted=wanted) -> list:
+                collectors = [self.real_collector(wanted[one]) for one in missing]
+                lists = images.cut([collector.limit for collector in collectors], self.batch)
+                return self.collect(images.batches, lists, collectors, "real images", stop)
+
+            found |= zip(wanted.values(), cache.cached(list(wanted), compute, self.procs), strict=True)
+        return found
 
     @torch.no_grad()
-    def estimate(self, fakes: Fakes) -> tuple[float, float]:
-        """Seconds for the pictures, and for photographs unless they are known. Raises the UserErrors of measuring."""
-        return estimate(*self._arguments(fakes))
+    def estimate(self, images: Generated | Given) -> tuple[float, float]:
+        """Return how long measuring will take: seconds for these images, and for real ones of which nothing is kept.
 
-    def _arguments(self, fakes: Fakes) -> tuple:
-        return self.metrics, fakes, self.reals, self.photos, self.tools, self.settings, self.procs
+        Two batches of each sort are shown to the metrics, and the second one is timed. Raises the UserErrors of
+        measuring.
+        """
+        tasks = self.tasks(images)
 
-    def record(self, result: Result) -> dict:
-        figures = {result.named(ending): measured for ending, measured in result.measures.items()}
+        def seconds(batches, lists: list[Sequence[int]], collectors: Sequence[Collector]) -> float:
+            shown = (lists * 2)[:2]
+            stream = batches(shown)
+            for numbers in shown:
+                began = time.monotonic()
+                batch = next(stream)
+                for collector in collectors:
+                    collector.feed(batch)
+                taken = (time.monotonic() - began) / len(numbers)
+            return taken * sum(map(len, lists)) / self.procs.world
+
+        collectors = list(self.collectors(tasks).values())
+        edges = sorted({0, *(collector.limit for collector in collectors)})
+        lists = cut(edges, self.batch)
+        parts = [[x for x in lists if begin <= x[0] < end] for begin, end in itertools.pairwise(edges)]
+        generated = sum(seconds(images.batches, part, collectors) for part in parts)
+        reals = 0.0
+        for real_images, needs in by_set(tasks).items():
+            looking = [self.real_collector(need) for need in needs]
+            lists = real_images.cut([collector.limit for collector in looking], self.batch)
+            reals += seconds(real_images.batches, lists, looking)
+        return generated, reals
+
+    def record(self, task: Task, estimates: Estimate | dict[str, Estimate], seconds: float) -> dict:
+        if isinstance(estimates, Estimate):
+            estimates = {"": estimates}
+        results = {task.named(ending): estimate for ending, estimate in estimates.items()}
+        errors = {name: estimate.standard_error for name, estimate in results.items()}
+        (values, *_) = (estimate.values for estimate in results.values())
         return {
-            "results": {name: measured.mean for name, measured in figures.items()},
-            "metric": result.named(),
-            "standard_error": {
-                name: None if math.isnan(measured.standard_error) else measured.standard_error
-                for name, measured in figures.items()
-            },
-            **result.facts,
-            "total_time": result.seconds,
+            "results": {name: estimate.value for name, estimate in results.items()},
+            "metric": task.named(),
+            "standard_error": {name: None if math.isnan(error) else error for name, error in errors.items()},
+            **task.facts,
+            **({} if values is None else {"values": [float(f"{value:.6g}") for value in values.tolist()]}),
+            "total_time": seconds,
             "num_gpus": self.procs.world,
             "timestamp": time.time(),
             "versions": versions(),
         }
+
+
+def by_set(tasks: Sequence[Task]) -> dict[object, list[RealNeed]]:
+    """Group what is needed of real images by their set, each once."""
+    groups = {}
+    for need in dict.fromkeys(task.real for task in tasks if task.real):
+        groups.setdefault(need.images, []).append(need)
+    return groups
 
 
 def versions() -> dict[str, str]:

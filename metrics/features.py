@@ -21,7 +21,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from dnnlib.config import nearest
 from dnnlib.console import UserError
 from dnnlib.files import RemoteFile, locate
-from metrics.pictures import Activations
+from metrics.images import Activations
 from metrics.weights import State, Weights
 from torch_utils import lite0
 
@@ -54,7 +54,10 @@ class Detector:
         if images.shape[1] == 4:
             raise UserError(f"{self.name} looks at RGB or grey images, and these have an alpha channel; remove it")
         parts = [self.module(part.to(self.device).expand(-1, 3, -1, -1)) for part in images.split(self.batch)]
-        return Activations(*(torch.cat(same) for same in zip(*parts, strict=True)))
+        activations = Activations(*(torch.cat(same) for same in zip(*parts, strict=True)))
+        if not all(x is None or x.isfinite().all() for x in activations):
+            raise UserError(f"{self.name} gives features that are not finite; its weights are broken")
+        return activations
 
 
 def load(

@@ -10,23 +10,28 @@ over channels less its mean over pixels, x[i,j], and the power spectrum at v cyc
 that is, beyond 0.1 cycles per pixel. Plaid has share 1. White noise has that of the bins: 0.15 at 32², 0.077 at 64².
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from metrics.pictures import Activations
+from dnnlib.console import UserError
+from metrics.estimate import Estimate
+from metrics.images import Activations
+from metrics.moments import Moments
 
 LOWEST = 0.1  # cycles per pixel
 
 
 def masks(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Which bins of a DFT count, and which of these lie on the axes: bool [H,W] each."""
+    """Return which bins of a DFT count, and which of these are on the axes: bool [H,W] each."""
     v, u = torch.fft.fftfreq(height, dtype=torch.float64)[:, None], torch.fft.fftfreq(width, dtype=torch.float64)
     counted = u.square() + v.square() > LOWEST**2
     return counted, counted & ((u.abs() * width < 1.5) | (v.abs() * height < 1.5))
 
 
 def line_share(images: Tensor) -> Tensor:
-    """uint8 [N,C,H,W] -> float64 [N] from 0 to 1; 0 for an image of one colour, which has no energy."""
+    """Return float64 [N] from 0 to 1 for uint8 [N,C,H,W]; 0 for an image of one colour, which has no energy."""
     x = images.double().sum(1)  # whole numbers: a flat image less its mean is exactly 0
     x = x - x.mean((1, 2), keepdim=True)
     rows, cols = (torch.hann_window(n, dtype=torch.float64, device=x.device) for n in x.shape[1:])
@@ -36,9 +41,23 @@ def line_share(images: Tensor) -> Tensor:
 
 
 class LineShare:
-    """`line_share` in the place of a metrics.features.Detector: its one feature. There are no weights."""
+    """Takes the place of a metrics.features.Detector, with line_share as its one feature and no weights."""
 
     name, digest, standard, num_features = "lines", None, True, 1
 
     def __call__(self, images: Tensor) -> Activations:
         return Activations(line_share(images)[:, None])
+
+
+def line_ratio(fake: Moments, real: Moments) -> dict[str, Estimate]:
+    """Return the mean shares of generated images, `_fake`, and of real ones, `_real`, and their `_ratio`.
+
+    fake, real: moments of the share. Raises UserError when the real images have no energy that counts.
+    """
+    shares = [Estimate(m.mean.item(), math.sqrt(m.covariance.item() / m.count)) for m in (fake, real)]
+    if not shares[1].value:
+        raise UserError("lines: the real images have no fine detail, so there is nothing to compare with")
+    ratio = shares[0].value / shares[1].value
+    # The relative variances of independent factors add up.
+    errors = (s.standard_error / s.value if s.value else 0.0 for s in shares)
+    return {"_fake": shares[0], "_real": shares[1], "_ratio": Estimate(ratio, ratio * math.hypot(*errors))}

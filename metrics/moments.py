@@ -1,6 +1,6 @@
-"""What is kept of the features of many pictures: their moments, or the features themselves of some.
+"""What is kept of the features of many images: their moments, or the features themselves.
 
-Legend: N pictures, F features.
+Both take batches in any order, on any process. Legend: N images, F features.
 """
 
 import torch
@@ -9,26 +9,18 @@ from torch import Tensor
 from dnnlib.console import UserError
 from torch_utils.distributed import Processes
 
-GATHER_ROWS = 4096  # of a FeatureTable at once: 32 MiB for 2048 features
-
-
-def check(features: Tensor, num_features: int) -> None:
-    """Raises ValueError for a shape other than [N,F], and UserError for values that are not finite."""
-    if features.ndim != 2 or features.shape[1] != num_features:
-        raise ValueError(f"features must be [N,{num_features}], not {list(features.shape)}")
-    if not features.isfinite().all():
-        raise UserError("a picture has features that are not finite; the network or its weights are broken")
+GATHER_ROWS = 4096  # of a Table at once: 32 MiB for 2048 features
 
 
 class Moments:
-    """Count, mean and covariance of features, in float64; any order, any batches, any split over processes.
+    """Count, mean and covariance of features, in float64.
 
     They are kept as deviations from the mean and merged pairwise (Chan, Golub & LeVeque 1979). Plain sums of x and xxᵀ
     would be shorter, but their difference Σxxᵀ - n·mmᵀ loses twice the digits by which the mean exceeds the spread.
 
     count    N
     mean     float64 [F]
-    scatter  float64 [F,F], the sum over pictures of (x - mean)(x - mean)ᵀ
+    scatter  float64 [F,F], the sum over images of (x - mean)(x - mean)ᵀ
     """
 
     def __init__(self, num_features: int, device: str | torch.device = "cpu"):
@@ -38,15 +30,14 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """float64 [F,F], with N - 1 below. Raises UserError for fewer than two pictures."""
+        """float64 [F,F], with N - 1 below. Raises UserError for fewer than two images."""
         if self.count < 2:
-            raise UserError(f"a covariance takes 2 pictures or more, and there are {self.count}")
+            raise UserError(f"a covariance takes 2 images or more, and there are {self.count}")
         return self.scatter / (self.count - 1)
 
     @torch.no_grad()
-    def update(self, features: Tensor) -> None:
-        """Counts in float [N,F]. Raises UserError for values that are not finite."""
-        check(features, len(self.mean))
+    def update(self, features: Tensor, numbers: Tensor | None = None) -> None:
+        """Count in float [N,F]; whose features they are does not matter."""
         if not len(features):
             return
         x = features.to(self.mean)
@@ -60,7 +51,7 @@ class Moments:
 
     @torch.no_grad()
     def gather(self, procs: Processes) -> "Moments":
-        """The moments of the pictures of all processes together, in each of them."""
+        """Return the moments of the images of all processes together, in each of them."""
         whole = Moments(len(self.mean), procs.device)
         count = torch.tensor(float(self.count), dtype=torch.float64, device=procs.device)
         whole.count = int(procs.sum_(count))
@@ -72,7 +63,7 @@ class Moments:
         return whole
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a file; `from_tensors` reads them back."""
+        """Return what a file holds; `from_tensors` reads it back."""
         return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
 
     @classmethod
@@ -91,31 +82,24 @@ class Moments:
         return moments
 
 
-class FeatureTable:
-    """The features of the pictures 0 … num - 1, float32 [num,F] on the CPU; any order, any process.
+class Table:
+    """A row of F numbers for each of the images 0 … num - 1, on the CPU."""
 
-    `num` bounds the memory: pictures beyond it are left out. Number the pictures in random order, so that the first
-    ones are a fair sample of all.
-    """
-
-    def __init__(self, num: int, num_features: int):
-        self.table = torch.zeros(num, num_features)
+    def __init__(self, num: int, num_features: int, dtype: torch.dtype = torch.float32):
+        self.rows = torch.zeros(num, num_features, dtype=dtype)
         self.filled = torch.zeros(num, dtype=torch.float64)
 
     @torch.no_grad()
-    def update(self, features: Tensor, numbers: Tensor) -> None:
-        """float [N,F] and which pictures they are of, int64 [N]. Raises UserError for values that are not finite."""
-        check(features, self.table.shape[1])
-        numbers = numbers.cpu()
-        kept = numbers < len(self.table)
-        self.table[numbers[kept]] = features.detach().cpu().float()[kept]
-        self.filled[numbers[kept]] = 1
+    def update(self, rows: Tensor, numbers: Tensor) -> None:
+        """Keep float [N,F] of the images `numbers`, int64 [N] on the CPU."""
+        self.rows[numbers] = rows.cpu().to(self.rows)
+        self.filled[numbers] += 1
 
     @torch.no_grad()
     def gather(self, procs: Processes) -> Tensor:
-        """float32 [num,F] of all processes together. Raises ValueError when a picture was left out or is double."""
+        """Return [num,F] of all processes. Raises ValueError unless each image came exactly once."""
         filled = procs.sum_(self.filled.to(procs.device, copy=True))
         if not (filled == 1).all():
-            raise ValueError(f"{int((filled != 1).sum())} of {len(filled)} pictures were not measured exactly once")
-        rows = self.table.split(GATHER_ROWS)
-        return torch.cat([procs.sum_(part.to(procs.device, copy=True)).cpu() for part in rows])
+            raise ValueError(f"{int((filled != 1).sum())} of {len(filled)} images were not measured exactly once")
+        parts = self.rows.split(GATHER_ROWS)
+        return torch.cat([procs.sum_(part.to(procs.device, copy=True)).cpu() for part in parts])

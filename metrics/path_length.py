@@ -1,11 +1,11 @@
-"""Perceptual path length in W: how far pictures move for a small step of the style (Karras et al., 2019 and 2020).
+"""Perceptual path length in W: how far images move for a small step of the style (Karras et al., 2019 and 2020).
 
     PPL = E[d(g(w), g(lerp(w, w', ε))) / ε²],   w = f(z), w' = f(z') with the same label
 
 at the ends of paths (t = 0; `ppl2_wend` of StyleGAN2 and its successors, whose settings these are): ε = 10⁻⁴, whole
-pictures averaged down by the largest integer that leaves 256 pixels on the shorter side, d = LPIPS with VGG16
-(metrics/perceptual.py), and the mean without the lowest and the highest percent. Lower is smoother. Styles, pictures
-and the distance must be float32 or better: at bfloat16 a step of 10⁻⁴ rounds to none.
+images averaged down by the largest integer that leaves 256 pixels on the shorter side, d = LPIPS with VGG16
+(metrics/perceptual.py), and the mean without the lowest and the highest percent. Lower is smoother. Styles, images and
+the distance must be float32 or better: at bfloat16 a step of 10⁻⁴ rounds to none.
 """
 
 from collections.abc import Callable
@@ -24,24 +24,21 @@ def path_lengths(
     c: Tensor,
     epsilon: float = 1e-4,
 ) -> Tensor:
-    """Latents z [N,z_dim], z_towards [N,z_dim] and labels c [N,c_dim] -> float64 [N], on the CPU.
+    """Return float64 [N], on the CPU, for latents z [N,z_dim], z_towards [N,z_dim] and labels c [N,c_dim].
 
-    mapping: (z, c) -> styles [N,num_ws,w_dim]. synthesis: styles -> pictures [N,C,H,W] about [-1,1].
-    distance: of two such batches -> [N]. Raises ValueError when a length is not finite.
+    mapping: (z, c) -> styles [N,num_ws,w_dim]. synthesis: styles -> images [N,C,H,W] about [-1,1].
+    distance: of two such batches -> [N].
     """
     start, end = mapping(torch.cat([z, z_towards]), torch.cat([c, c])).chunk(2)
     images = synthesis(torch.cat([start, start.lerp(end, epsilon)]))
     factor = min(images.shape[-2:]) // 256
     if factor > 1:
         images = F.avg_pool2d(images, factor)
-    lengths = distance(*images.chunk(2)).double().cpu() / epsilon**2
-    if not lengths.isfinite().all():
-        raise ValueError("a path length is not finite: the network gives pictures with NaN or infinite colours")
-    return lengths
+    return distance(*images.chunk(2)).double().cpu() / epsilon**2
 
 
 def trimmed(lengths: Tensor) -> Tensor:
-    """float64 [N] -> those from the 1st to the 99th percentile, both included."""
+    """Return those of float64 [N] from the 1st to the 99th percentile, both included."""
     low = lengths.quantile(0.01, interpolation="lower")
     high = lengths.quantile(0.99, interpolation="higher")
     return lengths[(lengths >= low) & (lengths <= high)]

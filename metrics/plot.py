@@ -1,4 +1,4 @@
-"""Curves of what was measured in several runs, from their metric-*.jsonl."""
+"""Plots what was measured in several runs, from their metric-*.jsonl."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from dnnlib.config import nearest
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 
-# From the paper, https://arxiv.org/abs/2303.14157: 256² against 512² brought down to 256².
+# From the paper, https://arxiv.org/abs/2303.14157: 256² against 512² downsampled to 256².
 CONSISTENCY = {
     "scale_psnr": {"CREPS": 34.65, "CIPS": 33.33},
     "scale_ssim": {"CREPS": 0.96, "CIPS": 0.93},
@@ -30,7 +30,7 @@ Point = tuple[float, float, float]  # x, value, standard error
 
 
 def read(run: Path) -> list[dict]:
-    """The measurements in a run directory, each with its `kimg`. Raises UserError when there are none."""
+    """Read the measurements in a run directory, each with its `kimg`. Raises UserError when there are none."""
     records = []
     for path in sorted(run.glob("metric-*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -40,14 +40,14 @@ def read(run: Path) -> list[dict]:
                 record.setdefault("kimg", float(snapshot[1]) if snapshot else 0.0)
                 records.append(record)
             except (ValueError, AttributeError, TypeError) as error:
-                raise UserError(f"line {number} of {path} is no measurement ({error}); remove it") from error
+                raise UserError(f"line {number} of {path} is not a measurement ({error}); remove it") from error
     if not records:
         raise UserError(f"{run} holds no metric-*.jsonl; give the directories of runs that were measured")
     return records
 
 
 def over_training(records: list[dict]) -> dict[str, list[Point]]:
-    """Name of a result -> its last value at each kimg; without the scales of `over_scales` but the usual one."""
+    """Return {name of a result: its last value at each kimg}; of those of `over_scales`, the usual scales alone."""
     curves = {}
     for record in records:
         if "scales" in record and "@" in record["metric"]:
@@ -59,7 +59,7 @@ def over_training(records: list[dict]) -> dict[str, list[Point]]:
 
 
 def over_scales(records: list[dict]) -> dict[str, list[Point]]:
-    """scale_psnr, … -> the value of the newest network at each ratio of the sides."""
+    """Return {scale_psnr, …: the value of the newest network at each ratio of the sides}."""
     curves = {}
     for record in sorted(records, key=lambda record: record["kimg"]):
         if "scales" in record:
@@ -86,13 +86,13 @@ def panel(axes: Axes, title: str, unit: str, curves: dict[str, list[Point]], pub
     axes.legend(fontsize="small")
 
 
-def draw(runs: list[Path], out: Path, published: str | None = None) -> None:
-    """One panel for each result over the training, and one for each kind of scale consistency, into `out`.
+def plot_runs(runs: list[Path], out: Path, published: str | None = None) -> None:
+    """Plot a panel for each result over the training, and one for each kind of scale consistency, into `out`.
 
-    published: a key of FID, whose figures are drawn with the FIDs. Raises UserError.
+    published: a key of FID, whose values are dashed lines. Raises UserError.
     """
     if published is not None and published not in FID:
-        raise UserError(f"--published={published}: {nearest(published, FID)}")
+        raise UserError(f"published={published}: {nearest(published, FID)}")
     records = {run.resolve().name: read(run) for run in runs}
     training = {run: over_training(found) for run, found in records.items()}
     scales = {run: over_scales(found) for run, found in records.items()}
@@ -107,7 +107,7 @@ def draw(runs: list[Path], out: Path, published: str | None = None) -> None:
         title = f"{name}: consistency over scales"
         curves = {run: c[name] for run, c in scales.items() if name in c}
         lines = {f"{who}, 256² to 512²": value for who, value in CONSISTENCY[name].items()}
-        panels.append((title, "side, relative to the first of --scales", curves, lines))
+        panels.append((title, "side, relative to the first of the scales", curves, lines))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")

@@ -1,16 +1,37 @@
-"""The names of the metrics: what is measured, of how many pictures, against which photographs.
+"""The table of metrics: what each needs, how it computes, and its names.
 
 (metric,) = parse("fid50k_full")
-metric.family, metric.num, metric.full  # "fid", 50000, True
+metric.num, metric.full  # 50000, True
 metric.of(1000).name  # "fid1k_full"
+
+A new metric is one entry in FAMILIES. Legend: N images, F numbers per image. Sizes are (H, W).
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from dnnlib.config import nearest
 from dnnlib.console import UserError
+from metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
+from metrics.equivariance import decibels, eqr, eqt_frac, eqt_int, errors
+from metrics.estimate import Estimate, mean
+from metrics.generated import GeneratedBatch
+from metrics.images import Batch, Size
+from metrics.lines import LineShare, line_ratio
+from metrics.moments import Table
+from metrics.needs import Inputs, Need, RealNeed, Task, empty, features_of
+from metrics.path_length import trimmed
+from metrics.reals import Windowed, Windows
+from metrics.resize import resize
+from metrics.scale import Distance, on_uint8, psnr, ssim
+
+MOST_FEATURES = 200_000  # real images whose features are kept for kid and pr: 1.6 GB of memory
 
 
 class Family(NamedTuple):
@@ -18,73 +39,348 @@ class Family(NamedTuple):
 
     pattern: str  # of the name; # is the number, [_#] is left out where it is the default, _? is _ unless after a k
     what: str
-    tool: str | None = None  # the network that looks at the pictures, see metrics.runner.TOOLS
-    reals: bool = False  # against photographs: all of them when the name ends in _full, else as many as the number
-    drawn: bool = False  # takes a generator; files of its pictures are not enough
-    least: int = 2  # pictures
+    tasks: Callable[["Metric", Inputs], list[Task]]  # raises UserError when the inputs do not suffice
+    tool: Callable | None = None  # (device, folder of weights) -> the network that looks at the images
+    reals: bool = False  # compares with real images: all when the name ends in _full, else as many as the number
+    windows: bool = False  # compares with windows of large real images
+    renders: bool = False  # takes a generator; files of its images are not enough
+    least: int = 2  # images
     side: int = 1  # pixels, at least
-    default: int = 50_000  # pictures, where the name has no number
-
-
-FAMILIES = {
-    "fid": Family("fid#", "Fréchet distance of Inception's features", "inception", reals=True),
-    "kid": Family("kid#", "kernel distance of Inception's features", "inception", reals=True),
-    "pr": Family("pr#_?3", "improved precision and recall, k = 3", "inception", reals=True, least=4),
-    "is": Family("is#", "Inception score", "inception", least=10),
-    "fd_dinov2": Family("fd_dinov2_#", "Fréchet distance of DINOv2's features", "dinov2", reals=True),
-    "fd_lite0": Family("fd_lite0_#", "Fréchet distance of EfficientNet-Lite0's features", "lite0", reals=True),
-    "lines": Family("lines#", "line artefacts", "lines", reals=True, default=1000, side=16),
-    "pfid": Family("pfid#", "patch FID: windows of large pictures", "inception", reals=True, drawn=True),
-    "ppl2_wend": Family("ppl2_wend[_#]", "path length in W", "lpips-vgg", drawn=True, side=16),
-    "eqt_int": Family("eqt#_int", "equivariance to whole pixels of translation, dB", drawn=True, side=32),
-    "eqt_frac": Family("eqt#_frac", "equivariance to any translation, dB", drawn=True, side=32),
-    "eqr": Family("eqr#", "equivariance to rotation, dB", drawn=True, side=32),
-    "scale_psnr": Family("scale_psnr[_#]", "scale consistency, dB", drawn=True, default=1000),
-    "scale_ssim": Family("scale_ssim[_#]", "scale consistency, SSIM", drawn=True, default=1000, side=11),
-    "scale_lpips": Family(
-        "scale_lpips[_#]", "scale consistency, LPIPS", "lpips-alex", drawn=True, default=1000, side=31
-    ),
-}
+    default: int = 50_000  # images, where the name has no number
 
 
 @dataclass(frozen=True)
 class Metric:
-    family: str
-    num: int  # pictures to generate
-    full: bool = False  # against all photographs
+    family: Family
+    num: int  # images to generate
+    full: bool = False  # against all real images
 
     @property
     def name(self) -> str:
-        """As people of StyleGAN write it, with thousands as k."""
-        family = FAMILIES[self.family]
+        """The name in StyleGAN's notation, with thousands as k."""
         number = str(self.num) if self.num % 1000 else f"{self.num // 1000}k"
-        optional = "" if self.num == family.default else f"_{number}"
-        name = family.pattern.replace("[_#]", optional).replace("#", number)
+        optional = "" if self.num == self.family.default else f"_{number}"
+        name = self.family.pattern.replace("[_#]", optional).replace("#", number)
         return name.replace("_?", "" if number.endswith("k") else "_") + "_full" * self.full
 
     def of(self, num: int) -> "Metric":
-        """The same, of `num` pictures. Raises UserError when that is too few."""
-        least = FAMILIES[self.family].least
-        if num < least:
-            raise UserError(f"{self.name} takes {least} pictures or more, not {num}")
+        """Return the same of `num` images. Raises UserError when that is too few."""
+        if num < self.family.least:
+            raise UserError(f"{self.name} takes {self.family.least} images or more, not {num}")
         return replace(self, num=num)
 
 
+# --- how metrics compute ---------------------------------------------------------------------------------------------
+
+
+def task(
+    metric: Metric,
+    inputs: Inputs,
+    compute: Callable,
+    need: Need,
+    real: RealNeed | None = None,
+    variant: tuple[str, ...] = (),
+    facts: dict | None = None,
+    sizes: tuple[Size, ...] = (),
+) -> Task:
+    """Return the task with what all tasks have in common. Raises UserError for images that do not serve.
+
+    sizes: at which the images are looked at; () is the size measured, which the name states if it is unusual.
+    """
+    images, family, tool = inputs.images, metric.family, inputs.tools.get(metric.family.tool)
+    for height, width in sizes or (images.size,):
+        if min(height, width) < family.side:
+            raise UserError(
+                f"{metric.name} takes images of {family.side}x{family.side} pixels or more, not {width}x{height}"
+            )
+    if tool and images.channels not in (1, 3):
+        raise UserError(f"{metric.name} looks at RGB or grey images, and these have {images.channels} channels")
+    known = {"num_fake": metric.num, "size": list(images.size), "seed": inputs.settings.seed}
+    if not sizes and images.size != images.native:
+        variant = (f"{images.size[1]}x{images.size[0]}", *variant)
+    variant += images.variant
+    if tool:
+        known["detector"] = {"name": tool.name, "sha256": tool.digest}
+        variant += () if tool.standard else (tool.name,)
+    return Task(metric.name, need, real, compute, variant, known | (facts or {}))
+
+
+def compare(kind: str, distance: Callable) -> Callable:
+    """Compare the "moments" or the "features" of generated images with those of real ones."""
+
+    def tasks(metric: Metric, inputs: Inputs) -> list[Task]:
+        files, tool = inputs.reals, inputs.tools[metric.family.tool]
+        if files is None:
+            raise UserError(f"{metric.name} compares with real images; give them as data")
+        limit = files.num if metric.full else min(files.num, metric.num)
+        if kind == "features":
+            limit = min(limit, MOST_FEATURES)
+        if limit < metric.family.least:
+            raise UserError(f"{metric.name} takes {metric.family.least} real images or more, and data has {limit}")
+        filter = inputs.fitted.filter
+        resized = None if files.size == inputs.images.size else f"centre crop, {filter}"
+        return [
+            task(
+                metric,
+                inputs,
+                distance,
+                Need(
+                    (kind, tool.name, metric.num),
+                    metric.num,
+                    features_of(tool),
+                    lambda: empty(kind, tool, metric.num, inputs.device),
+                ),
+                RealNeed(inputs.fitted, kind, tool, limit),
+                (filter,) if resized and filter != "lanczos" else (),
+                {"num_real": limit, "real_size": list(files.size), "resize": resized, "mirror": files.facts["mirror"]},
+            )
+        ]
+
+    return tasks
+
+
+def per_image(
+    look: Callable[[Batch, object, int], Tensor],
+    summarise: Callable[[Tensor], Estimate | dict[str, Estimate]],
+    width: Callable[[object], int] = lambda tool: 1,
+    dtype: torch.dtype = torch.float64,
+    facts: Callable[[object], dict] = lambda images: {},
+) -> Callable:
+    """Summarise look(batch, tool, seed), [N,width], of all generated images, [num,width]."""
+
+    def tasks(metric: Metric, inputs: Inputs) -> list[Task]:
+        tool = inputs.tools.get(metric.family.tool)
+        need = Need(
+            metric,
+            metric.num,
+            lambda batch: look(batch, tool, inputs.settings.seed),
+            lambda: Table(metric.num, width(tool), dtype),
+        )
+        return [task(metric, inputs, summarise, need, facts=facts(inputs.images))]
+
+    return tasks
+
+
+def moved(batch: GeneratedBatch, seed: int, move: Callable) -> Tensor:
+    """Return the errors [N,2] of equivariance; each image has a transform of its own, whatever batch it is in."""
+    numbers = enumerate(batch.numbers.tolist())
+    return torch.cat([errors(partial(batch.moved, i), move, seed, number) for i, number in numbers])
+
+
+def patches(metric: Metric, inputs: Inputs) -> list[Task]:
+    """Compare windows of large generated images with windows of large real ones."""
+    images, tool = inputs.images, inputs.tools[metric.family.tool]
+    (large, width), (size, other) = images.size, images.native
+    if size != other:
+        raise UserError(f"{metric.name} takes a generator trained on squares, not on {other}x{size}")
+    if large != width or large <= size:
+        raise UserError(
+            f"{metric.name} looks at windows of {size}x{size} pixels in larger squares; give the size of these, "
+            f"for example {4 * size}x{4 * size}"
+        )
+    if inputs.large is None:
+        raise UserError(f"{metric.name} compares with large real images; give them as data")
+    filter = inputs.settings.filter or "lanczos"
+    windows = Windows(size, large, filter, inputs.settings.seed)
+    limit = max(metric.num, inputs.large.num) if metric.full else metric.num
+
+    def look(batch: GeneratedBatch) -> Tensor:
+        boxes = [windows.box("fake", number) for number in batch.numbers.tolist()]
+        return tool(batch.windows(boxes)).features
+
+    need = Need(("windows", metric.num), metric.num, look, lambda: empty("moments", tool, metric.num, inputs.device))
+    real = RealNeed(Windowed(inputs.large, windows, limit, inputs.device), "moments", tool, limit)
+    facts = {"num_real": limit, "num_photographs": inputs.large.num, "window": size, "resize": filter}
+    return [task(metric, inputs, frechet_distance, need, real, (filter,) if filter != "lanczos" else (), facts)]
+
+
+def consistent(distance_of: Callable[[object], Distance]) -> Callable:
+    """Compare images with the same ones at another size, the larger downsampled."""
+
+    def tasks(metric: Metric, inputs: Inputs) -> list[Task]:
+        native = inputs.images.native
+        doubled = (native, (2 * native[0], 2 * native[1]))
+        first, *others = inputs.settings.scales or doubled
+        filter, distance = inputs.settings.filter or "box", distance_of(inputs.tools.get(metric.family.tool))
+        found = []
+        for other in others:
+            if first[0] * other[1] != first[1] * other[0]:
+                raise UserError(
+                    f"scales {side(first)} and {side(other)} have different shapes, so they show different parts"
+                )
+            small, large = sorted((first, other))
+
+            def look(batch: GeneratedBatch, small: Size = small, large: Size = large) -> Tensor:
+                shrunk = batch.once((large, small), lambda: resize(batch.images(large), small, filter))
+                return distance(batch.images(small), shrunk)[:, None]
+
+            need = Need((metric, small, large), metric.num, look, lambda: Table(metric.num, 1, torch.float64))
+            variant = () if (small, large) == doubled else (f"{side(small)}-{side(large)}",)
+            variant += () if filter == "box" else (filter,)
+            facts = {"scales": [list(first), list(other)], "filter": filter}
+            found.append(task(metric, inputs, listed_mean, need, None, variant, facts, (first, other)))
+        return found
+
+    return tasks
+
+
+def listed_mean(values: Tensor) -> Estimate:
+    """Return the mean of [N,1], with the values."""
+    values = values.flatten()
+    return mean(values)._replace(values=values)
+
+
+def side(size: Size) -> str:
+    """Return "256" for a square, else "512x256", width first."""
+    return str(size[0]) if size[0] == size[1] else f"{size[1]}x{size[0]}"
+
+
+# --- the networks that look at images --------------------------------------------------------------------------------
+
+
+def detector(kind: str) -> Callable:
+    def load(device, weights_dir):
+        from metrics import features  # torch-fidelity takes seconds to import
+
+        return features.load(kind, weights_dir=weights_dir, device=device)
+
+    return load
+
+
+def lpips(net: str) -> Callable:
+    def load(device, weights_dir):
+        from metrics.perceptual import LPIPS
+
+        return LPIPS(net, weights_dir).to(device)
+
+    return load
+
+
+INCEPTION = detector("inception")
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+FAMILIES = [
+    Family(
+        "fid#", "Fréchet distance of Inception's features", compare("moments", frechet_distance), INCEPTION, reals=True
+    ),
+    Family(
+        "kid#", "kernel distance of Inception's features", compare("features", kernel_distance), INCEPTION, reals=True
+    ),
+    Family(
+        "pr#_?3",
+        "improved precision and recall, k = 3",
+        compare("features", precision_recall),
+        INCEPTION,
+        reals=True,
+        least=4,
+    ),
+    Family(
+        "is#",
+        "Inception score",
+        per_image(
+            lambda batch, tool, seed: batch.activations(tool).logits,
+            inception_score,
+            lambda tool: tool.num_classes,
+            torch.float32,
+        ),
+        INCEPTION,
+        least=10,
+    ),
+    Family(
+        "fd_dinov2_#",
+        "Fréchet distance of DINOv2's features",
+        compare("moments", frechet_distance),
+        detector("dinov2"),
+        reals=True,
+    ),
+    Family(
+        "fd_lite0_#",
+        "Fréchet distance of EfficientNet-Lite0's features",
+        compare("moments", frechet_distance),
+        detector("lite0"),
+        reals=True,
+    ),
+    Family(
+        "lines#",
+        "line artefacts",
+        compare("moments", line_ratio),
+        lambda device, weights_dir: LineShare(),
+        reals=True,
+        side=16,
+        default=1000,
+    ),
+    Family("pfid#", "patch FID: windows of large images", patches, INCEPTION, windows=True, renders=True),
+    Family(
+        "ppl2_wend[_#]",
+        "path length in W",
+        per_image(lambda batch, tool, seed: batch.path_lengths(tool)[:, None], lambda x: mean(trimmed(x.flatten()))),
+        lpips("vgg"),
+        renders=True,
+        side=16,
+    ),
+    Family(
+        "eqt#_int",
+        "equivariance to whole pixels of translation, dB",
+        per_image(lambda batch, tool, seed: moved(batch, seed, eqt_int), decibels, lambda tool: 2),
+        renders=True,
+        side=32,
+    ),
+    Family(
+        "eqt#_frac",
+        "equivariance to any translation, dB",
+        per_image(lambda batch, tool, seed: moved(batch, seed, eqt_frac), decibels, lambda tool: 2),
+        renders=True,
+        side=32,
+    ),
+    Family(
+        "eqr#",
+        "equivariance to rotation, dB",
+        per_image(
+            lambda batch, tool, seed: moved(batch, seed, eqr),
+            decibels,
+            lambda tool: 2,
+            facts=lambda images: {"points": images.points},
+        ),
+        renders=True,
+        side=32,
+    ),
+    Family("scale_psnr[_#]", "scale consistency, dB", consistent(lambda tool: psnr), renders=True, default=1000),
+    Family(
+        "scale_ssim[_#]", "scale consistency, SSIM", consistent(lambda tool: ssim), renders=True, side=11, default=1000
+    ),
+    Family(
+        "scale_lpips[_#]",
+        "scale consistency, LPIPS",
+        consistent(on_uint8),
+        lpips("alex"),
+        renders=True,
+        side=31,
+        default=1000,
+    ),
+]
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
 def parse(text: str) -> tuple[Metric, ...]:
-    """The metrics in "a,b,c", each once; () for "none". Raises UserError for unknown names and too few pictures."""
+    """Return the metrics in "a,b,c", each once; () for "none". Raises UserError for unknown names, too few images."""
     names = [] if text == "none" else [name.strip() for name in text.split(",")]
     return tuple(dict.fromkeys(map(_parse, names)))
 
 
 def _parse(name: str) -> Metric:
-    for key, family in FAMILIES.items():
-        pattern = family.pattern.replace("[_#]", "(?:_#)?").replace("#", r"(\d{1,9})(k?)") + "(_full)?" * family.reals
+    for family in FAMILIES:
+        compares = family.reals or family.windows
+        pattern = family.pattern.replace("[_#]", "(?:_#)?").replace("#", r"(\d{1,9})(k?)") + "(_full)?" * compares
         if match := re.fullmatch(pattern, name):
             number, thousands, *full = match.groups()
             num = int(number) * (1000 if thousands else 1) if number else family.default
-            return Metric(key, family.default, any(full)).of(num)
+            return Metric(family, family.default, any(full)).of(num)
     raise UserError(f"there is no metric {name!r}; {nearest(name, KNOWN)}")
 
 
 # The usual names; the numbers in them may be others.
-KNOWN = tuple(Metric(key, family.default, family.reals).name for key, family in FAMILIES.items())
+KNOWN = tuple(Metric(family, family.default, family.reals or family.windows).name for family in FAMILIES)

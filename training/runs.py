@@ -14,11 +14,11 @@ import yaml
 from dnnlib.config import build, fields, merge, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
-from metrics.evaluation import Evaluation, default_batch
-from metrics.plan import Settings
+from metrics.evaluation import Evaluation
+from metrics.generated import Generated
+from metrics.needs import Settings
+from metrics.reals import EqualFiles
 from metrics.registry import Metric, parse
-from metrics.runner import load_tools
-from metrics.sources import Archive, Generated
 from torch_utils import checkpoint
 from torch_utils.command import command
 from torch_utils.distributed import Processes, processes
@@ -79,7 +79,7 @@ def snapshot_metrics(config: RunConfig) -> tuple[Metric, ...]:
     """Raises UserError for unknown ones, and for those that take more than a snapshot and its archive."""
     metrics = parse(",".join(config.metrics) or "none")
     for metric in metrics:
-        if metric.family == "pfid":
+        if metric.family.windows:
             raise UserError(f"{metric.name} takes large photographs and a size; measure it with calc_metrics.py")
     return metrics
 
@@ -153,14 +153,7 @@ def run(task: Task, procs: Processes) -> int:
     images = open_images(config.model_dump())
     state = new_state(config, procs.device)
     metrics = snapshot_metrics(config)
-    evaluation = Evaluation(
-        metrics,
-        Archive(images, config.data.mirror),
-        None,
-        load_tools(metrics, procs),
-        Settings(batch=default_batch(procs.device)),
-        procs,
-    )
+    evaluation = Evaluation(metrics, Settings(), procs, EqualFiles(images, config.data.mirror))
     fakes = functools.partial(Generated, labelled=images if config.data.cond else None)
     if metrics:
         pictures, photographs = evaluation.estimate(fakes(state.G_ema))

@@ -1,0 +1,111 @@
+"""Images of a generator, by number, at any size."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import rendering
+from dnnlib.console import UserError
+from metrics.images import Batch, Size
+from metrics.path_length import path_lengths
+from torch_utils.images import to_uint8
+from torch_utils.randomness import make_rng
+from training.networks import COORDS
+
+EXACT = 64 * 64  # pixels up to which rotated images are computed exactly, at some hundred times the cost
+
+
+class Generated:
+    """The images of a generator; image i depends on (seed, i) alone.
+
+    size      measured at
+    native    trained at
+    variant   what is unusual about them, for the names of results
+    points    how rotated ones are computed: "exact", or "interpolated" between samples of lines
+    """
+
+    def __init__(self, G: nn.Module, size: Size | None = None, *, seed: int = 0, trunc: float = 1, labelled=None):
+        """labelled: a training.data.ImageArchive from whose labels those of a conditional generator are sampled;
+        without it, classes take turns.
+        """
+        self.G, self.seed, self.trunc, self.labelled = G, seed, trunc, labelled
+        self.native, self.channels = G.config.img_shape, G.config.img_channels
+        self.size = size or self.native
+        self.variant = () if trunc == 1 else (f"trunc{trunc:g}",)
+        self.points = "exact" if math.prod(self.size) <= EXACT else "interpolated"
+        self.weight = next(G.parameters())  # for its dtype and device
+
+    def latents(self, numbers: Sequence[int], purpose: str) -> tuple[Tensor, Tensor]:
+        """Sample z [N,z_dim] and labels [N,c_dim]."""
+        config, z = self.G.config, []
+        c = torch.zeros(len(numbers), config.c_dim)
+        for i, number in enumerate(numbers):
+            rng = make_rng(self.seed, number, purpose)
+            z.append(torch.randn(config.z_dim, generator=rng))
+            if self.labelled:
+                c[i] = self.labelled.label(int(torch.randint(len(self.labelled), (), generator=rng)))
+            elif config.c_dim:
+                c[i, number % config.c_dim] = 1
+        return torch.stack(z).to(self.weight), c.to(self.weight)
+
+    def styles(self, z: Tensor, c: Tensor) -> Tensor:
+        return self.G.mapping(z, c, self.trunc)
+
+    def render(self, ws: Tensor, size: Size, **where) -> Tensor:
+        """Render [N,C,H,W] about [-1,1]. Raises UserError for colours that are not finite."""
+        colours = rendering.render(self.G, ws, size, **where)
+        if not colours.isfinite().all():
+            raise UserError("the network gives colours that are not finite; it is broken, measure an earlier snapshot")
+        return colours
+
+    def batches(self, lists: Sequence[Sequence[int]]) -> Iterator["GeneratedBatch"]:
+        return (GeneratedBatch(self, numbers) for numbers in lists)
+
+
+class GeneratedBatch(Batch):
+    """Images of a generator, rendered when they are asked for."""
+
+    def __init__(self, generated: Generated, numbers: Sequence[int]):
+        super().__init__(numbers)
+        self.generated = generated
+        self.z, self.c = generated.latents(numbers, "latents")
+        self.ws = generated.styles(self.z, self.c)
+
+    def colours(self, size: Size) -> Tensor:
+        return self.once(("colours", size), lambda: self.generated.render(self.ws, size))
+
+    def images(self, size: Size | None = None) -> Tensor:
+        size = size or self.generated.size
+        return self.once(("images", size), lambda: to_uint8(self.colours(size)))
+
+    def moved(self, index: int, matrix: Tensor | None) -> Tensor:
+        """Render image `index` of the batch, [1,C,H,W], as it is, or moved by float64 [3,3], in pixels about its
+        centre.
+        """
+        generated = self.generated
+        if matrix is None:
+            return self.colours(generated.size)[index : index + 1]
+        sides = matrix.clone()
+        sides[:2, 2] /= COORDS[generated.G.config.coords].steps(max(generated.size))  # from pixels to longer sides
+        exact = generated.points == "exact"
+        return generated.render(self.ws[index : index + 1], generated.size, transform=sides, exact=exact)
+
+    def windows(self, boxes: list[tuple[float, float, float, float]]) -> Tensor:
+        """Render of each image the window (x0, y0, x1, y1), in its sides: uint8 [N,C,H,W] of the size trained at."""
+        generated = self.generated
+        rendered = [
+            generated.render(w, generated.native, window=box) for w, box in zip(self.ws.split(1), boxes, strict=True)
+        ]
+        return to_uint8(torch.cat(rendered))
+
+    def path_lengths(self, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return float64 [N], see metrics/path_length.py."""
+        generated = self.generated
+        towards, _ = generated.latents(self.numbers.tolist(), "latents of path ends")
+
+        def synthesis(ws: Tensor) -> Tensor:
+            return generated.render(ws, generated.size)
+
+        return path_lengths(generated.styles, synthesis, distance, self.z, towards, self.c)

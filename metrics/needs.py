@@ -1,0 +1,90 @@
+"""What a metric gets (Inputs), what it asks to be kept of the images (Need, RealNeed), and what comes of that (Task).
+
+Legend: N images, F numbers per image. Sizes are (H, W).
+"""
+
+import functools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metrics.estimate import Estimate
+from metrics.generated import Generated
+from metrics.images import Batch, Size
+from metrics.moments import Moments, Table
+from metrics.reals import Files, Fitted, Given, Windowed
+
+Statistics = Moments | Table
+
+
+class Settings(NamedTuple):
+    scales: tuple[Size, ...] = ()  # of scale_*: the first is compared with each other one; () is (R, 2R)
+    filter: str | None = None  # None: box for scale_*, lanczos for real images
+    seed: int = 0
+    batch: int | None = None  # images at once: None: 32 on a GPU, else 8. It changes results by rounding alone
+
+
+@dataclass(frozen=True)
+class Inputs:
+    images: Generated | Given  # measured
+    reals: Files | None  # to compare with
+    large: Files | None  # real images of all sizes, for pfid
+    tools: dict[Callable, object]  # the networks that look at images, by the functions that load them
+    settings: Settings
+    device: torch.device
+
+    @functools.cached_property
+    def fitted(self) -> Fitted:
+        """The real images at the size measured."""
+        return Fitted(self.reals, self.images.size, self.settings.filter or "lanczos", self.device)
+
+
+class Need(NamedTuple):
+    """Statistics of the generated images 0 … limit − 1."""
+
+    key: Hashable  # equal needs have equal keys
+    limit: int
+    look: Callable[[Batch], Tensor]  # -> [N,F]
+    empty: Callable[[], Statistics]
+
+
+class RealNeed(NamedTuple):
+    """Statistics of the features of the first `limit` of real images; they are kept on disk."""
+
+    images: Fitted | Windowed
+    kind: str  # "moments" or "features"
+    tool: object
+    limit: int
+
+
+class Task(NamedTuple):
+    """One line of results.
+
+    name     of the metric
+    compute  what was gathered for `need`, and for `real` if any -> an estimate, or several by their names' endings
+    variant  what differs from the usual, for the name: the size, the truncation, the detector's weights, …
+    facts    all else that a reader may want to know, as JSON holds it
+    """
+
+    name: str
+    need: Need
+    real: RealNeed | None
+    compute: Callable[..., Estimate | dict[str, Estimate]]
+    variant: tuple[str, ...]
+    facts: dict
+
+    def named(self, ending: str = "") -> str:
+        """Return "fid50k_full", or with all that is unusual "fid50k_full@512x512@inception-custom-1a2b3c4d"."""
+        return "@".join((self.name + ending, *self.variant))
+
+
+def empty(kind: str, tool, limit: int, device: torch.device) -> Statistics:
+    """Return what gathers the features of `limit` images: Moments, or a Table of "features"."""
+    return Moments(tool.num_features, device) if kind == "moments" else Table(limit, tool.num_features)
+
+
+def features_of(tool) -> Callable[[Batch], Tensor]:
+    return lambda batch: batch.activations(tool).features

@@ -1,0 +1,186 @@
+"""Real images, by number: as files, and as batches at the size measured. Sizes are (H, W)."""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnnlib.console import UserError, progress
+from metrics.cache import content_digest
+from metrics.images import Batch, Size, cut
+from metrics.resize import fit, resize
+from torch_utils.randomness import make_rng
+from torch_utils.reading import cores, read_ahead
+
+READERS = 3  # processes that read ahead
+WORTH = 1000  # images from which on they are worth their start
+TOGETHER = 64  # windows of one image in a batch, at most
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+class Files:
+    """Images in files.
+
+    num       how many
+    size      of all of them, or None: each has its own
+    channels  of all of them
+    facts     what else decides their pixels, besides the files
+    """
+
+    num: int
+    size: Size | None
+    channels: int
+    facts: dict
+
+    def read(self, index: int) -> Tensor:
+        """Return uint8 [C,H,W]."""
+        raise NotImplementedError
+
+    def contents(self) -> Iterator[bytes]:
+        """Yield the bytes of each file."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The metrics.cache.content_digest of the files."""
+        return content_digest(progress(self.contents(), desc="digest of the real images"))
+
+    def lists(self, lists: Sequence[Sequence[int]]) -> Iterator[list[Tensor]]:
+        """Yield the images of each list of numbers."""
+        workers = min(READERS, cores()) if sum(map(len, lists)) >= WORTH else 0
+        return read_ahead(self._read_list, lists, workers)
+
+    def _read_list(self, indices: list[int]) -> list[Tensor]:
+        return [self.read(index) for index in indices]
+
+
+class EqualFiles(Files):
+    """Images of one size."""
+
+    def __init__(self, images, mirror: bool = False):
+        """images: a training.data.ImageArchive. mirror: whether it counts every image mirrored as well."""
+        self.images, self.num = images, len(images)
+        self.channels, *size = images.shape
+        self.size = tuple(size)
+        self.facts = {"mirror": mirror, "channels": self.channels}
+
+    def read(self, index: int) -> Tensor:
+        return self.images[index][0]
+
+    def contents(self) -> Iterator[bytes]:
+        return self.images.contents()
+
+
+class LargeFiles(Files):
+    """The images of at least `side` pixels per side; each has its own size."""
+
+    size = None
+
+    def __init__(self, files, channels: int, side: int):
+        """files: a training.data.ImageFiles. Raises UserError when all images are smaller."""
+        self.files, self.channels, self.facts = files, channels, {"channels": channels}
+        names = files.names()
+        self.names = [name for name in progress(names, desc="sizes of images") if min(files.size(name)) >= side]
+        if not self.names:
+            raise UserError(f"no image of {files.path} has {side} pixels per side; give larger ones, or a smaller size")
+        self.num, self.left_out = len(self.names), len(names) - len(self.names)
+
+    def read(self, index: int) -> Tensor:
+        image = self.files.image(self.names[index], self.channels)
+        return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).movedim(2, 0)
+
+    def contents(self) -> Iterator[bytes]:
+        return self.files.contents(self.names)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+class Fitted:
+    """Images of files in random order, cropped about their centres and resized to one size."""
+
+    def __init__(self, files: Files, size: Size, filter: str, device: torch.device):
+        self.files, self.size, self.filter, self.device = files, size, filter, device
+        self.order = np.random.RandomState(0).permutation(files.num)  # the first ones are a fair sample of all
+
+    def facts(self, limit: int) -> dict:
+        """What decides the first `limit` images, besides the files."""
+        return {**self.files.facts, "size": self.size, "filter": self.filter, "limit": limit}
+
+    def cut(self, limits: Iterable[int], batch: int) -> list[range]:
+        return cut(limits, batch)
+
+    def batches(self, lists: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        read = self.files.lists([self.order[list(numbers)].tolist() for numbers in lists])
+        for numbers, images in zip(lists, read, strict=True):
+            yield Batch(numbers, fit(torch.stack(images).to(self.device), self.size, self.filter))
+
+
+class Given(Fitted):
+    """Images of files in the place of generated ones."""
+
+    variant = ()
+
+    def __init__(self, files: EqualFiles, device: torch.device):
+        super().__init__(files, files.size, "lanczos", device)  # the filter has nothing to do
+        self.native, self.channels = files.size, files.channels
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Random windows of the central squares of images, window i of image i mod their number.
+
+    A square is taken for an image of at least `large` pixels per side. A window is 1/zoom of it, with log-uniform zooms
+    from 1 to large / size, and is resized to size × size.
+    """
+
+    size: int
+    large: int
+    filter: str
+    seed: int
+
+    def box(self, kind: str, number: int) -> tuple[float, float, float, float]:
+        """Return x0, y0, x1, y1 in sides of the square, a function of (seed, kind, number) alone."""
+        zoom, x, y = torch.rand(3, dtype=torch.float64, generator=make_rng(self.seed, number, f"{kind} window"))
+        part = (self.large / self.size) ** -zoom.item()
+        x0, y0 = x.item() * (1 - part), y.item() * (1 - part)
+        return x0, y0, x0 + part, y0 + part
+
+    def crop(self, image: Tensor, number: int) -> Tensor:
+        """Crop uint8 [C,H,W] to a window, in whole pixels, and resize it to [C,size,size]."""
+        length = min(image.shape[-2:])
+        top, left = ((have - length) // 2 for have in image.shape[-2:])
+        x0, y0, x1, _ = self.box("real", number)
+        part = max(self.size, round((x1 - x0) * length))
+        y, x = (min(round(v * length), length - part) for v in (y0, x0))
+        window = image[None, :, top + y : top + y + part, left + x : left + x + part]
+        return resize(window, (self.size, self.size), self.filter)[0]
+
+
+class Windowed:
+    """`limit` Windows of files."""
+
+    def __init__(self, files: Files, windows: Windows, limit: int, device: torch.device):
+        self.files, self.windows, self.limit, self.device = files, windows, limit, device
+        self.order = np.random.RandomState(0).permutation(files.num)
+
+    def facts(self, limit: int) -> dict:
+        """What decides the windows, besides the files."""
+        return {**self.files.facts, "windows": vars(self.windows), "limit": limit}
+
+    def cut(self, limits: Iterable[int], batch: int) -> list[range]:
+        """Group the windows of an image, up to TOGETHER, so that it is decoded once for them."""
+        step = self.files.num
+        wanted = [range(first, self.limit, step) for first in range(min(step, self.limit))]
+        return [part[i : i + TOGETHER] for part in wanted for i in range(0, len(part), TOGETHER)]
+
+    def batches(self, lists: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        read = self.files.lists([[int(self.order[numbers[0]])] for numbers in lists])
+        for numbers, (image,) in zip(lists, read, strict=True):
+            image = image.to(self.device)
+            yield Batch(numbers, torch.stack([self.windows.crop(image, i) for i in numbers]))
