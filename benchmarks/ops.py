@@ -22,11 +22,12 @@ from benchmarks.machine import describe, device_name, interleaved
 from benchmarks.rendering import flops
 from dnnlib.console import UserError, brief
 from dnnlib.files import atomic_write
-from rendering.network import Painter
+from rendering.network import FoldedGenerator
 from torch_utils.build import choose
 from torch_utils.command import command
 from torch_utils.ops import bias_act, modulated_linear
 from training.networks import Generator, GeneratorConfig
+from training.networks.layers import CLAMP
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LINES, PIXELS = 8 * (512 + 512), 512**2  # positions per image
@@ -52,7 +53,7 @@ def bias_act_case(*shape: int, dim: int = -1) -> Case:
         "bias_act",
         "×".join(map(str, shape)) + (", channels first" if dim == 1 else ""),
         lambda device, dtype: [normal(device, dtype, *shape), normal(device, torch.float32, shape[dim])],
-        lambda x, bias, impl: bias_act.bias_act(x, bias, act="lrelu", clamp=256.0, dim=dim, impl=impl),
+        lambda x, bias, impl: bias_act.bias_act(x, bias, act="lrelu", clamp=CLAMP, dim=dim, impl=impl),
         ("auto",),
         {"forward": 2 * size, "gradient": 2 * size, "training": 4 * size},
         {"forward": 0, "gradient": 0, "training": 0},
@@ -67,7 +68,7 @@ def modulated_case(n: int, p: int, i: int, o: int) -> Case:
             normal(device, dtype, n, p, i),
             *(normal(device, torch.float32, *shape) for shape in ((o, i), (n, i), (o,))),
         ],
-        lambda *inputs, impl: modulated_linear.modulated_linear(*inputs, clamp=256.0, impl=impl),
+        lambda *inputs, impl: modulated_linear.modulated_linear(*inputs, clamp=CLAMP, impl=impl),
         ("auto", "cuda", "cublas"),
         {"forward": n * p * (i + o), "training": n * p * (3 * i + 2 * o)},
         {"forward": 2 * n * p * i * o, "training": 6 * n * p * i * o},
@@ -83,20 +84,20 @@ def pixel_path_case(side: int) -> Case:
     config = GeneratorConfig()
 
     @functools.cache
-    def painter(device: torch.device, dtype: torch.dtype, impl: str) -> Painter:
+    def folded(device: torch.device, dtype: torch.dtype, impl: str) -> FoldedGenerator:
         torch.manual_seed(0)
         with device:
             G = Generator(config).requires_grad_(False)
             w = torch.zeros(config.num_ws, config.w_dim)
-        made = Painter(G, w, dtype, impl="triton" if impl in TILES else impl)
+        made = FoldedGenerator(G, w, dtype, impl="triton" if impl in TILES else impl)
         if impl in TILES:
             made.pixels.kernel.tile, made.pixels.kernel.warps = TILES[impl]
         return made
 
     def inputs(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         t = torch.linspace(0, 1, side, dtype=torch.float64, device=device)
-        lines = painter(device, dtype, "reference")
-        return [lines.line(0, t), lines.line(1, t), torch.empty(0, dtype=dtype)]
+        line = folded(device, dtype, "reference").line
+        return [line(0, t), line(1, t), torch.empty(0, dtype=dtype)]
 
     lines = 2 * side * config.num_fusions * config.biline_channels * config.thickness
     with torch.device("meta"):
@@ -105,7 +106,7 @@ def pixel_path_case(side: int) -> Case:
         "pixel_path",
         f"{side}×{side}",
         inputs,
-        lambda rows, cols, like, impl: painter(rows.device, like.dtype, impl).pixels(rows, cols),
+        lambda rows, cols, like, impl: folded(rows.device, like.dtype, impl).pixels(rows, cols),
         ("auto", *TILES),
         {"forward": 2 * (lines + config.img_channels * side**2)},
         {"forward": work},

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rendering import points
 from rendering.grid import Box, View
-from rendering.network import Painter
+from rendering.network import FoldedGenerator
 from torch_utils.precision import full_precision
 from training.networks import Generator
 
@@ -96,7 +96,7 @@ def paint(
     """Yields (box, finish(colours [N,C,h,w] about [-1,1], float32 at least)) for every tile of the plan.
 
     ws [N,num_ws,w_dim]. `dtype` of the matrix products, by default that of G. `only`: for each tile, whether it is
-    wanted. `finish` runs in the threads that paint. `impl` as in torch_utils.ops.pixel_path, by default G's.
+    wanted. `finish` runs in the threads that paint. `impl` as in rendering.pixel_path, by default G's.
     Raises ValueError for a dtype that does not serve or other shapes.
     """
     if only is not None and len(only) != plan.tiles:
@@ -124,7 +124,7 @@ def paint(
 
 def painters(
     G: Generator, ws: Tensor, dtype: torch.dtype | None, imap: Callable, impl: str | None = None
-) -> list[Painter]:
+) -> list[FoldedGenerator]:
     """One for each of ws [N,num_ws,w_dim]. Raises ValueError."""
     expected = (G.config.num_ws, G.config.w_dim)
     if ws.ndim != 3 or ws.shape[1:] != expected or not len(ws):
@@ -138,13 +138,13 @@ def painters(
     if torch.promote_types(dtype, own) != own:
         G = copy.deepcopy(G).to(dtype)  # styles and input in float64 too
     with full_precision(ws):
-        return [Painter(G, w, dtype, imap, impl) for w in ws.to(G.synthesis.lines.input.weight.dtype)]
+        return [FoldedGenerator(G, w, dtype, imap, impl) for w in ws.to(G.synthesis.lines.input.weight.dtype)]
 
 
 class Lines:
     """The lines of a block, as far as the wanted tiles need them, and colours from them."""
 
-    def __init__(self, made: list[Painter], plan: Plan, block: Box, wanted: list[Box], imap: Callable):
+    def __init__(self, made: list[FoldedGenerator], plan: Plan, block: Box, wanted: list[Box], imap: Callable):
         self.made, self.block, self.view = made, block, plan.view
         samples, piece = plan.view.rows.samples, plan.piece
         pieces = []  # axis of the picture, first and last pixel
@@ -196,7 +196,7 @@ def paint_points(
 class Points:
     """Samples of the lines around a block, where a field leads, and colours between them; or exact colours."""
 
-    def __init__(self, made: list[Painter], plan: Plan, block: Box, wanted: list[Box], imap: Callable):
+    def __init__(self, made: list[FoldedGenerator], plan: Plan, block: Box, wanted: list[Box], imap: Callable):
         self.made, self.view = made, plan.view
         self.samples = [(None, None) for _ in made]
         if not plan.exact:
@@ -209,7 +209,7 @@ class Points:
         return points.colours(self.made[i], x, y, self.samples[i])
 
 
-def sample(made: list[Painter], spreads: Sequence[points.Spread], imap: Callable):
+def sample(made: list[FoldedGenerator], spreads: Sequence[points.Spread], imap: Callable):
     """For each painter (rows, columns): points.Samples around `spreads`, or None where exact points come cheaper."""
     grids = [spread.grid() for spread in spreads]
     work = []
@@ -231,7 +231,7 @@ def sample(made: list[Painter], spreads: Sequence[points.Spread], imap: Callable
     ]
 
 
-def sample_piece(work: tuple[Painter, int, Tensor]) -> Tensor:
+def sample_piece(work: tuple[FoldedGenerator, int, Tensor]) -> Tensor:
     painter, axis, t = work
     return points.position_major(painter.line(axis, t.to(painter.device)))
 

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rendering.network import Painter
-from torch_utils.ops.pixel_path import fuse_points
+from rendering.network import FoldedGenerator
 
 DENSITY = 1024  # samples of a line per side of the picture at least; docs/rendering.md has the errors
 FINENESS = 1  # samples per pixel at least
@@ -68,15 +67,16 @@ def position_major(lines: Tensor) -> Tensor:
     return lines.permute(3, 0, 2, 1).contiguous()
 
 
-def lines_at(painter: Painter, axis: int, t: Tensor, samples: Samples | None) -> Tensor:
+def lines_at(G: FoldedGenerator, axis: int, t: Tensor, samples: Samples | None) -> Tensor:
     """Positions float64 [P] -> lines [P,K,D,C]: between samples, or exactly, equal positions once."""
     if samples is not None:
         return samples.at(t)
     places, which = torch.unique(t, return_inverse=True)
-    return position_major(painter.line(axis, places))[which]
+    return position_major(G.line(axis, places))[which]
 
 
-def colours(painter: Painter, x: Tensor, y: Tensor, samples: tuple[Samples | None, Samples | None]) -> Tensor:
+def colours(G: FoldedGenerator, x: Tensor, y: Tensor, samples: tuple[Samples | None, Samples | None]) -> Tensor:
     """x, y float64 [P] -> colours [img_channels,P]. `samples` of rows and of columns."""
-    rows, cols = (lines_at(painter, axis, t, samples[axis]) for axis, t in enumerate((y, x)))
-    return painter.pixels.decode(fuse_points(rows, cols))
+    rows, cols = (lines_at(G, axis, t, samples[axis]) for axis, t in enumerate((y, x)))
+    fusions = (rows * cols).sum(2).permute(1, 2, 0).contiguous()  # [K,C,P]
+    return G.pixels.decode(iter(fusions), len(fusions))

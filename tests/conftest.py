@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import train
+from torch_utils import build
 from training import snapshot
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +116,17 @@ class Tiny:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
         return self.start(command, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe, **options)
+
+
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch) -> Iterator[Path]:
+    """Returns the empty cache directory of a process that has not built any C++ or CUDA code yet."""
+    monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "cache"))
+    for function in (build.kernels, build.say_once):
+        function.cache_clear()
+    yield tmp_path / "cache"
+    for function in (build.kernels, build.say_once):
+        function.cache_clear()
 
 
 @pytest.fixture

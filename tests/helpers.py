@@ -1,12 +1,19 @@
 """Functions that several test files share. They import nothing of the project, so tests/gpu can use them too."""
 
 import io
+import shutil
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler"
+)
+CPP = pytest.param("cpp", marks=needs_compiler)
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -41,3 +48,13 @@ def write_zip(path: Path, contents: dict[str, bytes]) -> Path:
         for name, data in contents.items():
             archive.writestr(name, data)
     return path
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference, relative to the largest expected number."""
+    return ((got - expected).abs().max() / expected.abs().max()).item() if expected.numel() else 0.0
+
+
+def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative root mean square of the difference. A sign that rounding flips changes it little."""
+    return ((got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300)).item()

@@ -20,7 +20,6 @@ from benchmarks import ops
 from dnnlib.console import UserError
 from torch_utils import build, doctor
 from torch_utils.ops import bias_act as bias_act_module
-from torch_utils.ops import chain
 from torch_utils.ops import modulated_linear as modulated_linear_module
 from torch_utils.ops.bias_act import bias_act
 from training.networks import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
@@ -52,7 +51,9 @@ def emulated(tmp_path_factory):
 @pytest.fixture
 def device(emulated, monkeypatch):
     """The kernels run on the CPU, and `auto` chooses them there."""
-    monkeypatch.setattr(build, "kernels", lambda source, device, impl: (emulated.get(source), ""))
+    real = build.kernels
+    found = {source: (kernels, "") for source, kernels in emulated.items()}
+    monkeypatch.setattr(build, "kernels", lambda source, *args: found.get(source) or real(source, *args))
     return torch.device("cpu")
 
 
@@ -135,9 +136,7 @@ def test_the_doctor_needs_neither_a_gpu_nor_compilers(fresh, monkeypatch):
     monkeypatch.setattr(build.os, "access", lambda path, mode: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    chain.build.cache_clear()
     page = CliRunner().invoke(doctor.main, catch_exceptions=False)
-    chain.build.cache_clear()
     assert page.exit_code == 0
     assert "no CUDA device: there is no NVIDIA GPU" in page.output
     assert "none: there is no CUDA compiler nvcc" in page.output
@@ -212,7 +211,7 @@ def test_a_failing_nvcc_shows_its_first_error_and_the_fix(fresh, monkeypatch, tm
     for _ in range(2):
         assert build.choose("auto", bias_act_module.IMPLS, SOURCES[0], CARD) is None
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("bias_act goes on in plain PyTorch, which is slower: ")
+    assert line.startswith("bias_act continues in plain PyTorch, which is slower: ")
     assert "no such thing" in line
     assert "more" not in line
     assert "choose another CUDA toolkit by the variable CUDA_HOME" in line
@@ -228,7 +227,9 @@ def test_a_library_that_the_driver_refuses_is_not_used(fresh, emulated, monkeypa
     for _ in range(2):
         assert build.choose("auto", bias_act_module.IMPLS, source, CARD) is None
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"{source.stem} goes on in plain PyTorch, which is slower: the CUDA function probe failed: ")
+    assert line.startswith(
+        f"{source.stem} continues in plain PyTorch, which is slower: the CUDA function probe failed: "
+    )
     assert "update the NVIDIA driver, or choose an older CUDA toolkit by the variable CUDA_HOME" in line
     with pytest.raises(UserError, match=f"impl='cuda' of {source.stem} is unavailable: .* invalid device ordinal;"):
         build.choose("cuda", bias_act_module.IMPLS, source, CARD)

@@ -378,11 +378,11 @@ def test_without_decoders_the_fusions_are_added():
     assert error(torch.cat(seen), expected) <= 1e-12
 
 
-def test_a_fusion_is_half_the_dot_product_over_the_thickness():
+def test_a_fusion_is_the_dot_product_over_the_thickness():
     rows, cols = noise(2, 3, 4, 5), noise(2, 6, 4, 5, seed=3)
     got = fuse(rows, cols).unflatten(1, (3, 6))
     for n, i, j, c in [(0, 0, 0, 0), (1, 2, 5, 4), (1, 0, 3, 2)]:
-        assert got[n, i, j, c].item() == pytest.approx(sum(rows[n, i, d, c] * cols[n, j, d, c] for d in range(4)) / 2)
+        assert got[n, i, j, c].item() == pytest.approx(sum(rows[n, i, d, c] * cols[n, j, d, c] for d in range(4)))
 
 
 def test_a_normalised_latent_has_a_mean_square_of_one():

@@ -11,12 +11,11 @@ import torch
 from dnnlib.console import UserError
 from torch_utils import build as building
 from torch_utils.build import cpp_compiler
-from torch_utils.ops import pixels as module
 from torch_utils.ops.bias_act import bias_act
-from torch_utils.ops.chain import Layer
-from torch_utils.ops.pixels import pixels, with_tensors
+from torch_utils.ops.chain import Folded
 from torch_utils.ops.resample import lowpass
 from training.networks import Generator, GeneratorConfig
+from training.networks.fused_pixels import fused_pixels, with_tensors
 from training.networks.layers import compute_with
 
 pytestmark = pytest.mark.skipif(not shutil.which(cpp_compiler()[0]), reason="there is no C++ compiler")
@@ -36,11 +35,11 @@ def example(images, fusions, channels, thickness, height, width, clamp, terms):
         for outputs, own in ((2 * channels + 1, i % 2), (channels, not i % 2)):
             weight = noise(*[images] * own, outputs, inputs, seed=next(seeds)) / math.sqrt(inputs)
             last = outputs == channels and i < terms
-            layers.append(Layer(weight, noise(outputs, seed=next(seeds)), 0.2, clamp, terms=int(last)))
+            layers.append(Folded(weight, noise(outputs, seed=next(seeds)), 0.2, clamp, term=last))
             inputs = outputs
         if i >= terms - 1:
             weight = noise(images, 3, inputs, seed=next(seeds)) / math.sqrt(inputs)
-            layers.append(Layer(weight, noise(3, seed=next(seeds)), clamp=clamp, branch=True))
+            layers.append(Folded(weight, noise(3, seed=next(seeds)), clamp=clamp, branch=True))
     return rows, cols, layers
 
 
@@ -70,7 +69,9 @@ def test_pixels_are_the_reference_with_derivatives_of_both_orders(shape, clamp):
     inputs = [rows, cols, *(t for layer in layers for t in (layer.weight, layer.bias))]
 
     def run(impl, dtype):
-        return both_derivatives(lambda r, c, *ts: pixels(r, c, with_tensors(layers, ts), impl=impl), inputs, dtype)
+        return both_derivatives(
+            lambda r, c, *ts: fused_pixels(r, c, with_tensors(layers, ts), impl=impl), inputs, dtype
+        )
 
     for got, truth in zip(run("cpp", torch.float32), run("reference", torch.float64), strict=True):
         assert distance(got, truth) < 1e-4
@@ -84,7 +85,7 @@ def test_threads_do_not_change_the_gradient():
         for count in (1, 3):
             torch.set_num_threads(count)
             leaves = [t.requires_grad_() for t in inputs]
-            value = pixels(*leaves[:2], with_tensors(layers, leaves[2:]), impl="cpp")
+            value = fused_pixels(*leaves[:2], with_tensors(layers, leaves[2:]), impl="cpp")
             made.append([value, *torch.autograd.grad(value.square().sum(), leaves)])
     finally:
         torch.set_num_threads(threads)
@@ -145,19 +146,19 @@ def test_lowpass_is_the_reference_with_derivatives_of_both_orders(dtype, padding
 
 def test_a_named_implementation_never_falls_back(monkeypatch):
     rows, cols, layers = example(1, 1, 2, 1, 2, 2, 1.0, terms=0)
-    with pytest.raises(UserError, match=r"is for float32 on CPUs, not torch\.float64"):
-        pixels(rows, cols, layers, impl="cpp")
+    with pytest.raises(UserError, match=r"not torch\.float64"):
+        fused_pixels(rows, cols, layers, impl="cpp")
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    for cached in (module.build, building.kernels, building.say_once):
+    for cached in (building.kernels, building.say_once):
         cached.cache_clear()
     try:
         tensors = [t.float() for layer in layers for t in (layer.weight, layer.bias)]
         small = with_tensors(layers, tensors)
         with pytest.raises(UserError, match="there is no C"):
-            pixels(rows.float(), cols.float(), small, impl="cpp")
+            fused_pixels(rows.float(), cols.float(), small, impl="cpp")
         with pytest.raises(UserError, match="there is no C"):
             bias_act(torch.ones(3), impl="cpp")
-        assert pixels(rows.float(), cols.float(), small).shape == (1, 3, 2, 2)
+        assert fused_pixels(rows.float(), cols.float(), small).shape == (1, 3, 2, 2)
     finally:
-        for cached in (module.build, building.kernels, building.say_once):
+        for cached in (building.kernels, building.say_once):
             cached.cache_clear()

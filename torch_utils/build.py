@@ -127,10 +127,13 @@ class Kernels(NamedTuple):
     device: torch.device
     capability: int  # 90 is 9.0; 0 on a CPU
 
-    def call(self, name: str, *arguments: Tensor | int | float | None) -> None:
+    def constant(self, name: str) -> int:
+        return ctypes.c_int64.in_dll(self.functions, name).value
+
+    def call(self, name: str, *arguments: Tensor | ctypes.Array | int | float | None) -> None:
         """name(device, stream, …) on PyTorch's current stream; on a CPU, name(threads, nullptr, …).
 
-        Tensors and None become pointers.
+        Tensors, arrays and None become pointers.
         The C function takes int64_t, double and pointers, and returns nullptr or what is wrong, which a RuntimeError
         then says. Raises ValueError when a tensor lies on another device.
         """
@@ -141,7 +144,11 @@ class Kernels(NamedTuple):
             self.invoke(name, self.device.index, torch.cuda.current_stream().cuda_stream, arguments)
 
     def invoke(
-        self, name: str, device: int, stream: int | None, arguments: Sequence[Tensor | int | float | None]
+        self,
+        name: str,
+        device: int,
+        stream: int | None,
+        arguments: Sequence[Tensor | ctypes.Array | int | float | None],
     ) -> None:
         for a in arguments:
             if isinstance(a, Tensor) and a.device != self.device:
@@ -152,7 +159,9 @@ class Kernels(NamedTuple):
             raise RuntimeError(f"the CUDA function {name} failed: {problem.decode()}")
 
 
-def _in_c(value: Tensor | int | float | None):
+def _in_c(value: Tensor | ctypes.Array | int | float | None):
+    if isinstance(value, ctypes.Array):
+        return value
     if isinstance(value, float):
         return ctypes.c_double(value)
     if isinstance(value, int):
@@ -173,7 +182,7 @@ def kernels(source: Path, device: torch.device, impl: str = "auto") -> tuple[Ker
             return Kernels(library(native), device, 0), ""
         except UserError as error:
             return None, str(error)
-    if device.type != "cuda" or impl == "cpp":
+    if device.type != "cuda" or source == native or impl == "cpp":
         needed = "CPU" if impl == "cpp" else "CUDA device"
         return None, "" if impl == "auto" else f"it needs a {needed}, and the tensors are on {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -187,7 +196,13 @@ def kernels(source: Path, device: torch.device, impl: str = "auto") -> tuple[Ker
     return found, ""
 
 
-def choose(impl: str, impls: tuple[str, ...], source: Path, x: Tensor) -> Kernels | None:
+def choose(
+    impl: str,
+    impls: tuple[str, ...],
+    source: Path,
+    x: Tensor,
+    cpu_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
+) -> Kernels | None:
     """The kernels of `source` for x, or None where the reference in PyTorch serves.
 
     impl: "reference"; "auto": kernels where there are any for x, but not under torch.compile, which fuses the reference
@@ -199,19 +214,18 @@ def choose(impl: str, impls: tuple[str, ...], source: Path, x: Tensor) -> Kernel
     if impl == "reference" or (impl == "auto" and torch.compiler.is_compiling()):
         return None
     found, reason = kernels(source, x.device, impl)
-    dtypes = CPU_DTYPES if found and not found.capability else tuple(DTYPES)
+    dtypes = cpu_dtypes if found and not found.capability else tuple(DTYPES)
     if found and x.dtype not in dtypes:
         problem = f"it is for {', '.join(map(str, dtypes))}, not {x.dtype}"
         found, reason = None, "" if impl == "auto" and x.device.type == "cpu" else problem
     if found is None and impl != "auto":
         raise UserError(f"impl={impl!r} of {source.stem} is unavailable: {reason}")
     if reason:
-        say_once(f"{source.stem} goes on in plain PyTorch, which is slower: {reason}")
+        say_once(f"{source.stem} continues in plain PyTorch, which is slower: {reason}")
     return found
 
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # numbered as in bias_act.h
-CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.lru_cache

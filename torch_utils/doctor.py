@@ -14,9 +14,12 @@ from torch import Tensor
 
 from dnnlib.console import UserError, brief
 from dnnlib.files import cache_dir
+from rendering.pixel_path import PixelPath
 from torch_utils import build
 from torch_utils.command import command
-from torch_utils.ops import bias_act, chain, modulated_linear, pixel_path, pixels
+from torch_utils.ops import bias_act, modulated_linear
+from torch_utils.ops.chain import Chain, Folded
+from training.networks.fused_pixels import fused_pixels
 
 
 def noise(*shape: int) -> Tensor:
@@ -36,32 +39,31 @@ def fused_modulated_linear(impl: str, device: torch.device, dtype: torch.dtype) 
 
 
 def native_chain(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    x, layer = noise(40, 200), chain.Layer(noise(32, 40), noise(32), branch=True)
-    small = layer._replace(weight=layer.weight.to(device, dtype), bias=layer.bias.to(device, dtype))
-    return chain.Chain([small], impl=impl)(x.to(device, dtype)), chain.Chain([layer], impl="reference")(x)
+    x, layer = noise(40, 200), Folded(noise(32, 40), noise(32), branch=True)
+    got = Chain([layer.to(device, dtype)], impl=impl)(x.to(device, dtype))
+    return got, Chain([layer], impl="reference")(x)
 
 
-def training_pixels(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The gradient by the rows."""
-    layer, lines = chain.Layer(noise(3, 16), noise(3), branch=True), (noise(1, 2, 8, 4, 16), noise(1, 2, 20, 4, 16))
-    small = layer._replace(weight=layer.weight.to(device, dtype), bias=layer.bias.to(device, dtype))
+def gradient_of_fused_pixels(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    layer, lines = Folded(noise(3, 16), noise(3), branch=True), (noise(1, 2, 8, 4, 16), noise(1, 2, 20, 4, 16))
     made = []
-    for name, layers, kind in ((impl, [small], dtype), ("reference", [layer], torch.float64)):
+    for name, kind in ((impl, dtype), ("reference", torch.float64)):
         rows, cols = (line.to(device, kind).requires_grad_() for line in lines)
-        made += torch.autograd.grad(pixels.pixels(rows, cols, layers, impl=name).square().sum(), rows)
+        image = fused_pixels(rows, cols, [layer.to(device, kind)], impl=name)
+        made += torch.autograd.grad(image.square().sum(), rows)
     return made[0], made[1]
 
 
 def whole_pixel_path(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two decoders and a refinement, on 16 channels."""
+    """Run two decoders and a refinement, on 16 channels."""
     decoder = [(32, 16), (64, 32), (32, 64), (16, 32)]
     shapes = [*decoder, *decoder, (3, 16), (64, 16), (64, 64), (3, 64), (32, 64), (32, 32), (3, 32)]
-    layers = [chain.Layer(noise(o, i) / i**0.5, noise(o), 1 if o == 3 else 0.2, branch=o == 3) for o, i in shapes]
-    layers[3] = layers[3]._replace(terms=1)
-    lines = noise(2, 16, 4, 20), noise(2, 16, 4, 30)
-    small = [m._replace(weight=m.weight.to(device, dtype), bias=m.bias.to(device, dtype)) for m in layers]
-    got = pixel_path.PixelPath(small, 0, impl=impl)(*(line.float().to(device) for line in lines))
-    return got, pixel_path.PixelPath(layers, 0, impl="reference")(*lines)
+    slope = bias_act.ACTIVATIONS["lrelu"].slope
+    layers = [Folded(noise(o, i) / i**0.5, noise(o), 1 if o == 3 else slope, branch=o == 3) for o, i in shapes]
+    layers[3] = layers[3]._replace(term=True)
+    lines = noise(2, 16, 4, 20) / 2, noise(2, 16, 4, 30)
+    got = PixelPath([m.to(device, dtype) for m in layers], impl=impl)(*(line.float().to(device) for line in lines))
+    return got, PixelPath(layers, impl="reference")(*lines)
 
 
 # Operation, implementation, the device that it is for, its types, and (result, truth) of an example.
@@ -74,8 +76,8 @@ CHECKS: list[tuple[str, str, str, tuple[torch.dtype, ...], Callable]] = [
     ("modulated_linear", "cublas", "cuda", (torch.float32, torch.float16, torch.bfloat16), fused_modulated_linear),
     ("chain", "reference", "cpu", (torch.float32,), native_chain),
     ("chain", "cpp", "cpu", (torch.float32,), native_chain),
-    ("pixels", "reference", "cpu", (torch.float32,), training_pixels),
-    ("pixels", "cpp", "cpu", (torch.float32,), training_pixels),
+    ("fused_pixels", "reference", "cpu", (torch.float32,), gradient_of_fused_pixels),
+    ("fused_pixels", "cpp", "cpu", (torch.float32,), gradient_of_fused_pixels),
     ("pixel_path", "reference", "cpu", (torch.float32,), whole_pixel_path),
     ("pixel_path", "cpp", "cpu", (torch.float32,), whole_pixel_path),
     ("pixel_path", "triton", "cuda", (torch.float16, torch.bfloat16), whole_pixel_path),

@@ -1,11 +1,11 @@
-// A chain of linear layers for a CPU (chain.py says what it computes): positions pass in strips that stay in the cache
-// from the first layer to the last, and each product keeps its sums in registers.
+// A chain of folded layers on a CPU (see chain.py): strips of positions pass through all layers and stay in the cache;
+// each product keeps its sums in registers.
 //
 // Legend: O outputs, I inputs, P positions. A strip is [channels][WIDE] vectors of LANES positions each.
 
+#include "folded.h"
+
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
 #include <cstring>
 
 // ROWS x WIDE sums, WIDE inputs and one weight fit into the registers: 32 of 16 floats, 16 of 8, or (NEON) 32 of 4.
@@ -20,18 +20,9 @@ constexpr int64_t STRIP = LANES * WIDE;
 
 using Vector = float __attribute__((vector_size(LANES * sizeof(float))));
 
-struct Layer {
-    const float *weight;  // groups of ROWS outputs, [I][ROWS] each; then the outputs that are left, [I] each
-    const float *bias;    // [O]
-    int64_t inputs, outputs;
-    int64_t branch;  // whether its output joins the sum, and the next layer has the same input
-    int64_t terms;   // how many of the terms are added to its output
-    float slope, clamp;
-};
-
 // y[0 … N-1] of `layer` from x [I], with weights [I][N].
 template <int N>
-static void outputs(const Layer &layer, const float *weight, const float *bias, const Vector *x, Vector *y) {
+static void outputs(const Folded &layer, const float *weight, const float *bias, const Vector *x, Vector *y) {
     Vector sums[N][WIDE];
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++)
@@ -54,7 +45,7 @@ static void outputs(const Layer &layer, const float *weight, const float *bias, 
         }
 }
 
-static void apply(const Layer &layer, const Vector *x, Vector *y) {
+static void apply(const Folded &layer, const Vector *x, Vector *y) {
     const float *weight = layer.weight;
     int64_t o = 0;
     for (; o + ROWS <= layer.outputs; o += ROWS, weight += ROWS * layer.inputs)
@@ -66,10 +57,11 @@ extern "C" {
 
 extern const int64_t chain_rows = ROWS, chain_strip = STRIP;
 
-// x [I,P], terms [O,P] each -> sums, [branches,O,P], or [O,P] of the last branch with `every` = 0.
+// x [I,P], terms [O,P] each -> sums, [branches,O,P], or [O,P] of the last branch with `every` = 0, in this thread.
+// weights: groups of ROWS outputs, [I][ROWS] each; then the remaining outputs, [I] each.
 // space: (2·widest + 2·O of the branches) · STRIP floats at a multiple of 64 bytes, finite.
-void chain(const Layer *layers, int64_t count, const float *x, const float *const *terms, float *sums, int64_t every,
-           int64_t positions, float *space, int64_t widest, int64_t branch_outputs) {
+const char *chain(int64_t, void *, const Folded *layers, int64_t count, const float *x, const float *const *terms,
+                  float *sums, int64_t every, int64_t positions, float *space, int64_t widest, int64_t branch_outputs) {
     Vector *sum = reinterpret_cast<Vector *>(space), *addend = sum + branch_outputs * WIDE;
     for (int64_t p = 0; p < positions; p += STRIP) {
         const int64_t n = std::min(STRIP, positions - p);
@@ -79,7 +71,7 @@ void chain(const Layer *layers, int64_t count, const float *x, const float *cons
         std::fill(sum, sum + branch_outputs * WIDE, Vector{});
         const float *const *term = terms;
         float *result = sums + p;
-        for (const Layer *layer = layers; layer < layers + count; layer++) {
+        for (const Folded *layer = layers; layer < layers + count; layer++) {
             if (layer->branch) {
                 apply(*layer, in, addend);
                 for (int64_t i = 0; i < branch_outputs * WIDE; i++) sum[i] += addend[i];
@@ -89,14 +81,16 @@ void chain(const Layer *layers, int64_t count, const float *x, const float *cons
             } else {
                 apply(*layer, in, out);
                 std::swap(in, out);
-                for (int64_t k = 0; k < layer->terms; k++, term++)
-                    for (int64_t c = 0; c < layer->outputs; c++) {
-                        const float *from = *term + c * positions + p;
-                        float *to = reinterpret_cast<float *>(in + c * WIDE);
-                        for (int64_t j = 0; j < n; j++) to[j] += from[j];
-                    }
+                if (!layer->term) continue;
+                for (int64_t c = 0; c < layer->outputs; c++) {
+                    const float *from = *term + c * positions + p;
+                    float *to = reinterpret_cast<float *>(in + c * WIDE);
+                    for (int64_t j = 0; j < n; j++) to[j] += from[j];
+                }
+                term++;
             }
         }
     }
+    return nullptr;
 }
 }

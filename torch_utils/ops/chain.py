@@ -1,12 +1,11 @@
-"""A chain of linear layers over many positions, with branches that are summed: what rendering spends its time on.
+"""A chain of linear layers over many positions, with branches that are summed: where rendering spends its time.
 
-Legend: I inputs, O outputs, P positions, K branches.
+Legend: N images, I inputs, O outputs, P positions, K branches.
 """
 
 import ctypes
-import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,75 +13,76 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dnnlib.console import UserError
-from torch_utils.build import library, say_once
+from torch_utils.build import Kernels, choose
 
 IMPLS = ("auto", "reference", "cpp")
-LARGEST = 60_000.0  # terms can pass the end of float16, 65504
+SOURCE = Path(__file__).with_suffix(".cpp")
+DTYPES = (torch.float32,)
+LARGEST = 60_000.0  # a sum with a term can exceed float16's largest number, 65504
 
 
-class Layer(NamedTuple):
-    """y = clamp(leaky ReLU(weight @ x + bias)); then terms are added to y, or y joins the sum of the branches."""
+class Folded(NamedTuple):
+    """A linear layer with style, demodulation and gains multiplied in: y = clamp(leaky ReLU(weight @ x + bias)).
 
-    weight: Tensor  # [O,I]; its dtype is that of the product
+    y is the input of the next layer, after the chain's next term is added if `term`; or it is added to the sum of the
+    branches if `branch`, and the next layer has the same input as this one.
+    """
+
+    weight: Tensor  # [O,I], or [N,O,I] with a weight per image (training alone)
     bias: Tensor  # [O], in the same dtype
     slope: float = 1.0  # of negative values
     clamp: float = math.inf
-    branch: bool = False  # y joins the sum, and the next layer has the same input as this one
-    terms: int = 0  # how many of the chain's terms are added to y; none for branches
+    branch: bool = False
+    term: bool = False
+
+    def to(self, *where: torch.device | torch.dtype) -> "Folded":
+        """Move the tensors to a device, cast them to a dtype, or both."""
+        return self._replace(weight=self.weight.to(*where), bias=self.bias.to(*where))
+
+    def activate(self, y: Tensor) -> Tensor:
+        """Apply leaky ReLU and clamp to y = weight @ x + bias, which may be overwritten."""
+        if self.slope != 1:
+            F.leaky_relu_(y, self.slope)
+        return y.clamp(-self.clamp, self.clamp) if self.clamp < math.inf else y
 
 
 class Chain:
     """chain(x [I,P], terms) -> the sums of branches, [K,O,P] after each of them, or [O,P] after the last.
 
-    The terms [O,P] are used one after the other, as the layers ask for them. Sums are float32 at least.
+    The terms [O,P] are consumed in order. Sums are at least float32.
 
-    every: return the sum after each branch
-    imap: what brings the weights into the order of "cpp", layer by layer, for instance in threads
-    impl: "reference" is PyTorch; "cpp", for float32 on CPUs, is built on first use (chain.cpp); "auto" chooses "cpp"
-        where it can be built, and says once why it cannot. Raises UserError when "cpp" is asked for and is unavailable.
+    every: return the sum after each branch.
+    impl: "reference" is PyTorch; "cpp" (chain.cpp) is for float32 on CPUs; "auto" as in `torch_utils.build.choose`.
+    imap: maps a function over the layers to pack their weights for "cpp", for instance in threads.
+    Raises UserError when "cpp" is requested and unavailable.
     """
 
     def __init__(
-        self, layers: Sequence[Layer], *, every: bool = False, impl: str = "auto", imap: Callable[..., Iterable] = map
+        self, layers: Sequence[Folded], *, every: bool = False, impl: str = "auto", imap: Callable[..., Iterable] = map
     ):
-        if impl not in IMPLS:
-            raise UserError(f"impl={impl!r} is unknown; use one of {', '.join(IMPLS)}")
-        weight = layers[0].weight
-        serves = weight.dtype == torch.float32 and weight.device.type == "cpu"
-        if impl == "cpp" and not serves:
-            raise UserError(f"impl='cpp' is for float32 on CPUs, not {weight.dtype} on {weight.device.type}")
-        native, reason = build() if serves and impl != "reference" else (None, "")
-        if native is None and impl == "cpp":
-            raise UserError(reason)
-        self.run = Program(native, layers, every, imap) if native else Reference(layers, every)
+        kernels = choose(impl, IMPLS, SOURCE, layers[0].weight, DTYPES)
+        self.run = Program(kernels, layers, every, imap) if kernels else Reference(layers, every)
 
     def __call__(self, x: Tensor, terms: Iterable[Tensor] = ()) -> Tensor:
-        return self.run(x, terms)
+        return self.run(x, iter(terms))
 
 
 class Reference(NamedTuple):
-    """The layers, one after the other, in PyTorch."""
+    """Compute the layers one after the other, in PyTorch."""
 
-    layers: Sequence[Layer]
+    layers: Sequence[Folded]
     every: bool
 
-    def __call__(self, x: Tensor, terms: Iterable[Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, terms: Iterator[Tensor]) -> Tensor:
         dtype = self.layers[0].weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        terms, sums = iter(terms), []
+        sums = []
         for layer in self.layers:
             if x.dtype != dtype:
                 x = (x.clamp(-LARGEST, LARGEST) if dtype == torch.float16 else x).to(dtype)
-            y = torch.addmm(layer.bias[:, None], layer.weight, x)
-            if layer.slope != 1:
-                F.leaky_relu_(y, layer.slope)
-            if layer.clamp < math.inf:
-                y.clamp_(-layer.clamp, layer.clamp)
+            y = layer.activate(torch.addmm(layer.bias[:, None], layer.weight, x))
             if not layer.branch:
-                x = y.to(wide) if layer.terms else y
-                for _ in range(layer.terms):
-                    x += next(terms)
+                x = y.to(wide) + next(terms) if layer.term else y
             elif sums and not self.every:
                 sums[0] += y
             else:
@@ -90,84 +90,59 @@ class Reference(NamedTuple):
         return torch.stack(sums) if self.every else sums[0]
 
 
-class Native(NamedTuple):
-    run: ctypes._CFuncPtr
-    rows: int  # outputs whose weights lie together
-    strip: int  # positions
-
-
-@functools.lru_cache
-def build() -> tuple[Native | None, str]:
-    """The functions of chain.cpp, or None and the reason."""
-    try:
-        lib = library(Path(__file__).with_suffix(".cpp"))
-    except UserError as error:
-        say_once(f"Rendering goes on without its C++ code, some 1.3 times slower: {error}")
-        return None, str(error)
-    lib.chain.restype = None
-    rows, strip = (ctypes.c_int64.in_dll(lib, name).value for name in ("chain_rows", "chain_strip"))
-    return Native(lib.chain, rows, strip), ""
-
-
 class CLayer(ctypes.Structure):
+    """Folded in folded.h."""
+
     _fields_ = [
         ("weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
-        ("inputs", ctypes.c_int64),
-        ("outputs", ctypes.c_int64),
-        ("branch", ctypes.c_int64),
-        ("terms", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "per_image", "branch", "term")),
         ("slope", ctypes.c_float),
         ("clamp", ctypes.c_float),
     ]
 
 
-class Program:
-    """The layers as chain.cpp wants them. Several threads may call it at once."""
+def c_layers(layers: Sequence[Folded], tensors: Sequence[tuple[Tensor, Tensor]]) -> ctypes.Array:
+    """Describe the layers to C++, with `tensors` as weights and biases, which the caller must keep."""
+    made = []
+    for layer, (weight, bias) in zip(layers, tensors, strict=True):
+        outputs, inputs = layer.weight.shape[-2:]
+        sizes = inputs, outputs, layer.weight.ndim == 3, layer.branch, layer.term
+        made.append(CLayer(weight.data_ptr(), bias.data_ptr(), *sizes, layer.slope, layer.clamp))
+    return (CLayer * len(made))(*made)
 
-    def __init__(self, native: Native, layers: Sequence[Layer], every: bool, imap: Callable[..., Iterable]):
-        self.native, self.every = native, every
-        self.kept = list(imap(lambda layer: (pack(layer.weight, native.rows), layer.bias.contiguous()), layers))
-        self.layers = (CLayer * len(layers))(
-            *(
-                CLayer(weight.data_ptr(), bias.data_ptr(), *reversed(layer.weight.shape), layer.branch, layer.terms)
-                for layer, (weight, bias) in zip(layers, self.kept, strict=True)
-            )
-        )
-        for c, layer in zip(self.layers, layers, strict=True):
-            c.slope, c.clamp = layer.slope, layer.clamp
-        self.widest = max(max(layer.weight.shape) for layer in layers)
-        branches = [layer for layer in layers if layer.branch]
-        self.outputs = len(branches[0].bias)
+
+class Program:
+    """Compute the layers by chain.cpp. Several threads may call one program at a time."""
+
+    def __init__(self, kernels: Kernels, layers: Sequence[Folded], every: bool, imap: Callable[..., Iterable]):
+        self.kernels, self.every = kernels, every
+        rows, self.strip = (kernels.constant(name) for name in ("chain_rows", "chain_strip"))
+        self.kept = list(imap(lambda layer: (pack(layer.weight, rows), layer.bias.contiguous()), layers))
+        self.layers = c_layers(layers, self.kept)
+        self.inputs, self.widest = layers[0].weight.shape[1], max(max(layer.weight.shape) for layer in layers)
+        self.terms = [len(layer.bias) for layer in layers if layer.term]  # their outputs
+        branches = [len(layer.bias) for layer in layers if layer.branch]
+        self.outputs = branches[0]
         self.shape = (len(branches), self.outputs) if every else (self.outputs,)
 
-    def __call__(self, x: Tensor, terms: Iterable[Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, terms: Iterator[Tensor]) -> Tensor:
         positions = x.shape[1]
         x, terms = x.contiguous(), [term.contiguous() for term in terms]
-        wanted = [layer.outputs for layer in self.layers for _ in range(layer.terms)]
-        if len(x) != self.layers[0].inputs or [t.shape for t in terms] != [(width, positions) for width in wanted]:
-            widths = ", ".join(f"[{width},P]" for width in wanted)
-            raise ValueError(f"the chain takes [{self.layers[0].inputs},P] and terms {widths or 'none'}")
+        if len(x) != self.inputs or [t.shape for t in terms] != [(width, positions) for width in self.terms]:
+            widths = ", ".join(f"[{width},P]" for width in self.terms)
+            raise ValueError(f"the chain takes x [{self.inputs},P] and terms {widths or 'none'}")
         if any(t.dtype != torch.float32 for t in (x, *terms)):
             raise ValueError("the chain takes float32")
         sums = x.new_empty(*self.shape, positions)
-        space = x.new_zeros(2 * (self.widest + self.outputs) * self.native.strip)
-        self.native.run(
-            self.layers,
-            ctypes.c_int64(len(self.layers)),
-            ctypes.c_void_p(x.data_ptr()),
-            (ctypes.c_void_p * len(terms))(*(term.data_ptr() for term in terms)),
-            ctypes.c_void_p(sums.data_ptr()),
-            ctypes.c_int64(self.every),
-            ctypes.c_int64(positions),
-            ctypes.c_void_p(space.data_ptr()),
-            ctypes.c_int64(self.widest),
-            ctypes.c_int64(self.outputs),
-        )
+        space = x.new_zeros(2 * (self.widest + self.outputs) * self.strip)
+        pointers = (ctypes.c_void_p * len(terms))(*(term.data_ptr() for term in terms))
+        sizes = int(self.every), positions, space, self.widest, self.outputs
+        self.kernels.call("chain", self.layers, len(self.layers), x, pointers, sums, *sizes)
         return sums
 
 
 def pack(weight: Tensor, rows: int) -> Tensor:
-    """[O,I] -> [O·I]: groups of `rows` outputs, inputs first; the outputs that are left one by one."""
+    """[O,I] -> [O·I]: groups of `rows` outputs, inputs first; the remaining outputs one by one."""
     full = len(weight) // rows * rows
     return torch.cat([weight[:full].unflatten(0, (-1, rows)).mT.flatten(), weight[full:].flatten()])

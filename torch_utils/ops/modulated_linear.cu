@@ -13,10 +13,11 @@ using namespace nvcuda::wmma;
 
 constexpr int THREADS = 256;
 
-// out[n,o,i] = weight[o,i] · style[n,i], with `demodulate` divided by its length over i. A warp makes one row [n,o].
+// out[n,o,i] = weight[o,i] · style[n,i], with `demodulate` divided by its length over i, whose square gets `epsilon`.
+// A warp makes one row [n,o].
 template <typename A, typename T>
 __global__ void __launch_bounds__(THREADS) rows(const A *weight, const A *style, T *out, int64_t count, int64_t outputs,
-                                                int64_t inputs, int64_t demodulate) {
+                                                int64_t inputs, int64_t demodulate, A epsilon) {
     const int64_t row = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / 32;
     if (row >= count) return;
     const int lane = threadIdx.x % 32;
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(THREADS) rows(const A *weight, const A *style,
             sum += modulated * modulated;
         }
         for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-        scale = 1 / sqrt(sum + A(1e-8));
+        scale = 1 / sqrt(sum + epsilon);
     }
     for (int64_t i = lane; i < inputs; i += 32) out[row * inputs + i] = T(weight[i] * style[i] * scale);
 }
@@ -167,14 +168,14 @@ const char *probe(int64_t device, cudaStream_t) { return examine(device, rows<fl
 
 // weight [O,I], style [N,I] -> out [N,O,I]. weight and style are float (double for a double `out`).
 const char *modulate(int64_t device, cudaStream_t stream, int64_t dtype, const void *weight, const void *style,
-                     void *out, int64_t images, int64_t outputs, int64_t inputs, int64_t demodulate) {
+                     void *out, int64_t images, int64_t outputs, int64_t inputs, int64_t demodulate, double epsilon) {
     const int64_t count = images * outputs, per_block = THREADS / 32;
     return dispatch(dtype, [=](auto type) {
         using T = typename decltype(type)::type;
         using A = Wide<T>;
         return launch(device, stream, (count + per_block - 1) / per_block, THREADS, rows<A, T>,
                       static_cast<const A *>(weight), static_cast<const A *>(style), static_cast<T *>(out), count,
-                      outputs, inputs, demodulate);
+                      outputs, inputs, demodulate, A(epsilon));
     });
 }
 

@@ -64,12 +64,11 @@ def modulated_linear(
 
 
 def modulated(weight: Tensor, style: Tensor, demodulate: bool = True, gain: float = 1.0) -> Tensor:
-    """weight [O,I], style [N,I] -> gain · w' [N,O,I]."""
-    product = weight * style[:, None, :]
-    if not demodulate:
-        return product * gain if gain != 1 else product
-    length = (style.square() @ weight.square().mT + EPSILON).rsqrt()  # [N,O]
-    return product * (length * gain if gain != 1 else length)[..., None]
+    """weight [O,I], style […,I] -> gain · w' […,O,I]."""
+    product = weight * style[..., None, :]
+    if demodulate:
+        return product * (gain * (style.square() @ weight.square().mT + EPSILON).rsqrt())[..., None]
+    return product * gain if gain != 1 else product
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
@@ -132,7 +131,7 @@ class Modulate(Function):
         made = dtype if wide(dtype) == weight.dtype else weight.dtype
         out = weight.new_empty(len(style), *weight.shape, dtype=made)
         if out.numel():
-            kernels.call("modulate", DTYPES[made], weight, style, out, *out.shape, int(demodulate))
+            kernels.call("modulate", DTYPES[made], weight, style, out, *out.shape, int(demodulate), EPSILON)
         return out.to(dtype)
 
     @staticmethod

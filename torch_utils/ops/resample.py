@@ -15,13 +15,13 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 def lowpass(x: Tensor, padding: int, stride: int = 1, impl: str = "auto") -> Tensor:
-    """Filters both axes with [1,3,3,1]/8 after zero padding, and keeps every `stride`-th sample of both (1 or 2).
+    """Filter both axes with [1,3,3,1]/8 after zero padding, and keep every `stride`-th sample of both (1 or 2).
 
     [N,C,H,W] -> [N,C,H',W'] with H' = ⌈(H + 2·padding − 3) / stride⌉. Differentiable any number of times.
     impl: "reference" is PyTorch; "cpp" (resample.cpp), for float32 and bfloat16 on CPUs, works with channels last;
-        "auto" as in `torch_utils.build.choose`. Raises UserError when "cpp" is asked for and is unavailable.
+        "auto" as in `torch_utils.build.choose`. Raises UserError when "cpp" is requested and unavailable.
     """
-    kernels = choose(impl, IMPLS, SOURCE, x) if x.device.type == "cpu" or impl != "auto" else None
+    kernels = choose(impl, IMPLS, SOURCE, x)
     return Lowpass.apply(x, padding, stride, kernels)
 
 
@@ -40,7 +40,7 @@ class Lowpass(Function):
 
 
 class Adjoint(Function):
-    """The filter is symmetric: zeros between the samples, then the same filter with the complementary padding."""
+    """Insert zeros between the samples and filter again, with padding 3 − `padding`: the filter is symmetric."""
 
     @staticmethod
     def forward(ctx, g, height, width, padding, stride, kernels):
@@ -59,7 +59,7 @@ class Adjoint(Function):
 
 
 def convolve(x: Tensor, padding: int, stride: int) -> Tensor:
-    """One depthwise convolution; the derivatives that PyTorch has for those are several times as slow."""
+    """Filter by one depthwise convolution, whose derivatives in PyTorch are several times as slow as `Adjoint`."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8
     with full_precision(x):
         return F.conv2d(x, torch.outer(taps, taps).expand(x.shape[1], 1, 4, 4), None, stride, padding, 1, x.shape[1])
@@ -76,6 +76,6 @@ def native(kernels: Kernels, x: Tensor, size: tuple[int, int], arguments: tuple[
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """channels_last where x is so and only so."""
+    """Return channels_last if x is contiguous in that format alone."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dnnlib.config import Config
 from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
-from torch_utils.ops.chain import Layer as ChainLayer
+from torch_utils.ops.chain import Folded
 from torch_utils.ops.modulated_linear import modulated, modulated_linear
 from torch_utils.precision import full_precision
 
@@ -78,54 +78,68 @@ class EqualLinear(Layer):
         x = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
         return bias_act(x, act=self.act, impl=self.impl)
 
-    def folded(self) -> ChainLayer:
-        """The layer with its gains, which commute with a leaky ReLU, in weight [O,I] and bias."""
+    def folded(self, w: Tensor | None = None) -> Folded:
+        """Multiply the gains into weight [O,I] and bias. That of a leaky ReLU commutes with it. Styles play no role."""
         slope, gain = ACTIVATIONS[self.act]
-        return ChainLayer(self.weight * (self.weight_gain * gain), self.bias * (self.bias_gain * gain), slope)
+        return Folded(self.weight * (self.weight_gain * gain), self.bias * (self.bias_gain * gain), slope)
 
 
-class SynthesisLayer(Layer):
+class Affine(EqualLinear):
+    """w […,w_dim] -> style […,O], times `gain`, in the dtype of w even under autocast."""
+
+    def __init__(self, w_dim: int, outputs: int, gain: float = 1.0):
+        super().__init__(w_dim, outputs, bias_init=1)
+        self.weight_gain *= gain
+        self.bias_gain = gain
+
+    def forward(self, w: Tensor) -> Tensor:
+        with full_precision(w):  # the gain goes to w, which is smaller than the weight
+            return F.linear(w * self.weight_gain, self.weight, self.bias * self.bias_gain)
+
+
+class ModulatedLayer(Layer):
+    """[N,P,I], w [N,w_dim] -> [N,P,O]: 1×1 convolution modulated by the affine map of w, bias, activation, clamp."""
+
+    act: str
+    demodulate: bool
+
+    def __init__(self, inputs: int, outputs: int, w_dim: int):
+        super().__init__()
+        # Demodulation makes the length of each row of the weight 1; without it, that takes 1/√I.
+        self.affine = Affine(w_dim, inputs, 1 if self.demodulate else 1 / math.sqrt(inputs))
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        how = {"demodulate": self.demodulate, "act": self.act, "clamp": CLAMP, "impl": self.impl}
+        return modulated_linear(x, self.weight, self.affine(w), self.bias, **how)
+
+    def folded(self, w: Tensor) -> Folded:
+        """Fold the style of w […,w_dim] and the gain into weight […,O,I] and bias."""
+        slope, gain = ACTIVATIONS[self.act]
+        weight = modulated(self.weight, self.affine(w), demodulate=self.demodulate, gain=gain)
+        return Folded(weight, self.bias * gain, slope, CLAMP)
+
+
+class SynthesisLayer(ModulatedLayer):
     """[N,P,I], w [N,w_dim] -> [N,P,O]: modulated and demodulated 1×1 convolution, leaky ReLU, clamp."""
 
-    def __init__(self, inputs: int, outputs: int, w_dim: int):
-        super().__init__()
-        self.affine = EqualLinear(w_dim, inputs, bias_init=1)
-        self.weight = nn.Parameter(torch.randn(outputs, inputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        with full_precision(w):
-            style = self.affine(w)
-        return modulated_linear(x, self.weight, style, self.bias, clamp=CLAMP, impl=self.impl)
-
-    def folded(self, w: Tensor) -> ChainLayer:
-        """As EqualLinear's, for styles w [N,w_dim]: the weight is [N,O,I]."""
-        slope, gain = ACTIVATIONS["lrelu"]
-        return ChainLayer(modulated(self.weight, self.affine(w), gain=gain), self.bias * gain, slope, CLAMP)
+    act = "lrelu"
+    demodulate = True
 
 
-class Head(Layer):
-    """[N,P,I], w [N,w_dim] -> [N,P,O] in at least float32: modulated 1×1 convolution without demodulation, bias, clamp.
+class Head(ModulatedLayer):
+    """[N,P,I], w [N,w_dim] -> [N,P,O] in at least float32: modulated 1×1 convolution without demodulation, clamp.
 
-    It ends a stage: lines that are summed, or colours.
+    It ends a stage: its output is added to the lines or to the colours.
     """
 
-    def __init__(self, inputs: int, outputs: int, w_dim: int):
-        super().__init__()
-        self.affine = EqualLinear(w_dim, inputs, bias_init=1)
-        self.weight = nn.Parameter(torch.randn(outputs, inputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-        self.style_gain = 1 / math.sqrt(inputs)
+    act = "linear"
+    demodulate = False
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        with full_precision(w):
-            style = self.affine(w) * self.style_gain
-        y = modulated_linear(
-            x, self.weight, style, self.bias, demodulate=False, act="linear", clamp=CLAMP, impl=self.impl
-        )
+        y = super().forward(x, w)
         return y.to(torch.promote_types(y.dtype, torch.float32))
 
-    def folded(self, w: Tensor) -> ChainLayer:
-        """As SynthesisLayer's; its output is a branch of the chain."""
-        weight = modulated(self.weight, self.affine(w) * self.style_gain, demodulate=False)
-        return ChainLayer(weight, self.bias, clamp=CLAMP, branch=True)
+    def folded(self, w: Tensor) -> Folded:
+        return super().folded(w)._replace(branch=True)

@@ -1,37 +1,40 @@
-"""Stage two: lines become pixels. Its cost grows with H·W, and no pixel looks at its neighbour.
+"""Stage two: lines become pixels. Its cost grows with H·W, and no pixel depends on its neighbours.
 
 Legend: N images, H×W pixels, D thickness, C channels, K fusions. Features are [N,H·W,C].
 """
 
 import itertools
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from torch_utils.ops import pixels as pixels_op
-from torch_utils.ops.chain import Layer as ChainLayer
+from torch_utils.ops.chain import Folded
 from torch_utils.precision import full_precision
 from torch_utils.recompute import by_parts
+from training.networks import fused_pixels
 from training.networks.layers import EqualLinear, Head, Layer, SynthesisLayer
 from training.networks.lines import Lines
 
+FUSION_GAIN = 0.5  # of the dot product of row and column (paper section 3.2); rows are multiplied by it beforehand
+
 
 def part_size(device: str) -> int:
-    """How many positions a backward pass computes again at once: on a CPU, 2 MB of the paper's widest features."""
+    """Return how many positions a backward pass recomputes at a time: on a CPU, 2 MB of the paper's widest features."""
     return 4096 if device == "cpu" else 2**18
 
 
 def fuse(rows: Tensor, cols: Tensor) -> Tensor:
-    """[N,H,D,C] x [N,W,D,C] -> [N,H·W,C]: half the dot product over the thickness D (paper section 3.2).
+    """[N,H,D,C] x [N,W,D,C] -> [N,H·W,C]: the dot product over the thickness D.
 
-    At least in float32: the lines are sums over all blocks, and a product of two of them passes float16's range.
+    At least in float32: the lines are sums over all blocks, and a product of two of them exceeds float16's range.
     """
     with full_precision(rows):
-        return torch.einsum("nhdc,nwdc->nhwc", rows * 0.5, cols).flatten(1, 2)
+        return torch.einsum("nhdc,nwdc->nhwc", rows, cols).flatten(1, 2)
 
 
 class Decoder(nn.Sequential):
-    """[N,P,C] -> [N,P,C]: the per-pixel MLP C→2C→4C→2C→C with leaky ReLUs, the last too (supplement, table 2)."""
+    """[N,P,C] -> [N,P,C]: the per-pixel MLP C→2C→4C→2C→C, a leaky ReLU after every layer (supplement, table 2)."""
 
     def __init__(self, channels: int):
         widths = [channels, 2 * channels, 4 * channels, 2 * channels, channels]
@@ -55,13 +58,14 @@ class RefinementBlock(nn.Module):
 class PixelSynthesis(Layer):
     """Lines of any window, w [N,w_dim] -> [N,img_channels,H,W]. Paper section 3.3.
 
-    recompute "pixels" or "all": compute some rows of a picture at a time, and again in the backward pass, which keeps
-    only the lines. Where torch_utils.ops.pixels has C++ code, that is how it works in any case.
+    recompute "pixels" or "all": compute some rows of an image at a time, and again in the backward pass, which keeps
+    only the lines. Where fused_pixels has C++ code, it always works that way.
     """
 
     def __init__(self, num_fusions: int, channels: int, img_channels: int, w_dim: int, *, decoders: bool):
         super().__init__()
-        self.decoders = nn.ModuleList(Decoder(channels) if decoders else nn.Identity() for _ in range(num_fusions - 1))
+        make = Decoder if decoders else lambda channels: nn.Sequential()
+        self.decoders = nn.ModuleList(make(channels) for _ in range(num_fusions - 1))
         self.decoder_last = Decoder(channels)
         self.decoder_img = EqualLinear(channels, img_channels)
         self.refinement = nn.ModuleList(
@@ -72,22 +76,23 @@ class PixelSynthesis(Layer):
         )
 
     def forward(self, lines: Lines, w: Tensor) -> Tensor:
-        if pixels_op.choose(self.impl, lines.rows):
+        rows, cols = lines.rows * FUSION_GAIN, lines.cols
+        if fused_pixels.find_kernels(self.impl, rows):
             with full_precision(w):
-                return pixels_op.pixels(*lines, self.folded(w), impl=self.impl)
+                return fused_pixels.fused_pixels(rows, cols, self.folded(w), impl=self.impl)
         if self.recompute == "none" or not len(w):
-            return self.window(*lines, w)
-        height, width = lines.rows.shape[2], lines.cols.shape[2]
+            return self.window(rows, cols, w)
+        height, width = rows.shape[2], cols.shape[2]
         size = part_size(w.device.type)
         images, count = max(1, size // (height * width)), max(1, size // width)  # several images, or rows of one
-        groups = zip(lines.rows.split(images, 1), lines.cols.split(images, 1), w.split(images), strict=True)
-        parts = [(part, cols, style) for rows, cols, style in groups for part in rows.split(count, 2)]
+        groups = zip(rows.split(images, 1), cols.split(images, 1), w.split(images), strict=True)
+        parts = [(part, col, style) for row, col, style in groups for part in row.split(count, 2)]
         made = by_parts(self.window, parts, self.parameters())
         bands = -(-height // count)
         return torch.cat([torch.cat(made[i : i + bands], dim=2) for i in range(0, len(made), bands)])
 
     def window(self, rows: Tensor, cols: Tensor, w: Tensor) -> Tensor:
-        """rows [K,N,H,D,C], cols [K,N,W,D,C], w [N,w_dim] -> [N,img_channels,H,W]."""
+        """rows [K,N,H,D,C] times FUSION_GAIN, cols [K,N,W,D,C], w [N,w_dim] -> [N,img_channels,H,W]."""
         x = fuse(rows[0], cols[0])
         for decoder, row, col in zip(self.decoders, rows[1:], cols[1:], strict=True):
             x = decoder(x) + fuse(row, col)
@@ -98,14 +103,15 @@ class PixelSynthesis(Layer):
             image = image + colours
         return image.unflatten(1, (rows.shape[2], cols.shape[2])).movedim(-1, 1)
 
-    def folded(self, w: Tensor) -> list[ChainLayer]:
-        """The layers for styles w [N,w_dim], as the operation takes them."""
-        layers = []
-        for decoder in self.decoders:
-            made = [layer.folded() for layer in decoder.children()]
-            layers += made[:-1] + [layer._replace(terms=1) for layer in made[-1:]]
-        layers += [layer.folded() for layer in self.decoder_last]
-        layers.append(self.decoder_img.folded()._replace(branch=True))
-        for block in self.refinement:
-            layers += [layer.folded(w) for layer in (*block.layers, block.head)]
-        return layers
+    def folded(self, w: Tensor, imap: Callable[..., Iterable] = map) -> list[Folded]:
+        """Fold the layers of `window` for w […,w_dim], as a chain whose terms are the fusions after each decoder.
+
+        `imap` maps a function over the layers, for instance in threads.
+        """
+        layers = [*itertools.chain(*self.decoders), *self.decoder_last, self.decoder_img]
+        layers += [layer for block in self.refinement for layer in (*block.layers, block.head)]
+        made = dict(zip(layers, imap(lambda layer: layer.folded(w), layers), strict=True))
+        for decoder in filter(len, self.decoders):
+            made[decoder[-1]] = made[decoder[-1]]._replace(term=True)
+        made[self.decoder_img] = made[self.decoder_img]._replace(branch=True)
+        return list(made.values())

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from torch_utils.lite0 import CHANNELS, Lite0
+from torch_utils.ops.bias_act import ACTIVATIONS
 from torch_utils.precision import full_precision
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
 from training.networks.layers import EqualLinear
@@ -88,7 +89,7 @@ class HeadLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.conv2d(x, self.weight * self.weight_gain, stride=2, padding=1)
-        return F.leaky_relu(self.norm(x), 0.2)
+        return F.leaky_relu(self.norm(x), ACTIVATIONS["lrelu"].slope)
 
 
 class Head(nn.Module):

@@ -1,10 +1,10 @@
-// Lines to colours and back on a CPU (pixels.py says what it computes). Positions pass in strips of one row of an image,
-// or of several where they are short. A strip stays in the cache through all layers; the gradient computes it again.
-// Every product is `multiply`.
+// Lines to colours and back on a CPU (see fused_pixels.py). A strip of positions is a part of a row of an image, or several
+// short rows. It stays in the cache through all layers; the gradient recomputes it. Every product is `multiply`.
 //
 // Legend: N images, K fusions, C channels, D thickness, H rows, W columns. A strip is [channels][WIDE] vectors.
 
-#include "parallel.h"
+#include "../../torch_utils/ops/folded.h"
+#include "../../torch_utils/ops/parallel.h"
 
 #include <algorithm>
 #include <cstring>
@@ -21,23 +21,14 @@ constexpr int LANES = 4, ROWS = 6, WIDE = 4;
 constexpr int STRIP = LANES * WIDE;
 using Vector = float __attribute__((vector_size(LANES * sizeof(float))));
 
-struct Layer {
-    const float *weight, *bias;  // [O,I] or [N,O,I], [O]
-    int64_t inputs, outputs;
-    int64_t per_image;  // whether each image has a weight of its own
-    int64_t branch;     // whether its output joins the colours, and the next layer has the same input
-    int64_t term;       // whether the next fusion is added to its output
-    float slope, clamp;
-};
-
 struct Shape {
     int64_t images, fusions, channels, thickness, height;
     int64_t width;    // of the lines of columns: STRIP is a multiple of it, or it is a multiple of STRIP
     int64_t visible;  // columns that are in the image
     int64_t tall;     // rows of a strip
     int64_t first;    // fusions that are summed before the first layer
-    int64_t colours, bands, threads;  // bands of rows: the parts of an image
-    int64_t record;                   // floats of a part's gradients of weights and biases
+    int64_t colours, bands;  // bands of rows: the parts of an image
+    int64_t record;          // floats of a part's gradients of weights and biases
 };
 
 // --- products --------------------------------------------------------------------------------------------------------
@@ -121,7 +112,7 @@ static int64_t padded(int64_t count) { return (count + LANES - 1) / LANES; }  //
 
 struct Part {
     const Shape &s;
-    const Layer *layers;
+    const Folded *layers;
     int64_t count, image, end;     // end: of this part's rows
     const float *rows, *cols;      // [K,N,H,D,C], [N,K,C,D,W]
     float *rows_grad, *cols_grad;  // as rows; [K,C,D,W] of this part
@@ -175,7 +166,7 @@ struct Part {
         return reinterpret_cast<const Vector *>(lines + k * s.channels * s.thickness * s.width + w);
     }
 
-    const float *weight(const Layer &layer) const {
+    const float *weight(const Folded &layer) const {
         return layer.weight + layer.per_image * image * layer.outputs * layer.inputs;
     }
 
@@ -189,7 +180,7 @@ struct Part {
         while (k < s.first) fuse(k++, h, w, x);
         std::fill(colours, colours + s.colours * WIDE, zero);
         Vector *free = x + s.channels * WIDE;
-        for (const Layer *layer = layers; layer < layers + count; layer++) {
+        for (const Folded *layer = layers; layer < layers + count; layer++) {
             const int64_t size = layer->outputs * WIDE;
             Vector *y = free;
             for (int64_t i = 0; i < size; i++) y[i] = zero + layer->bias[i / WIDE];
@@ -220,7 +211,7 @@ struct Part {
         const Vector zero{};
         int64_t k = s.fusions;
         bool fresh = true;  // whether nothing has arrived at x yet
-        for (const Layer *layer = layers + count - 1; layer >= layers; layer--) {
+        for (const Folded *layer = layers + count - 1; layer >= layers; layer--) {
             const int64_t size = layer->outputs * WIDE, vectors = padded(layer->inputs);
             factors -= size;
             record -= layer->outputs * (vectors + 1);
@@ -257,8 +248,9 @@ extern const int64_t pixels_strip = STRIP, pixels_lanes = LANES;
 // rows [K,N,H,D,C], cols [N,K,C,D,W] -> colours [N,colours,H,visible]; or, from the gradient of the colours, those of
 // rows, of cols [N,bands,K,C,D,W] and of the layers [N,bands,record], which are zero before. Pointers to vectors are
 // multiples of 64.
-void pixels(const Shape *shape, const Layer *layers, int64_t count, const float *rows, const float *cols,
-            float *colours, const float *colours_grad, float *rows_grad, float *cols_grad, float *record) {
+const char *pixels(int64_t threads, void *, const Shape *shape, const Folded *layers, int64_t count, const float *rows,
+                   const float *cols, float *colours, const float *colours_grad, float *rows_grad, float *cols_grad,
+                   float *record) {
     const Shape &s = *shape;
     int64_t outputs = 0, widest = s.channels;
     for (int64_t i = 0; i < count; i++) {
@@ -270,7 +262,7 @@ void pixels(const Shape *shape, const Layer *layers, int64_t count, const float 
     // x, the output of the last branch, factors, colours, two gradients, a transposed input
     const int64_t inputs = s.channels + outputs, flipped = STRIP * padded(widest);
     const int64_t space = (inputs + s.colours + kept + s.colours + 2 * widest) * WIDE + flipped;
-    parallel(s.images * s.bands, s.threads, [&](int64_t part) {
+    parallel(s.images * s.bands, threads, [&](int64_t part) {
         const int64_t image = part / s.bands, band = part % s.bands;
         const int64_t line = s.fusions * s.channels * s.thickness * s.width;
         const int64_t end = (band + 1) * s.height / s.bands;
@@ -303,5 +295,6 @@ void pixels(const Shape *shape, const Layer *layers, int64_t count, const float 
             }
         operator delete(x, aligned);
     });
+    return nullptr;
 }
 }
