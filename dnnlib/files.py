@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import http.client
 import os
+import shutil
 import tempfile
 import urllib.request
 from collections.abc import Iterator
@@ -35,13 +36,28 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes private files; give ours the permissions that open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
+        _publish(temporary, path, 0o666)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; rename it to `path`, which may be an empty folder, after the block."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp"))
+    try:
+        yield temporary
+        _publish(temporary, path, 0o777)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, path: Path, mode: int) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(mode & ~umask)  # tempfile makes private files and folders
+    os.replace(temporary, path)
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -1,4 +1,4 @@
-"""Draws letters in many fonts and colours: labelled images of any size, without a download. Needs matplotlib."""
+"""Renders letters in many fonts and colours: labelled images of any size, without a download. Needs matplotlib."""
 
 import colorsys
 import functools
@@ -16,7 +16,7 @@ from matplotlib.transforms import Affine2D
 from PIL import Image
 
 from dnnlib.console import UserError
-from training.data import to_channels
+from training.sources import Labels, to_channels
 
 EXTENT = (0.65, 0.85)  # the longer side of a letter's box, in shorter sides of the image
 MARGIN = 0.06  # the least distance of that box, made square, from the edge, in the same unit
@@ -29,15 +29,15 @@ Colour = tuple[int, int, int]  # sRGB, 0..255
 
 
 class Letters:
-    """Draws characters, with the members of ImageFiles that dataset_tool.py converts.
+    """Renders characters as a Source of images.
 
     characters  one class each, in this order; composed characters (NFC) may be given decomposed
-    size        width and height in pixels: how finely a drawing is sampled, not what it shows
-    drawings    per character; the fonts take turns
-    seed        chooses size, place, rotation and colours, together with the character and the drawing's number
+    size        width and height in pixels: the same drawing at any size
+    drawings    per character, in one font after the other
+    seed        determines size, place, rotation and colours, with the character and the drawing's number
 
-    Another release of matplotlib may bring other fonts, and so other drawings.
-    Raises UserError when there are no characters, one is there twice, or no font draws all of them.
+    Other releases of matplotlib may contain other fonts, and so give other drawings.
+    Raises UserError when there are no characters, one is repeated, or no font has all of them.
     """
 
     def __init__(self, characters: str, size: Size, drawings: int, seed: int = 0):
@@ -52,71 +52,70 @@ class Letters:
                     f"characters {characters!r} holds {character!r} twice; give each class's character once"
                 )
         faces = [face for face in sorted(self.path.glob("*.ttf")) if is_text_face(face)]
-        missing = {face: "".join(c for c in self._characters if not draws(face, c)) for face in faces}
+        missing = {face: "".join(c for c in self._characters if not has_outline(face, c)) for face in faces}
         self._faces = [face for face in faces if not missing[face]]
         if not self._faces:
             fewest = min(missing.values(), key=len, default=self._characters)
-            raise UserError(f"no font in {self.path} draws all of {characters!r}; leave out {fewest!r}")
+            raise UserError(f"no font in {self.path} has all of {characters!r}; leave out {fewest!r}")
 
     def names(self) -> list[str]:
-        """Lists CHARACTER/NUMBER, the first drawing of every character before the second of any."""
+        """List CHARACTER/NUMBER, the first drawing of every character before the second of any."""
         return [f"{character}/{number}" for number in range(self._drawings) for character in self._characters]
 
-    def dataset_json(self) -> tuple[dict[str, int], list[str]]:
-        """Returns the class number of each name, and the characters as names of the classes."""
-        number = {character: number for number, character in enumerate(self._characters)}
-        return {name: number[name[0]] for name in self.names()}, list(self._characters)
+    def labels(self) -> Labels:
+        """Return one class per character, in the given order."""
+        return Labels({name: self._characters.index(name[0]) for name in self.names()}, list(self._characters))
 
     def image(self, name: str, channels: int) -> Image.Image:
-        """Draws one of names()."""
+        """Render one of names()."""
         rng = random.Random(f"{self._seed} {name}")
         face = self._faces[int(name[2:]) % len(self._faces)]
-        inked = coverage(outline(face, name[0]), self._size, rng)
+        mask = coverage(outline(face, name[0]), self._size, rng)
         ink, ground = two_colours(rng)
         image = Image.new("RGB", self._size, ground)
-        image.paste(ink, mask=inked)
+        image.paste(ink, mask=mask)
         return to_channels(image, channels)
 
 
 @functools.cache
 def glyph_names(face: Path) -> dict[int, str]:
-    """Reads the PostScript name of the glyph at each code point."""
+    """Read the PostScript name of the glyph at each code point."""
     font = FT2Font(str(face))
     return {code: font.get_glyph_name(index) for code, index in font.get_charmap().items()}
 
 
-def holds(face: Path, character: str) -> bool:
-    """Tells whether the glyph at a character's code point also has its name, by the Adobe Glyph List.
+def has_glyph(face: Path, character: str) -> bool:
+    """Tell whether the glyph at a character's code point also has its name, by the Adobe Glyph List.
 
-    Only the name tells: cmex10 has brackets at the letters, cmr10 bare accents at the umlauts, and LastResort one box
-    for each alphabet.
+    The code point does not suffice: cmex10 has brackets at the letters, cmr10 bare accents at the umlauts, and
+    LastResort one box for each alphabet.
     """
     name = glyph_names(face).get(ord(character), "")
     return unicodedata.normalize("NFC", toUnicode(name)) == character  # the list has the ohm sign for Omega
 
 
 def is_text_face(face: Path) -> bool:
-    """Tells whether a font holds A to Z, a to z and 0 to 9, unlike fonts of symbols or of mathematical italics."""
-    return all(holds(face, character) for character in string.ascii_letters + string.digits)
+    """Tell whether a font has A to Z, a to z and 0 to 9, unlike fonts of symbols or mathematical italics."""
+    return all(has_glyph(face, character) for character in string.ascii_letters + string.digits)
 
 
-def draws(face: Path, character: str) -> bool:
-    """Tells whether a font holds a character and gives it an outline, unlike a space."""
-    return holds(face, character) and len(curves(face, character).vertices) > 0
+def has_outline(face: Path, character: str) -> bool:
+    """Tell whether a font has a character with an outline, which a space lacks."""
+    return has_glyph(face, character) and len(curves(face, character).vertices) > 0
 
 
 @functools.cache
 def outline(face: Path, character: str) -> Outline:
-    """Returns a character's outline as polygons.
+    """Return a character's outline as polygons.
 
-    They are made once, at a large size: drawing would flatten curves to within half a pixel of the image at hand, and
-    so make another shape at each size.
+    They are made once, at a large size: rendering would flatten curves to within half a pixel of the image, which gives
+    another shape at each size.
     """
     return curves(face, character).cleaned()
 
 
 def curves(face: Path, character: str) -> Outline:
-    """Reads a character's outline, FLATTENED_AT pixels per em; it is empty for a space."""
+    """Read a character's outline, FLATTENED_AT pixels per em; it is empty for a space."""
     font = FT2Font(str(face))
     font.set_size(FLATTENED_AT, dpi=72)
     font.load_char(ord(character), flags=LoadFlags.NO_HINTING)
@@ -124,9 +123,9 @@ def curves(face: Path, character: str) -> Outline:
 
 
 def coverage(shape: Outline, size: Size, rng: random.Random) -> Image.Image:
-    """Rotates, scales and places an outline at random; returns how much of each pixel it covers, 0..255.
+    """Rotate, scale and place an outline at random; return how much of each pixel it covers, 0..255.
 
-    Agg integrates the polygon's area in each pixel, so a drawing is the box-filtered drawing of a larger size.
+    Agg integrates the polygon's area in each pixel, so a drawing equals the box-filtered drawing of a larger size.
     """
     side, extent = min(size), rng.uniform(*EXTENT)
     room = (1 - extent) / 2 - MARGIN
@@ -146,7 +145,7 @@ def coverage(shape: Outline, size: Size, rng: random.Random) -> Image.Image:
 
 
 def two_colours(rng: random.Random) -> tuple[Colour, Colour]:
-    """Chooses a saturated ink, and a ground that is dark or light with equal chance, at a ratio of CONTRAST or more."""
+    """Sample a saturated ink, and a dark or light ground (even odds), with a contrast of CONTRAST or more."""
     lightness = rng.choice([(0.06, 0.25), (0.78, 0.95)])
     while True:
         ink = random_colour(rng, lightness=(0.2, 0.8), saturation=(0.7, 1))
@@ -156,19 +155,19 @@ def two_colours(rng: random.Random) -> tuple[Colour, Colour]:
 
 
 def random_colour(rng: random.Random, lightness: tuple[float, float], saturation: tuple[float, float]) -> Colour:
-    """Chooses a colour of any hue, uniform in lightness and saturation (HLS)."""
+    """Sample a colour, uniform in hue, lightness and saturation (HLS)."""
     red, green, blue = colorsys.hls_to_rgb(rng.random(), rng.uniform(*lightness), rng.uniform(*saturation))
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def contrast(first: Colour, second: Colour) -> float:
-    """Computes the contrast ratio of two colours, 1..21 (WCAG 2.1)."""
+    """Compute the contrast ratio of two colours, 1..21 (WCAG 2.1)."""
     darker, lighter = sorted((luminance(first), luminance(second)))
     return (lighter + 0.05) / (darker + 0.05)
 
 
 def luminance(colour: Colour) -> float:
-    """Computes the relative luminance of an sRGB colour, 0..1 (WCAG 2.1)."""
+    """Compute the relative luminance of an sRGB colour, 0..1 (WCAG 2.1)."""
     parts = [value / 255 for value in colour]
     red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue

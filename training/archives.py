@@ -1,0 +1,350 @@
+"""Writes archives for training, equal-size PNGs and a `dataset.json` as in StyleGAN, and checks archives."""
+
+import contextlib
+import csv
+import io
+import json
+import random
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dnnlib.config import build
+from dnnlib.console import UserError, progress
+from dnnlib.files import atomic_folder, atomic_write
+from training.networks import DiscriminatorConfig
+from training.sources import (
+    BadImage,
+    ImageFiles,
+    Labels,
+    Source,
+    count_channels,
+    label_array,
+    parse_labels,
+    to_channels,
+)
+
+TRANSFORMS = ("center-crop", "center-crop-wide", "random-crops")
+
+Size = tuple[int, int]  # width, height
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+# --- transforms -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How images are brought to one size: `resolution` is (width, height), `kind` None (stretch) or in TRANSFORMS."""
+
+    resolution: Size | None = None  # None: sizes stay
+    kind: str | None = None
+    crops: int | None = None  # per image
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.kind and self.resolution is None:
+            raise UserError(f"transform {self.kind} needs the size of its result; add a resolution, e.g. 256x256")
+        if self.kind == "center-crop-wide" and self.resolution[0] < self.resolution[1]:
+            size = size_text(self.resolution)
+            raise UserError(f"center-crop-wide pads {size} at top and bottom, so its width must be the larger side")
+        if (self.kind == "random-crops") != (self.crops is not None):
+            raise UserError("transform random-crops and crops go together; give both, e.g. 100 crops, or neither")
+
+    def __call__(self, image: Image.Image, name: str) -> Iterator[tuple[Image.Image, bool]]:
+        """Yield the results for `image`, each with whether it was enlarged. Random crops depend on (seed, name)."""
+        if self.resolution is None:
+            yield image, False
+            return
+        width, height = self.resolution
+        for box in self._boxes(image.size, name):
+            crop = image.crop(box)
+            result = crop.resize(self.resolution, Image.Resampling.LANCZOS)
+            if self.kind == "center-crop-wide":
+                square = Image.new(result.mode, (width, width), "black")
+                square.paste(result, (0, (width - height) // 2))
+                result = square
+            yield result, crop.width < width or crop.height < height
+
+    def _boxes(self, size: Size, name: str) -> Iterator[Box]:
+        if self.kind is None:
+            yield 0, 0, *size
+            return
+        largest = min(size[0] / self.resolution[0], size[1] / self.resolution[1])
+        if self.kind != "random-crops":
+            yield place_box(size, self.resolution, largest, 0.5, 0.5)
+            return
+        rng = random.Random(f"{self.seed} {name}")
+        for _ in range(self.crops):
+            # Uniform between the resolution and the largest box that fits; of a smaller image, the largest box.
+            scale = min(1 + (largest - 1) * rng.random(), largest)
+            yield place_box(size, self.resolution, scale, rng.random(), rng.random())
+
+
+def place_box(size: Size, target: Size, scale: float, across: float, down: float) -> Box:
+    """Return a box of `scale` times the target's size in an image of `size`; `across` and `down` in 0..1 place it."""
+    width = min(max(round(target[0] * scale), 1), size[0])
+    height = min(max(round(target[1] * scale), 1), size[1])
+    left, top = int(across * (size[0] - width)), int(down * (size[1] - height))
+    return left, top, left + width, top + height
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def read_labels(choice: str | None, source: Source) -> Labels:
+    """Return the labels of a choice: None (the source's own), "none", "folders" (one class each), or a file's path."""
+    if choice is None:
+        return source.labels()
+    if choice == "none":
+        return Labels()
+    if choice == "folders":
+        return label_by_folder(source)
+    try:
+        data = Path(choice).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the labels {choice}: {error.strerror}; give folders, none, or a file") from error
+    if Path(choice).suffix.lower() != ".json":
+        return parse_csv(data, choice)
+    labels = parse_labels(data, choice)
+    if labels.by_name is None:
+        raise UserError(f'{choice} holds no "labels"; give a file with labels, or none')
+    return labels
+
+
+def label_by_folder(source: Source) -> Labels:
+    """Make one class of each top-level folder, numbered in sorted order."""
+    names = source.names()
+    loose = next((name for name in names if "/" not in name), None)
+    if loose:
+        raise UserError(f"{loose} is in no folder of {source.path}; put each image into the folder of its class")
+    folders = sorted({name.split("/")[0] for name in names})
+    if len(folders) == 1:
+        raise UserError(f"all images of {source.path} are in {folders[0]}; give the folder above the classes")
+    number = {folder: index for index, folder in enumerate(folders)}
+    return Labels({name: number[name.split("/")[0]] for name in names}, folders)
+
+
+def parse_csv(data: bytes, where: str) -> Labels:
+    """Parse rows of `filename,label`, with or without that header. Labels are class numbers or names."""
+    labels = {}
+    try:
+        for number, row in enumerate(csv.reader(io.StringIO(data.decode("utf-8-sig"))), start=1):
+            if not row or (number == 1 and [cell.strip().lower() for cell in row] == ["filename", "label"]):
+                continue
+            if len(row) != 2:
+                raise UserError(f"{where}, line {number}: {len(row)} columns instead of filename,label; fix that line")
+            name, label = row[0].strip().replace("\\", "/"), row[1].strip()
+            if labels.setdefault(name, label) != label:
+                raise UserError(
+                    f"{where}, line {number}: {name} is both {labels[name]} and {label}; keep one of the two"
+                )
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{where} is not a CSV text ({error}); give rows of filename,label, or a .json file") from error
+    with contextlib.suppress(ValueError):
+        return Labels({name: int(label) for name, label in labels.items()})
+    class_names = sorted(set(labels.values()))
+    number = {label: index for index, label in enumerate(class_names)}
+    return Labels({name: number[label] for name, label in labels.items()}, class_names)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def convert(
+    source: Source,
+    dest: Path,
+    transform: Transform,
+    labels: Labels = Labels(),
+    channels: int = 3,
+    max_images: int | None = None,
+    skip_bad: bool = False,
+) -> str:
+    """Write the archive `dest` atomically, a ZIP if it ends in .zip; return a summary of one line. Raises UserError."""
+    check_dest(dest, source.path)
+    names = source.names()
+    values = None if labels.by_name is None else label_array(labels.by_name, names, "labels").tolist()
+    entries, used, skipped, enlarged, first = [], 0, 0, 0, None
+    total = min(len(names), max_images or len(names))
+    with new_archive(dest) as write, progress(None, desc="images", total=total) as bar:
+        for number, name in enumerate(names):
+            if used == total:
+                break
+            try:
+                image = source.image(name, channels)
+            except BadImage as error:
+                if not skip_bad:
+                    raise
+                bar.write(f"Skipped: {error}", file=sys.stderr)
+                skipped += 1
+                continue
+            for result, larger in transform(image, name):
+                first = first or (name, result.size)
+                if result.size != first[1]:
+                    raise UserError(
+                        f"{name} is {size_text(result.size)}, but {first[0]} is {size_text(first[1])}; bring all "
+                        "images to one resolution (transform center-crop keeps their proportions)"
+                    )
+                target = f"{len(entries) // 1000:05d}/img{len(entries):08d}.png"
+                write(target, encode_png(result))
+                entries.append([target, values[number]] if values else target)
+                enlarged += larger
+            used += 1
+            bar.update()
+        if not entries:
+            raise UserError(f"{source.path} holds no image that can be read; nothing was written")
+        names_of_classes = {"class_names": labels.class_names} if labels.class_names else {}
+        write("dataset.json", json.dumps({"labels": entries if values else None} | names_of_classes).encode())
+    text = f"Wrote {dest}: {count(len(entries), 'image')} of {size_text(first[1])}, {count(channels, 'channel')}, "
+    text += f"{label_text([label for _, label in entries] if values else None)}."
+    if skipped:
+        text += f" Skipped {count(skipped, 'unreadable file')}."
+    if enlarged:
+        text += f" {count(enlarged, 'image')} had to be enlarged: the source is smaller there."
+    return text
+
+
+def check_dest(dest: Path, source: Path) -> None:
+    """Raise UserError when `dest` is the source, is of another kind than its name says, or holds files."""
+    if dest.resolve() == source.resolve():
+        raise UserError(f"dest {dest} is the source itself; choose another place")
+    if is_zip_name(dest) and dest.is_dir():
+        raise UserError(f"dest {dest} is a folder; choose another name for the ZIP")
+    if not is_zip_name(dest) and dest.is_file():
+        raise UserError(f"dest {dest} is a file; choose a folder, or a name that ends in .zip")
+    if dest.is_dir() and any(dest.iterdir()):
+        raise UserError(f"dest {dest} holds files already; choose an empty or a new folder")
+
+
+@contextlib.contextmanager
+def new_archive(dest: Path) -> Iterator[Callable[[str, bytes], None]]:
+    """Yield write(name, data); `dest` appears after the block. Raises UserError when it cannot be written."""
+    try:
+        if is_zip_name(dest):
+            with atomic_write(dest) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+
+                def write(name: str, data: bytes) -> None:
+                    entry = zipfile.ZipInfo(name)  # without a date, so that equal content gives equal bytes
+                    entry.external_attr = 0o644 << 16
+                    archive.writestr(entry, data)
+
+                yield write
+        else:
+            with atomic_folder(dest) as temporary:
+
+                def write(name: str, data: bytes) -> None:
+                    (temporary / name).parent.mkdir(exist_ok=True)
+                    (temporary / name).write_bytes(data)
+
+                yield write
+    except OSError as error:
+        raise UserError(f"cannot write {dest}: {error.strerror}; free some space or choose another place") from error
+
+
+def is_zip_name(path: Path) -> bool:
+    return path.suffix.lower() == ".zip"
+
+
+def encode_png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    # Uncompressed, as in StyleGAN: twice the bytes of compressed photographs, read in half the time.
+    image.save(data, format="png", compress_level=0)
+    return data.getvalue()
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+def examine(files: ImageFiles) -> tuple[list[str], list[str]]:
+    """Return lines of text on (what an archive holds, what is wrong with it). Reads the images one at a time."""
+    sizes, channels, example, problems = Counter(), Counter(), {}, []
+    for name in progress(files.names(), desc="images"):
+        try:
+            image = files.image(name)
+            holds = count_channels(image)
+            to_channels(image, holds)
+        except BadImage as error:
+            problems.append(str(error))
+        except ValueError as error:
+            problems.append(f"{files.path / name}: {error}")
+        else:
+            sizes[image.size] += 1
+            channels[holds] += 1
+            example.setdefault(image.size, name)
+    if not sizes:
+        return [], problems
+    (common, times), *others = sizes.most_common()
+    if others:
+        other = others[0][0]
+        problems.append(
+            f"{count(sizes.total() - times, 'image')} not of the most frequent size {size_text(common)}, "
+            f"e.g. {example[other]} of {size_text(other)}; convert all to one resolution"
+        )
+    else:
+        try:  # as train.py will
+            build(DiscriminatorConfig, {"img_shape": common[::-1]}, str(files.path))
+        except UserError as error:
+            problems.append(str(error))
+    label_line, label_problems = examine_labels(files)
+    report = [
+        f"images    {len(files):,}",
+        f"size      {', '.join(f'{size_text(size)} ({number:,})' for size, number in sizes.most_common(5))}"
+        + (f", and {count(len(sizes) - 5, 'size')} more" if len(sizes) > 5 else ""),
+        f"channels  {', '.join(f'{number} ({times:,})' for number, times in channels.most_common())}",
+        f"labels    {label_line}",
+    ]
+    return report, problems + label_problems
+
+
+def examine_labels(files: ImageFiles) -> tuple[str, list[str]]:
+    """Return (which labels there are, what is wrong with them)."""
+    where = files.path / "dataset.json"
+    try:
+        labels, class_names = files.labels()
+        if labels is None:
+            return "none", []
+        names = files.names()
+        values = label_array(labels, [name for name in names if name in labels], where)
+    except UserError as error:
+        return "unusable", [str(error)]
+    problems = []
+    if unlabelled := [name for name in names if name not in labels]:
+        problems.append(
+            f"{count(len(unlabelled), 'image')} without a label in {where}, e.g. {unlabelled[0]}; label each"
+        )
+    if lost := sorted(set(labels) - set(names)):
+        problems.append(f"{where} labels {count(len(lost), 'file')} that are not there, e.g. {lost[0]}; restore them")
+    if values.ndim == 2:
+        return f"vectors of {count(values.shape[1], 'number')}", problems
+    times = np.bincount(values)
+    if class_names is None:
+        class_names = [str(number) for number in range(len(times))]
+    if len(class_names) < len(times):
+        problems.append(f"{where} names {count(len(class_names), 'class', 'classes')} and uses {len(times)}; name each")
+    per_class = ", ".join(f"{name} {number:,}" for name, number in zip(class_names, times, strict=False))
+    return f"{count(len(times), 'class', 'classes')}: {per_class}", problems
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def size_text(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def label_text(values: list | None) -> str:
+    if values is None:
+        return "no labels"
+    if isinstance(values[0], list):
+        return f"labels of {count(len(values[0]), 'number')}"
+    return count(len(set(values)), "class", "classes")
+
+
+def count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
