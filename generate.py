@@ -1,30 +1,30 @@
-"""Render pictures and films of a trained generator: any size, any window, any transform."""
+"""Render images and films of a trained generator: any size, any window, any transform."""
 
 import math
 import re
 from pathlib import Path
 
 import click
-import torch
 
 from dnnlib.console import UserError
 from dnnlib.files import sha256
 from rendering.camera import Camera
-from rendering.grid import FITS
-from rendering.jobs import GRIDS, Job, write_film, write_grid, write_pictures
+from rendering.engine import DTYPES
+from rendering.grid import FITS, Shot
+from rendering.jobs import Job, write_film, write_grid, write_images
 from rendering.styles import Styles, parse_seeds
 from rendering.writers import FORMATS
 from torch_utils.command import command
 from torch_utils.distributed import processes
-from training.networks import Generator
 from training.snapshot import find_network, load_generator, network_names, save_generator
 
 MAX_SIDE = 10**7  # pixels; a square of it would take 300 TB
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
-def picture_size(G: Generator, scale: float | None, size: str | None, window: tuple[float, ...]) -> tuple[int, int]:
-    """(height, width) from --size or --scale; by default as many pixels along the longer side as it was trained at.
+def image_size(
+    trained: tuple[int, int], size: str | None, scale: float | None, window: tuple[float, ...]
+) -> tuple[int, int]:
+    """Return (height, width) from --size or --scale; by default, the window's longer side has the pixels trained at.
 
     Raises UserError.
     """
@@ -38,14 +38,12 @@ def picture_size(G: Generator, scale: float | None, size: str | None, window: tu
             raise UserError(f"--size={size}: write width x height in pixels, for example 1024x768")
         width, height = int(match[1]), int(match[2])
     else:
-        wide, high = window[2] - window[0], window[3] - window[1]
-        scale = scale or 1 / max(wide, high)
-        height, width = (
-            round(side * part * scale) for side, part in zip(G.config.img_shape, (high, wide), strict=True)
-        )
+        shares = window[3] - window[1], window[2] - window[0]
+        scale = scale or 1 / max(shares)
+        height, width = (round(side * share * scale) for side, share in zip(trained, shares, strict=True))
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise UserError(
-            f"a picture of {width}x{height} pixels cannot be written; it may have 1 to {MAX_SIDE:,} per side, "
+            f"an image of {width}x{height} pixels cannot be written; it may have 1 to {MAX_SIDE:,} per side, "
             "so choose another --size or --scale"
         )
     return height, width
@@ -58,9 +56,9 @@ def picture_size(G: Generator, scale: float | None, size: str | None, window: tu
     help="A name in models/, a network-snapshot-*.safetensors, or a released .pkl.  "
     "[default: emoji-people, or else the first name in models/]",
 )
-@click.option("--seeds", metavar="0-3,7", help="One picture for each seed; the stations of a film.")
+@click.option("--seeds", metavar="0-3,7", help="One image for each seed; the stops of a film.")
 @click.option("--outdir", metavar="DIR", help="Where seed0000.png … are written.")
-@click.option("--grid", metavar="FILE.png", help="All pictures in one file, row by row; or .webp, .tif, .dzi.")
+@click.option("--grid", metavar="FILE.png", help="All images in one file, row by row; or .webp, .tif, .dzi.")
 @click.option("--columns", type=click.IntRange(min=1), help="Of --grid.  [default: nearly square]")
 @click.option(
     "--trunc", type=float, default=1, show_default=True, help="Truncation ψ: 1 is the full variety, 0 the average."
@@ -82,10 +80,10 @@ def picture_size(G: Generator, scale: float | None, size: str | None, window: tu
     show_default=True,
     help="When shapes differ: show less, show more, or oblong pixels.",
 )
-@click.option("--window", metavar="X0,Y0,X1,Y1", help="Part of the picture to show, in fractions: 0,0,1,1 is all.")
-@click.option("--translate", metavar="X,Y", help="Move the picture right and down, in units of its longer side.")
-@click.option("--rotate", metavar="DEGREES", help="Turn the picture counter-clockwise.")
-@click.option("--zoom", metavar="FACTOR", help="Magnify the picture about its centre.")
+@click.option("--window", metavar="X0,Y0,X1,Y1", help="Part of the image to show, in fractions: 0,0,1,1 is all.")
+@click.option("--translate", metavar="X,Y", help="Move the image right and down, in units of its longer side.")
+@click.option("--rotate", metavar="DEGREES", help="Rotate the image counter-clockwise.")
+@click.option("--zoom", metavar="FACTOR", help="Magnify the image about its centre.")
 @click.option("--exact", is_flag=True, help="Compute rotated pixels exactly, some hundred times slower.")
 @click.option(
     "--supersample", type=click.IntRange(1, 64), default=1, show_default=True, help="K² samples averaged per pixel."
@@ -94,19 +92,17 @@ def picture_size(G: Generator, scale: float | None, size: str | None, window: tu
     "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the matrix products."
 )
 @click.option("--tile", type=click.IntRange(1, 2**14), help="Side of a tile in pixels.  [default: by device]")
-@click.option("--format", type=click.Choice(list(FORMATS)), help="Of pictures.  [default: png, tiff for large ones]")
-@click.option("--resume", is_flag=True, help="Go on with what an interrupted call has left.")
+@click.option("--format", type=click.Choice(list(FORMATS)), help="Of images.  [default: png, tiff for large ones]")
+@click.option("--resume", is_flag=True, help="Continue an interrupted call.")
 @click.option(
     "--video", metavar="FILE.mp4", help="A film through the seeds; A:B makes a path of --window, --zoom, …, e.g. 1:50."
 )
 @click.option("--w-frames", type=click.IntRange(min=1), default=60, show_default=True, help="Frames for each seed.")
 @click.option("--fps", type=click.FloatRange(min=0, min_open=True), default=30, show_default=True)
 @click.pass_context
-@command(memory="give a smaller --tile", interrupted="the same command with --resume goes on.")
-def main(
-    context, network, seeds, outdir, grid, columns, trunc, trunc_cutoff, classes, mix, video, w_frames, fps, **options
-):
-    """Render pictures and films of a trained generator.
+@command(memory="give a smaller --tile", interrupted="the same command with --resume continues.")
+def main(context, network, seeds, outdir, grid, columns, trunc, trunc_cutoff, classes, mix, **options):
+    """Render images and films of a trained generator.
 
     \b
     python generate.py --network=net.safetensors --seeds=0-7 --outdir=out
@@ -120,29 +116,24 @@ def main(
     """
     if context.invoked_subcommand:
         return
-    names = network_names()
+    names, video = network_names(), options["video"]
     if network is None and not names:
         raise UserError("--network is missing, and models/ holds none; give a network-snapshot-*.safetensors of a run")
     if not seeds:
         raise UserError("--seeds is missing; see generate.py --help")
     if sum(map(bool, (outdir, grid, video))) != 1:
-        raise UserError("give one of --outdir, for pictures, --grid, for all in one, and --video, for a film")
+        raise UserError("give one of --outdir, for images, --grid, for all in one, and --video, for a film")
     if columns and not grid:
         raise UserError("--columns belongs to --grid; give --grid=FILE.png as well")
-    if grid and Path(grid).suffix not in GRIDS:
-        raise UserError(f"--grid={grid}: choose a name that ends in {', '.join(GRIDS)}")
     if not math.isfinite(trunc):
         raise UserError(f"--trunc={trunc}: give a finite number, for example 0.7")
     camera = Camera.parse(*(options[name] for name in ("window", "translate", "rotate", "zoom")))
-    numbers = parse_seeds(seeds)
-    styles = Styles(trunc, trunc_cutoff, classes.split(",") if classes else [], list(mix))
-    if video and not (camera.moves or len(numbers) > 1):
+    seeds = parse_seeds(seeds)
+    styles = Styles(trunc, trunc_cutoff, classes.split(",") if classes else [], mix)
+    if video and not (camera.moves or len(seeds) > 1):
         raise UserError("the film would stand still; give several --seeds, or a path, for example --zoom=1:50")
-    if video and not video.endswith(".mp4"):
-        raise UserError(f"--video={video}: films are MP4 files; choose a name that ends in .mp4")
     if not video and camera.moves:
         raise UserError("a path A:B is for films; add --video, or give single values")
-    geometry = {name: options[name] for name in ("fit", "supersample", "exact", "tile")}
     with processes() as group:
         say = click.echo if group.is_first else lambda line: None
         if network is None:
@@ -151,29 +142,18 @@ def main(
         G = load_generator(network, group.device)
         if G.config.c_dim and not classes:
             say(f"{network} is conditional: seed i takes class i mod {G.config.c_dim}; choose with --class")
-        size = picture_size(G, options["scale"], options["size"], camera.window[0])
         if options["dtype"] == "fp16" and group.device.type == "cpu":
             raise UserError("--dtype=fp16 is for GPUs; use bf16 or fp32 on a CPU")
-        settings = {
-            "network": sha256(find_network(network)),
-            "size": size,
-            **geometry,
-            "dtype": options["dtype"],
-            "device": group.device.type,
-            "truncation": (styles.trunc, styles.cutoff),
-            "mix": styles.mix,
-        }
-        ws = styles.of(G, numbers, group.device)
-        drawn = [styles.class_of(G, i, seed) for i, seed in enumerate(numbers)]
-        job = Job(G, DTYPES[options["dtype"]], {"size": size, **geometry}, settings, options["resume"])
+        size = image_size(G.config.img_shape, options["size"], options["scale"], camera.window[0])
+        shot = Shot(size, **{name: options[name] for name in ("fit", "supersample", "exact", "tile")})
+        digest = sha256(find_network(network))
+        job = Job(G, digest, seeds, styles, camera, shot, options["dtype"], options["resume"])
         if video:
-            job.settings.update(seeds=numbers, classes=drawn, camera=camera)
-            write_film(job, group, ws, camera, w_frames * len(numbers), Path(video), fps)
+            write_film(job, group, Path(video), options["w_frames"], options["fps"])
         elif grid:
-            write_grid(job, group, numbers, drawn, ws, camera, Path(grid), columns)
+            write_grid(job, group, Path(grid), columns)
         else:
-            work = {seed: (kind, w) for seed, kind, w in zip(numbers, drawn, ws, strict=True)}
-            write_pictures(job, group, work, camera, Path(outdir), options["format"])
+            write_images(job, group, Path(outdir), options["format"])
 
 
 @main.command()

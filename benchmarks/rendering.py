@@ -1,4 +1,4 @@
-"""The rendering engine against plain whole-picture synthesis: python -m benchmarks.rendering --help
+"""Compare the rendering engine with plain synthesis of whole images: python -m benchmarks.rendering --help
 
 Network: the paper's 512² one with random weights; times do not depend on them. For each size the methods take turns in
 one fresh process, so that no size inherits the state of the allocator from another; peak memory is that of fresh
@@ -22,6 +22,8 @@ import rendering
 from benchmarks.machine import describe, device_name, interleaved, matmul_rate, peak_mib
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
+from rendering import Shot
+from rendering.engine import Tiling
 from torch_utils.command import command
 from training.networks import COORDS, Generator, GeneratorConfig
 from training.networks.layers import compute_with
@@ -50,7 +52,7 @@ def plain_fp16(G: Generator, ws: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def engine(dtype: torch.dtype) -> Callable:
-    return lambda G, ws, size: rendering.render(G, ws, (size, size), dtype=dtype)
+    return lambda G, ws, size: rendering.render(G, ws, Shot((size, size)), dtype=dtype)
 
 
 METHODS = {"plain": plain, "engine fp32": engine(torch.float32), "engine bf16": engine(torch.bfloat16)}
@@ -58,7 +60,7 @@ GPU_METHODS = {"plain": plain_fp16, "engine bf16": engine(torch.bfloat16), "engi
 
 
 def flops(G: Generator, size: int) -> dict[str, float]:
-    """Of the matrix products of one picture, in its two stages."""
+    """Count those of the matrix products of one image, in its two stages."""
     modules = {name: m for name, m in G.synthesis.named_modules() if hasattr(m, "weight") and "affine" not in name}
     per = {
         stage: sum(2 * m.weight.numel() for name, m in modules.items() if name.startswith(stage) and m.weight.ndim == 2)
@@ -69,13 +71,13 @@ def flops(G: Generator, size: int) -> dict[str, float]:
 
 
 def fresh(*arguments: object) -> dict | float:
-    """What a new process of this file prints, as JSON."""
+    """Run this file in a new process and return what it prints as JSON."""
     command = [sys.executable, "-m", "benchmarks.rendering", *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def errors(G: Generator, ws: torch.Tensor, size: int, methods: dict[str, Callable] = METHODS) -> dict:
-    """Against plain synthesis in float64: the largest difference over the largest value, and PSNR of colours in ±1."""
+    """Measure against plain synthesis in float64: the largest difference over the largest value, and PSNR of colours in ±1."""
     truth = plain(copy.deepcopy(G).double(), ws.double(), size)
     result = {}
     for name, method in methods.items():
@@ -111,7 +113,7 @@ def compare(G: Generator, size: int, batch: int, rounds: int, rates: dict[str, f
 
 
 def on_gpu(G: Generator, sizes: list[int], batches: list[int], rounds: int) -> Iterator[dict]:
-    """Yields the results so far after each picture. Peaks of memory are on top of the network's weights."""
+    """Yield the results so far after each image. Peaks of memory are on top of the network's weights."""
 
     def peak(method: Callable, ws: torch.Tensor, size: int) -> float:
         torch.cuda.reset_peak_memory_stats()
@@ -141,23 +143,24 @@ def on_gpu(G: Generator, sizes: list[int], batches: list[int], rounds: int) -> I
     yield result
 
 
-def turned(G: Generator, size: int, rounds: int) -> dict:
-    """Points: a rotation by interpolated lines against the upright picture, and its error against exact points."""
-    ws, matrix = styles(G, 1), rendering.rotation(30)
+def compare_rotated(G: Generator, size: int, rounds: int) -> dict:
+    """Time a rotation between lines sampled densely and the upright image, and measure its error at exact points."""
+    ws, upright, rotated = styles(G, 1), Shot((size, size)), Shot((size, size), transform=rendering.rotation(30))
     tasks = {
-        "upright": lambda: rendering.render(G, ws, (size, size)),
-        "rotated": lambda: rendering.render(G, ws, (size, size), transform=matrix),
+        "upright": lambda: rendering.render(G, ws, upright),
+        "rotated": lambda: rendering.render(G, ws, rotated),
     }
     seconds = interleaved(tasks, rounds)
-    arranged = rendering.plan(G, (size, size), transform=matrix)
-    places = [t.flatten()[:: size * size // 512] for t in arranged.view.points(arranged.whole)]
-    exact = rendering.render_points(G, ws, *places)
-    fast = rendering.render(G, ws, (size, size), transform=matrix).flatten(2)[..., :: size * size // 512]
+    tiling = Tiling.of(G, rotated)
+    every = size * size // 512
+    positions = [t.flatten()[::every] for t in tiling.view.points(tiling.whole)]
+    exact = rendering.render_points(G, ws, *positions)
+    fast = rendering.render(G, ws, rotated).flatten(2)[..., ::every]
     squares = (exact.clamp(-1, 1) - fast.clamp(-1, 1)).square().mean()
     return {"size": size, "median": median(seconds), "psnr_db": (10 * torch.log10(4 / squares)).item()}
 
 
-def draw(result: dict, path: Path) -> None:
+def plot(result: dict, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -168,7 +171,7 @@ def draw(result: dict, path: Path) -> None:
         for name in METHODS:
             runs = [run for run in result["pictures"] if run["batch"] == 1 and name in run[key]]
             panel.plot([run["size"] for run in runs], [run[key][name] for run in runs], "o-", label=name)
-        panel.set(xscale="log", yscale="log", xlabel="picture side, pixels", title=title)
+        panel.set(xscale="log", yscale="log", xlabel="image side, pixels", title=title)
         sides = sorted({run["size"] for run in result["pictures"]})
         panel.set_xticks(sides, [str(side) for side in sides])
         panel.minorticks_off()
@@ -178,9 +181,7 @@ def draw(result: dict, path: Path) -> None:
     panels[0].plot(sides, floor, "k--", lw=1, label="fp32 matrix products alone")
     panels[0].legend()
     machine = result["machine"]
-    figure.suptitle(
-        f"one picture, paper's widths · {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}"
-    )
+    figure.suptitle(f"one image, paper's widths · {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
@@ -195,7 +196,7 @@ def draw(result: dict, path: Path) -> None:
 @click.option("--turns", nargs=3, type=int, hidden=True)
 @command()
 def main(out, sizes, batches, kind, rounds, once, turns):
-    """Time, memory and error of the engine and of plain synthesis; writes JSON and a plot beside it."""
+    """Measure time, memory and error of the engine and of plain synthesis; write JSON and a plot beside it."""
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device to measure; use --device=cpu")
     torch.set_grad_enabled(False)
@@ -209,7 +210,7 @@ def main(out, sizes, batches, kind, rounds, once, turns):
         size, batch, rounds = turns
         ws = styles(G, batch)
         tasks = {name: lambda m=method: m(G, ws, size) for name, method in METHODS.items()}
-        # What takes minutes needs no warming up.
+        # What takes minutes needs no warm-up.
         click.echo(json.dumps(interleaved(tasks, rounds, warm=size <= 512)))
         return
     result = {"machine": describe()}
@@ -226,13 +227,16 @@ def main(out, sizes, batches, kind, rounds, once, turns):
         f"512x512, tile {tile}": value
         for tile, value in median(
             interleaved(
-                {t: lambda t=t: rendering.render(G, styles(G, 1), (512, 512), tile=t) for t in (16, 32, 64, 128, 256)},
+                {
+                    t: lambda t=t: rendering.render(G, styles(G, 1), Shot((512, 512), tile=t))
+                    for t in (16, 32, 64, 128, 256)
+                },
                 rounds,
             )
         ).items()
     }
     click.echo(json.dumps(result["tiles"]))
-    result["rotation"] = turned(G, 512, rounds)
+    result["rotation"] = compare_rotated(G, 512, rounds)
     click.echo(json.dumps(result["rotation"]))
     result["pictures"] = []
     runs = [(int(batch), int(size)) for batch in batches.split(",") for size in sizes.split(",")]
@@ -244,7 +248,7 @@ def main(out, sizes, batches, kind, rounds, once, turns):
         click.echo(json.dumps({key: value for key, value in result["pictures"][-1].items() if key in brief}))
         with atomic_write(out) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
-        draw(result, out.with_suffix(".png"))
+        plot(result, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

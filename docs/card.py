@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import click
-import torch
 from matplotlib.figure import Figure
 
 import generate
@@ -111,7 +110,7 @@ def compact(G: Generator) -> tuple[Generator, float]:
             tensor.data = tensor.data.half()
     pictures = []
     for network in (G, copy.deepcopy(half).float()):  # as load_generator reads them
-        ws = Styles(1, None, [], []).of(network, list(range(16)), torch.device("cpu"))
+        ws = Styles().map(network, list(range(16)))
         pictures.append(rendering.render(network, ws).clamp(-1, 1))
     change = float((pictures[0] - pictures[1]).abs().max()) / 2
     return half if change < 1 / 255 else G, change  # weights beyond float16 give nan, and stay as they are

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import rendering
 from dnnlib.files import atomic_write
+from rendering import Shot
 from rendering.styles import Styles
 from torch_utils.command import command
 from torch_utils.images import to_uint8
@@ -20,7 +21,7 @@ CAPTION = 20
 
 
 def picture(G: Generator, ws: Tensor, size: tuple[int, int], **options) -> Image.Image:
-    image = to_uint8(rendering.render(G, ws, size, **options)[0]).movedim(0, -1)
+    image = to_uint8(rendering.render(G, ws, Shot(size, **options))[0]).movedim(0, -1)
     return Image.fromarray((image.squeeze(2) if image.shape[2] == 1 else image).numpy())
 
 
@@ -99,8 +100,7 @@ FIGURES = {"scales": scales, "views": views, "zoom": zoom, "walks": walks}
 def main(network, figure, seed, kind, trunc, out):
     """One seed of a network at several scales or in several views, or walks between it and the three that follow."""
     G = load_generator(network)
-    styles = Styles(trunc, None, [kind] if kind else [], [])
-    ws = styles.of(G, list(range(seed, seed + 4)), torch.device("cpu"))
+    ws = Styles(trunc, classes=[kind] if kind else []).map(G, list(range(seed, seed + 4)))
     with atomic_write(Path(out)) as temporary:
         FIGURES[figure](G, ws).save(temporary)
 

@@ -10,6 +10,7 @@ import rendering
 from dnnlib.console import UserError
 from metrics.images import Batch, Size
 from metrics.path_length import path_lengths
+from rendering import Shot
 from torch_utils.images import to_uint8
 from torch_utils.randomness import make_rng
 from training.networks import COORDS
@@ -53,9 +54,9 @@ class Generated:
     def styles(self, z: Tensor, c: Tensor) -> Tensor:
         return self.G.mapping(z, c, self.trunc)
 
-    def render(self, ws: Tensor, size: Size, **where) -> Tensor:
+    def render(self, ws: Tensor, shot: Shot) -> Tensor:
         """Render [N,C,H,W] about [-1,1]. Raises UserError for colours that are not finite."""
-        colours = rendering.render(self.G, ws, size, **where)
+        colours = rendering.render(self.G, ws, shot)
         if not colours.isfinite().all():
             raise UserError("the network gives colours that are not finite; it is broken, measure an earlier snapshot")
         return colours
@@ -74,7 +75,7 @@ class GeneratedBatch(Batch):
         self.ws = generated.styles(self.z, self.c)
 
     def colours(self, size: Size) -> Tensor:
-        return self.once(("colours", size), lambda: self.generated.render(self.ws, size))
+        return self.once(("colours", size), lambda: self.generated.render(self.ws, Shot(size)))
 
     def images(self, size: Size | None = None) -> Tensor:
         size = size or self.generated.size
@@ -89,14 +90,15 @@ class GeneratedBatch(Batch):
             return self.colours(generated.size)[index : index + 1]
         sides = matrix.clone()
         sides[:2, 2] /= COORDS[generated.G.config.coords].steps(max(generated.size))  # from pixels to longer sides
-        exact = generated.points == "exact"
-        return generated.render(self.ws[index : index + 1], generated.size, transform=sides, exact=exact)
+        shot = Shot(generated.size, transform=sides, exact=generated.points == "exact")
+        return generated.render(self.ws[index : index + 1], shot)
 
     def windows(self, boxes: list[tuple[float, float, float, float]]) -> Tensor:
         """Render of each image the window (x0, y0, x1, y1), in its sides: uint8 [N,C,H,W] of the size trained at."""
         generated = self.generated
         rendered = [
-            generated.render(w, generated.native, window=box) for w, box in zip(self.ws.split(1), boxes, strict=True)
+            generated.render(w, Shot(generated.native, window=box))
+            for w, box in zip(self.ws.split(1), boxes, strict=True)
         ]
         return to_uint8(torch.cat(rendered))
 
@@ -106,6 +108,6 @@ class GeneratedBatch(Batch):
         towards, _ = generated.latents(self.numbers.tolist(), "latents of path ends")
 
         def synthesis(ws: Tensor) -> Tensor:
-            return generated.render(ws, generated.size)
+            return generated.render(ws, Shot(generated.size))
 
         return path_lengths(generated.styles, synthesis, distance, self.z, towards, self.c)

@@ -1,17 +1,21 @@
-"""Where the camera is: it stands still in a picture and follows paths in a film."""
+"""Moves the window and the transform of a Shot along paths."""
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from dnnlib.console import UserError
-from rendering.grid import rotation, translation, zoom
+from rendering.grid import Shot
+from rendering.transforms import rotation, translation, zoom
+
+Stop = tuple[float, ...]
 
 
-def number(text: str) -> float | None:
-    """A finite number, or None."""
+def parse_number(text: str) -> float | None:
+    """Return a finite number, or None for other texts."""
     try:
         value = float(text)
     except ValueError:
@@ -19,33 +23,33 @@ def number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def parse_path(option: str, text: str, count: int, example: str) -> list[tuple[float, ...]]:
-    """Numbers "a,b,…" (`count` of them), or the path "a,b:c,d:…". Raises UserError."""
+def parse_path(name: str, text: str, count: int, example: str) -> list[Stop]:
+    """Return the stops of "a,b,…" (`count` numbers) or of a path "a,b:c,d:…". Raises UserError."""
     path = []
     for stop in text.split(":"):
-        values = [number(part) for part in stop.split(",")]
+        values = [parse_number(part) for part in stop.split(",")]
         if len(values) != count or None in values:
-            raise UserError(f"--{option}={text}: cannot read {stop!r}; write for example --{option}={example}")
+            raise UserError(f"{name}={text}: cannot read {stop!r}; write for example {name}={example}")
         path.append(tuple(values))
     return path
 
 
-def along(path: list[tuple[float, ...]], t: float, between: Callable) -> tuple[float, ...]:
-    """The point of `path` at t in [0,1], each leg taking the same time; between(a, b, t) on a leg."""
+def follow(path: list[Stop], t: float, between: Callable[[Stop, Stop, float], Stop]) -> Stop:
+    """Return the point of `path` at t in [0,1]; each leg takes the same time and runs as between(a, b, t)."""
     leg = min(int(t * (len(path) - 1)), len(path) - 2)
     return path[0] if len(path) == 1 else between(path[leg], path[leg + 1], t * (len(path) - 1) - leg)
 
 
-def linear(a: tuple[float, ...], b: tuple[float, ...], t: float) -> tuple[float, ...]:
+def linear(a: Stop, b: Stop, t: float) -> Stop:
     return tuple(x + (y - x) * t for x, y in zip(a, b, strict=True))
 
 
-def geometric(a: tuple[float, ...], b: tuple[float, ...], t: float) -> tuple[float, ...]:
+def geometric(a: Stop, b: Stop, t: float) -> Stop:
     return tuple(x * (y / x) ** t for x, y in zip(a, b, strict=True))
 
 
-def approach(a: tuple[float, ...], b: tuple[float, ...], t: float) -> tuple[float, ...]:
-    """From window to window at a constant rate of zoom, about the point that both have in the same place."""
+def approach(a: Stop, b: Stop, t: float) -> Stop:
+    """Zoom from window a to window b at a constant rate, about the point that both show in the same place."""
     edges = []
     for low, high in ((0, 2), (1, 3)):
         before, after = a[high] - a[low], b[high] - b[low]
@@ -57,16 +61,16 @@ def approach(a: tuple[float, ...], b: tuple[float, ...], t: float) -> tuple[floa
 
 
 class Camera(NamedTuple):
-    """Paths of the window and of the transforms."""
+    """Paths of the window (fractions), translation (longer sides), rotation (degrees) and zoom (factors)."""
 
-    window: list[tuple[float, ...]]
-    translate: list[tuple[float, ...]]
-    rotate: list[tuple[float, ...]]
-    zoom: list[tuple[float, ...]]
+    window: list[Stop]
+    translate: list[Stop]
+    rotate: list[Stop]
+    zoom: list[Stop]
 
     @classmethod
     def parse(cls, window: str | None, translate: str | None, rotate: str | None, zoom: str | None) -> "Camera":
-        """From the options of these names. Raises UserError."""
+        """Read paths "A:B:…"; None stands still. Raises UserError."""
         camera = cls(
             parse_path("window", window or "0,0,1,1", 4, "0.25,0.25,0.5,0.5"),
             parse_path("translate", translate or "0,0", 2, "0.3,0"),
@@ -75,9 +79,9 @@ class Camera(NamedTuple):
         )
         for x0, y0, x1, y1 in camera.window:
             if not (x0 < x1 and y0 < y1):
-                raise UserError(f"--window={window}: give left,top,right,bottom with left < right and top < bottom")
+                raise UserError(f"window={window}: give left,top,right,bottom with left < right and top < bottom")
         if min(factor for (factor,) in camera.zoom) <= 0:
-            raise UserError(f"--zoom={zoom}: give a factor above 0, for example 2")
+            raise UserError(f"zoom={zoom}: give a factor above 0, for example 2")
         return camera
 
     @property
@@ -86,14 +90,14 @@ class Camera(NamedTuple):
 
     @property
     def closes(self) -> bool:
-        """Whether the last picture of the path looks like the first: full turns, and the rest in its old place."""
+        """Return whether the path ends where it begins, up to full turns."""
         turns = (self.rotate[-1][0] - self.rotate[0][0]) % 360 == 0
         return self.moves and turns and all(path[0] == path[-1] for path in (self.window, self.translate, self.zoom))
 
-    def at(self, t: float) -> dict:
-        """The arguments `window` and `transform` of rendering.plan at t in [0,1]."""
-        window = along(self.window, t, approach)
-        (x, y), (degrees,) = along(self.translate, t, linear), along(self.rotate, t, linear)
-        (factor,) = along(self.zoom, t, geometric)
-        move = translation(x, y) @ rotation(degrees) @ zoom(factor)
-        return {"window": window, "transform": None if torch.equal(move, zoom(1)) else move}
+    def aim(self, shot: Shot, t: float) -> Shot:
+        """Return `shot` with the window and the transform at t in [0,1]: zoom, then rotate, then translate."""
+        (x, y), (degrees,) = follow(self.translate, t, linear), follow(self.rotate, t, linear)
+        (factor,) = follow(self.zoom, t, geometric)
+        matrix = translation(x, y) @ rotation(degrees) @ zoom(factor)
+        still = torch.equal(matrix, zoom(1))
+        return replace(shot, window=follow(self.window, t, approach), transform=None if still else matrix)

@@ -1,26 +1,77 @@
-"""Where the pixels of a picture lie: sizes, windows, transforms, tiles.
+"""The position of every pixel: what is asked for (Shot) and where its pixels are (View).
 
-Positions are fractions of the picture that the network was trained on: x runs to the right and y down, [0,1] is that
-picture, and numbers beyond continue it. They are float64: at zoom 100,000 neighbouring pixels of a 512² window differ
-by 2e-8. Transforms are 3×3 matrices that move the picture, about its centre, in units of its longer side; their product
-applies the right one first.
+Positions are fractions of the image trained at: x runs to the right and y down, [0,1] is that image, and the network
+continues it beyond. They are float64: at zoom 100,000, neighbouring pixels of a 512² window differ by 2e-8.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dnnlib.console import UserError
+from rendering.transforms import Field
+from training.networks import GeneratorConfig
 from training.networks.coords import COORDS
 
-Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # output positions x, y -> the positions shown there
+# (row step, column step) that would stretch the window over the image -> the steps used.
+FITS = {
+    "crop": lambda row, col: (min(row, col),) * 2,
+    "extend": lambda row, col: (max(row, col),) * 2,
+    "stretch": lambda row, col: (row, col),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Shot:
+    """What to render of a generator's image, at which size, and how.
+
+    size: (height, width) in pixels, by default that trained at.
+    window: (x0, y0, x1, y1) in fractions of the image trained at.
+    fit: what to show when the window has another shape than the size. "crop": the largest part of the window with that
+        shape; "extend": the whole window and what surrounds it; "stretch": exactly the window, with oblong pixels.
+    transform: a matrix or a field of rendering.transforms.
+    supersample: K averages K² samples of each pixel.
+    exact: for transforms that mix rows and columns. False interpolates between dense samples of the lines (errors:
+        docs/rendering.md); True computes the lines of every pixel, some hundred times slower.
+    tile: side of a tile in pixels, by default what suits the device.
+    Raises UserError for values out of range.
+    """
+
+    size: tuple[int, int] | None = None
+    window: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    fit: str = "crop"
+    transform: Tensor | Field | None = None
+    supersample: int = 1
+    exact: bool = False
+    tile: int | None = None
+
+    def __post_init__(self):
+        if self.size is not None and min(self.size) < 1:
+            raise UserError(f"size={self.size[0]},{self.size[1]} has no pixels; give height and width of 1 or more")
+        x0, y0, x1, y1 = self.window
+        if not (all(map(math.isfinite, self.window)) and x0 < x1 and y0 < y1):
+            raise UserError(
+                f"window={x0:g},{y0:g},{x1:g},{y1:g} is empty; give left, top, right, bottom with left < right"
+            )
+        if self.fit not in FITS:
+            raise UserError(f"fit={self.fit!r} is unknown; use one of {', '.join(FITS)}")
+        matrix = self.transform
+        if isinstance(matrix, Tensor) and not (
+            matrix.shape == (3, 3) and matrix.isfinite().all() and matrix.double().det()
+        ):
+            raise UserError(f"a transform is an invertible matrix [3,3]; got {matrix.tolist()}")
+        if self.supersample < 1:
+            raise UserError(f"supersample={self.supersample} takes no samples; use 1 or more")
+        if self.tile is not None and self.tile < 1:
+            raise UserError(f"tile={self.tile} has no pixels; use 1 or more")
 
 
 class Axis(NamedTuple):
-    """Pixel i of `count` lies at first + i·step; it is sampled at `samples` places, evenly over its step."""
+    """Positions of `count` pixels: pixel i is at first + i·step and has `samples` samples, spread evenly over step."""
 
     first: float
     step: float
@@ -28,19 +79,17 @@ class Axis(NamedTuple):
     samples: int = 1
 
     def positions(self, start: int, stop: int) -> Tensor:
-        """float64 [(stop − start)·samples], those of pixels start … stop − 1; the same in whichever part they are."""
-        number = torch.arange(start * self.samples, stop * self.samples, dtype=torch.float64)
-        return self.first + ((number + 0.5) / self.samples - 0.5) * self.step
+        """Return float64 [(stop − start)·samples] for pixels start … stop − 1; equal in any part."""
+        index = torch.arange(start * self.samples, stop * self.samples, dtype=torch.float64)
+        return self.first + ((index + 0.5) / self.samples - 0.5) * self.step
 
-    @property
-    def fineness(self) -> float:
-        """The step, relative to the largest position: float64 tells positions 2⁻⁵² apart."""
-        last = self.first + (self.count - 1) * self.step
-        return abs(self.step) / max(1, abs(self.first), abs(last))
+    def scaled(self, factor: float, shift: float = 0.0) -> "Axis":
+        """Map every position t to (t − ½)·factor + ½ + shift."""
+        return self._replace(first=(self.first - 0.5) * factor + shift + 0.5, step=self.step * factor)
 
 
 class Box(NamedTuple):
-    """Rows y0 … y1 − 1 and columns x0 … x1 − 1 of a picture, in pixels."""
+    """Rows y0 … y1 − 1 and columns x0 … x1 − 1 of an image, in pixels."""
 
     y0: int
     y1: int
@@ -55,8 +104,11 @@ class Box(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.y1 - self.y0, self.x1 - self.x0
 
+    def shifted(self, down: int, right: int) -> "Box":
+        return Box(self.y0 + down, self.y1 + down, self.x0 + right, self.x1 + right)
+
     def split(self, side: int) -> Iterator["Box"]:
-        """Squares of `side` pixels, row by row; smaller at the right and the lower edge."""
+        """Yield squares of `side` pixels, row by row; smaller at the right and lower edges."""
         for y in range(self.y0, self.y1, side):
             for x in range(self.x0, self.x1, side):
                 yield Box(y, min(y + side, self.y1), x, min(x + side, self.x1))
@@ -64,180 +116,97 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """The position of every pixel of a picture: pixel (i, j) shows y = rows[i], x = cols[j], or field(x, y) if any.
+    """The position of every pixel: pixel (i, j) shows y = rows[i], x = cols[j], or field(x, y) where there is one.
 
-    With `turned`, it shows x = rows[i], y = cols[j]: what a rotation by 90° needs.
+    With `transposed` it shows x = rows[i], y = cols[j], which a quarter turn needs.
     """
 
     rows: Axis
     cols: Axis
-    turned: bool = False
+    transposed: bool = False
     field: Field | None = None
+
+    @classmethod
+    def of(cls, config: GeneratorConfig, shot: Shot) -> "View":
+        """Resolve `shot` for a generator. Raises UserError where float64 cannot tell neighbouring pixels apart."""
+        size = shot.size or config.img_shape
+        x0, y0, x1, y1 = map(float, shot.window)
+        # In units of the longer side, about the centre of the image, pixels are square.
+        count = COORDS[config.coords].steps
+        tall, wide = (count(side) / max(map(count, config.img_shape)) for side in config.img_shape)
+        steps = FITS[shot.fit]((y1 - y0) * tall / count(size[0]), (x1 - x0) * wide / count(size[1]))
+        centres = enlarge((y0 + y1) / 2, tall), enlarge((x0 + x1) / 2, wide)
+        view = cls(
+            *(
+                Axis(centre - (pixels - 1) / 2 * step, step, pixels, shot.supersample)
+                for centre, pixels, step in zip(centres, size, steps, strict=True)
+            )
+        )
+        if isinstance(shot.transform, Tensor):
+            view = view.moved(shot.transform)
+        elif shot.transform is not None:
+            view = replace(view, field=shot.transform)
+        if tall != wide:
+            view = view.in_fractions(tall, wide)
+        for axis in (view.rows, view.cols):
+            last = axis.first + (axis.count - 1) * axis.step
+            # float64 tells positions 2⁻⁵² apart; `not >=` catches infinite ends too.
+            if not abs(axis.step) / max(1, abs(axis.first), abs(last)) >= 2**-46:
+                raise UserError(
+                    f"the pixels around {axis.first:g} are {abs(axis.step):.0e} sides apart, and float64 cannot tell "
+                    "them; choose a larger window or another transform"
+                )
+        return view
 
     @property
     def size(self) -> tuple[int, int]:
         return self.rows.count, self.cols.count
 
     def points(self, box: Box) -> tuple[Tensor, Tensor]:
-        """x and y, float64 [h,w] each, of the samples in `box`. Raises ValueError for other shapes or not finite."""
+        """Return x and y, float64 [h,w] each, of the samples in `box`. Raises UserError unless finite and [h,w]."""
         y, x = torch.meshgrid(self.rows.positions(box.y0, box.y1), self.cols.positions(box.x0, box.x1), indexing="ij")
         if self.field is None:
-            return (y, x) if self.turned else (x, y)
+            return (y, x) if self.transposed else (x, y)
         moved = [t.double() for t in self.field(x, y)]
         shapes = [list(t.shape) for t in moved]
         if shapes != [list(x.shape)] * 2:
-            raise ValueError(f"a field must return x and y of the shape it is given, {list(x.shape)}; got {shapes}")
+            raise UserError(f"a field must return x and y of the shape it is given, {list(x.shape)}; got {shapes}")
         if not all(t.isfinite().all() for t in moved):
-            raise ValueError("the transform leads to positions that are not finite; keep all of them finite")
+            raise UserError("the transform leads to positions that are not finite; keep all of them finite")
         return moved[0], moved[1]
 
+    def moved(self, matrix: Tensor) -> "View":
+        """Apply an invertible matrix [3,3] to a view without field, in units of the longer side."""
+        inverse = torch.linalg.inv(matrix.double())
+        if inverse[2, 2]:
+            inverse = inverse / inverse[2, 2]
+        (a, b, tx), (c, d, ty), (px, py, one) = inverse.tolist()
+        if px == py == 0 and b == c == 0:
+            return View(self.rows.scaled(d, ty), self.cols.scaled(a, tx))
+        if px == py == 0 and a == d == 0:
+            return View(self.rows.scaled(b, tx), self.cols.scaled(c, ty), transposed=True)
 
-def view(
-    coords: str,
-    size: tuple[int, int],
-    *,
-    trained: tuple[int, int] = (1, 1),
-    window: tuple[float, float, float, float] | None = None,
-    fit: str = "crop",
-    transform: Tensor | Field | None = None,
-    supersample: int = 1,
-) -> View:
-    """The View of a picture of `size` = (height, width) pixels.
+        def field(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            x, y = x - 0.5, y - 0.5
+            depth = px * x + py * y + one
+            return (a * x + b * y + tx) / depth + 0.5, (c * x + d * y + ty) / depth + 0.5
 
-    `coords`: a key of COORDS. `trained`: (height, width) that [0,1]² has in training; its shape counts, not its size.
-    `window` = (x0, y0, x1, y1), by default the whole picture (0, 0, 1, 1).
-    `fit`, where the window has another shape than `size`: "crop" shows the largest part of it, "extend" the whole of it
-    and more, "stretch" all of it with oblong pixels.
-    `transform`: a matrix [3,3] that moves the picture, or a Field. `supersample` = K takes K² samples of each pixel.
-    Raises ValueError with a sentence.
-    """
-    height, width = size
-    if min(size) < 1:
-        raise ValueError(f"a picture of {width}x{height} has no pixels; give a size of at least 1x1")
-    if fit not in FITS:
-        raise ValueError(f"fit={fit!r} is unknown; use one of {', '.join(FITS)}")
-    if supersample < 1:
-        raise ValueError(f"supersample={supersample} makes no samples; use 1 or more")
-    x0, y0, x1, y1 = map(float, window or (0, 0, 1, 1))
-    if not (all(map(math.isfinite, (x0, y0, x1, y1))) and x0 < x1 and y0 < y1):
-        raise ValueError(
-            f"window={x0:g},{y0:g},{x1:g},{y1:g} is empty; give left, top, right, bottom with left < right"
-        )
-    # In units of the longer side, about the centre of the picture, pixels are square.
-    count = COORDS[coords].steps
-    tall, wide = (count(side) / max(map(count, trained)) for side in trained)
-    steps = FITS[fit]((y1 - y0) * tall / count(height), (x1 - x0) * wide / count(width))
-    centres = resized((y0 + y1) / 2, tall), resized((x0 + x1) / 2, wide)
-    rows, cols = (
-        Axis(centre - (pixels - 1) / 2 * step, step, pixels, supersample)
-        for centre, pixels, step in zip(centres, size, steps, strict=True)
-    )
-    shown = View(rows, cols)
-    if isinstance(transform, Tensor):
-        shown = transformed(shown, transform)
-    elif transform is not None:
-        shown = replace(shown, field=transform)
-    if tall != wide:
-        shown = in_fractions(shown, tall, wide)
-    for axis in (shown.rows, shown.cols):
-        if not axis.fineness >= 2**-46:  # nor is it where an end is infinite
-            raise ValueError(
-                f"the pixels around {axis.first:g} are {abs(axis.step):.0e} sides apart, and float64 cannot tell them; "
-                "choose a larger window or another transform"
-            )
-    return shown
+        return replace(self, field=field)
+
+    def in_fractions(self, height: float, width: float) -> "View":
+        """Convert positions in units of the longer side into fractions of an image of `height` and `width` units."""
+        if inner := self.field:
+
+            def field(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+                x, y = inner(x, y)
+                return enlarge(x, 1 / width), enlarge(y, 1 / height)
+
+            return replace(self, field=field)
+        sides = (width, height) if self.transposed else (height, width)
+        rows, cols = (axis.scaled(1 / side) for axis, side in zip((self.rows, self.cols), sides, strict=True))
+        return replace(self, rows=rows, cols=cols)
 
 
-def resized(t, side: float):
-    """`t` (numbers or tensors) about ½, times `side`: from fractions of a side to units of the longer one."""
-    return t if side == 1 else (t - 0.5) * side + 0.5
-
-
-def in_fractions(shown: View, height: float, width: float) -> View:
-    """`shown`, whose positions are in units of the longer side, in fractions of a picture of `height` and `width`."""
-    if field := shown.field:
-
-        def fractions(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            x, y = field(x, y)
-            return resized(x, 1 / width), resized(y, 1 / height)
-
-        return replace(shown, field=fractions)
-    sides = (width, height) if shown.turned else (height, width)
-    rows, cols = (
-        axis._replace(first=resized(axis.first, 1 / side), step=axis.step / side)
-        for axis, side in zip((shown.rows, shown.cols), sides, strict=True)
-    )
-    return replace(shown, rows=rows, cols=cols)
-
-
-# (row step, column step) that would stretch the window over the picture -> the steps used.
-FITS = {
-    "crop": lambda row, col: (min(row, col),) * 2,
-    "extend": lambda row, col: (max(row, col),) * 2,
-    "stretch": lambda row, col: (row, col),
-}
-
-
-def transformed(plain: View, matrix: Tensor) -> View:
-    """`plain` with the picture moved by `matrix` [3,3]. Raises ValueError when it has no inverse."""
-    matrix = matrix.double()
-    if matrix.shape != (3, 3) or not matrix.isfinite().all() or matrix.det() == 0:
-        raise ValueError(f"a transform is an invertible matrix [3,3]; got {matrix.tolist()}")
-    inverse = torch.linalg.inv(matrix)
-    (a, b, tx), (c, d, ty), (px, py, one) = (inverse / inverse[2, 2]).tolist() if inverse[2, 2] else inverse.tolist()
-
-    def moved(axis: Axis, factor: float, shift: float) -> Axis:
-        return axis._replace(first=(axis.first - 0.5) * factor + shift + 0.5, step=axis.step * factor)
-
-    if px == py == 0 and b == c == 0:
-        return View(moved(plain.rows, d, ty), moved(plain.cols, a, tx))
-    if px == py == 0 and a == d == 0:
-        return View(moved(plain.rows, b, tx), moved(plain.cols, c, ty), turned=True)
-
-    def field(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = x - 0.5, y - 0.5
-        depth = px * x + py * y + one
-        return (a * x + b * y + tx) / depth + 0.5, (c * x + d * y + ty) / depth + 0.5
-
-    return replace(plain, field=field)
-
-
-def translation(x: float, y: float) -> Tensor:
-    """Moves the picture to the right by x and down by y, in units of its longer side."""
-    return torch.tensor([[1, 0, x], [0, 1, y], [0, 0, 1]], dtype=torch.float64)
-
-
-def rotation(degrees: float) -> Tensor:
-    """Turns the picture counter-clockwise."""
-    quarters, rest = divmod(degrees, 90)
-    # Quarter turns are exact, so that they stay a matter of rows and columns.
-    cos, sin = math.cos(math.radians(rest)), math.sin(math.radians(rest))
-    for _ in range(int(quarters) % 4):
-        cos, sin = -sin, cos
-    return torch.tensor([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]], dtype=torch.float64)
-
-
-def zoom(x: float, y: float | None = None) -> Tensor:
-    """Magnifies the picture, by x across and by y (default x) down; negative numbers flip it."""
-    return torch.tensor([[x, 0, 0], [0, x if y is None else y, 0], [0, 0, 1]], dtype=torch.float64)
-
-
-def shear(x: float, y: float = 0.0) -> Tensor:
-    """Slants the picture: a line one side lower moves x to the right, one that is one side further right y down."""
-    return torch.tensor([[1, x, 0], [y, 1, 0], [0, 0, 1]], dtype=torch.float64)
-
-
-def perspective(x: float, y: float) -> Tensor:
-    """Tilts the picture: at one side to the right of the centre it is 1 + x times as far away, and likewise below."""
-    return torch.tensor([[1, 0, 0], [0, 1, 0], [x, y, 1]], dtype=torch.float64)
-
-
-def lens(strength: float) -> Field:
-    """A radial distortion about the centre: radius r shows r·(1 + strength·r²); positive bulges like a barrel."""
-
-    def field(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = x - 0.5, y - 0.5
-        factor = 1 + strength * (x.square() + y.square())
-        return x * factor + 0.5, y * factor + 0.5
-
-    return field
+def enlarge(t, factor: float):
+    """Scale positions (numbers or tensors) about ½."""
+    return t if factor == 1 else (t - 0.5) * factor + 0.5

@@ -1,164 +1,159 @@
-"""Pictures, sheets and films as files: processes share the tiles or frames, and interrupted work can be resumed."""
+"""Renders into files: processes share the tiles or frames, and interrupted work can be resumed."""
 
+import contextlib
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
-import rendering
-from dnnlib.console import UserError, progress
+from dnnlib.console import progress
 from rendering.camera import Camera
-from rendering.grid import Box
+from rendering.engine import DTYPES, Tiling, render_tiles
+from rendering.grid import Box, Shot
+from rendering.styles import Styles
+from rendering.unfinished import Unfinished
 from rendering.video import Film
-from rendering.writers import SUFFIXES, Canvas, check_format, guess_format
+from rendering.writers import FORMATS, Canvas, choose_format
 from torch_utils.distributed import Processes
 from torch_utils.images import to_uint8
 from training.networks import Generator
 
-GRIDS = {suffix: format for format, suffix in SUFFIXES.items()}  # how a grid is written
 
+@dataclass(frozen=True)
+class Job:
+    """What to render: the images of `seeds`, seen by `camera`, as `shot` says (its size given).
 
-class Job(NamedTuple):
-    """What all pictures of one call have in common."""
+    network: a digest of G's file, which `resume` compares as everything else here. dtype: a key of DTYPES.
+    """
 
     G: Generator
-    dtype: torch.dtype
-    geometry: dict  # arguments of rendering.plan: size, fit, supersample, exact, tile
-    settings: dict  # plain values, which --resume compares
-    resume: bool
+    network: str
+    seeds: list[int]
+    styles: Styles
+    camera: Camera
+    shot: Shot
+    dtype: str = "fp32"
+    resume: bool = False
 
-    def plan(self, camera: Camera, t: float) -> rendering.Plan:
-        try:
-            return rendering.plan(self.G, **self.geometry, **camera.at(t))
-        except ValueError as error:
-            raise UserError(str(error)) from error
+    def settings(self, **more: object) -> dict:
+        """Return all that the bytes depend on, as JSON values."""
+        shot = self.shot
+        return {
+            "network": self.network,
+            "size": shot.size,
+            "fit": shot.fit,
+            "supersample": shot.supersample,
+            "exact": shot.exact,
+            "tile": shot.tile,
+            "dtype": self.dtype,
+            "device": self.G.mapping.w_avg.device.type,
+            "truncation": (self.styles.trunc, self.styles.cutoff),
+            "mix": self.styles.mix,
+            "camera": self.camera,
+            **more,
+        }
 
-    def paint(self, ws: Tensor, plan: rendering.Plan, only=None):
-        """Yields (box, uint8 [h,w,C]) of ws [num_ws,w_dim]."""
-        for box, pixels in rendering.paint(self.G, ws[None], plan, dtype=self.dtype, only=only, finish=to_uint8):
+    def tiling(self, t: float = 0) -> Tiling:
+        """Return where the pixels are at t in [0,1] of the camera's path. Raises UserError."""
+        return Tiling.of(self.G, self.camera.aim(self.shot, t))
+
+    def render(self, ws: Tensor, tiling: Tiling, only: np.ndarray | None = None) -> Iterator[tuple[Box, np.ndarray]]:
+        """Yield (box, uint8 [h,w,C]) of ws [num_ws,w_dim]."""
+        tiles = render_tiles(self.G, ws[None], tiling, dtype=DTYPES[self.dtype], only=only, finish=to_uint8)
+        for box, pixels in tiles:
             yield box, pixels[0].movedim(0, -1).cpu().numpy()
 
 
-def write_pictures(
-    job: Job, group: Processes, work: dict[int, tuple], camera: Camera, outdir: Path, format: str | None
-) -> None:
-    """The pictures of `work`, seed -> class and styles [num_ws,w_dim], as seed0000.png … in `outdir`."""
-    height, width = size = job.geometry["size"]
-    format = format or guess_format(size)
-    check_format(format, size, job.G.config.img_channels)
-    plan = job.plan(camera, 0)
-    seeds = list(work)
-    if len(seeds) >= group.world:  # a picture each, or else a part of each picture
-        seeds, group = seeds[group.rank :: group.world], Processes(0, 1, group.device)
-    total = len(seeds) * height * width // group.world
+@contextlib.contextmanager
+def shared(output: Unfinished, group: Processes, resume: bool) -> Iterator[np.ndarray]:
+    """Start or resume `output`, yield this process's share of the missing parts, and finish when all are written."""
+    if group.is_first:
+        output.start(resume)
+    missing = group.broadcast(output.missing if group.is_first else None)
+    with output:
+        yield np.array_split(missing, group.world)[group.rank]
+    group.barrier()
+    if group.is_first:
+        output.finish()
+
+
+def write_images(job: Job, group: Processes, outdir: Path, format: str | None = None) -> None:
+    """Write seed0000.png … into `outdir`. format: a key of FORMATS, by default `choose_format`. Raises UserError."""
+    height, width = job.shot.size
+    suffix = FORMATS[format or choose_format(job.shot.size)].suffix
+    classes, ws = job.styles.choose_classes(job.G, job.seeds), job.styles.map(job.G, job.seeds)
+    numbers = list({seed: i for i, seed in enumerate(job.seeds)}.values())  # a seed given twice is one file
+    if len(numbers) >= group.world:  # an image each, or else a part of each image
+        numbers, group = numbers[group.rank :: group.world], Processes(0, 1, group.device)
+    total = len(numbers) * height * width // group.world
     with progress(None, desc=f"{width}x{height}", total=total, unit="px", scale=True) as bar:
-        for seed in seeds:
-            path = outdir / f"seed{seed:04d}{SUFFIXES[format]}"
-            kind, ws = work[seed]
-            settings = job.settings | {"seed": seed, "class": kind, "camera": camera, "tile": plan.tile}
-            write_sheet(job, group, ws[None], 1, plan, path, format, settings, bar)
+        for i in numbers:
+            path = outdir / f"seed{job.seeds[i]:04d}{suffix}"
+            write_sheet(job, group, ws[i : i + 1], 1, path, bar, {"seed": job.seeds[i], "class": classes[i]})
 
 
-def write_grid(
-    job: Job,
-    group: Processes,
-    seeds: list[int],
-    classes: list[str | None],
-    ws: Tensor,
-    camera: Camera,
-    path: Path,
-    columns: int | None,
-) -> None:
-    """Writes the pictures of ws [N,num_ws,w_dim] into the file `path`, row by row.
+def write_grid(job: Job, group: Processes, path: Path, columns: int | None = None) -> None:
+    """Write the images of all seeds into one file, row by row. Raises UserError.
 
     Without `columns`, nearly as many pixels high as wide. Cells that are left over in the last row stay black.
     """
-    height, width = job.geometry["size"]
-    columns = min(len(ws), columns or math.ceil(math.sqrt(len(ws) * height / width)))
-    format = GRIDS[path.suffix]
-    plan = job.plan(camera, 0)
-    settings = job.settings | {
-        "seeds": seeds,
-        "classes": classes,
-        "camera": camera,
-        "tile": plan.tile,
-        "columns": columns,
-    }
-    total = len(ws) * height * width // group.world
+    height, width = job.shot.size
+    count = len(job.seeds)
+    columns = min(count, columns or math.ceil(math.sqrt(count * height / width)))
+    ws = job.styles.map(job.G, job.seeds)
+    details = {"seeds": job.seeds, "classes": job.styles.choose_classes(job.G, job.seeds), "columns": columns}
+    total = count * height * width // group.world
     with progress(None, desc=path.name, total=total, unit="px", scale=True) as bar:
-        write_sheet(job, group, ws, columns, plan, path, format, settings, bar)
+        write_sheet(job, group, ws, columns, path, bar, details)
 
 
-def write_sheet(
-    job: Job,
-    group: Processes,
-    ws: Tensor,
-    columns: int,
-    plan: rendering.Plan,
-    path: Path,
-    format: str,
-    settings: dict,
-    bar,
-) -> None:
-    """Renders ws [N,num_ws,w_dim] into the file `path`, `columns` pictures a row; the processes share the tiles."""
-    height, width = plan.view.size
-    tiles = len(ws) * plan.tiles
-    known = {
-        "size": (-(-len(ws) // columns) * height, columns * width),
-        "channels": job.G.config.img_channels,
-        "tiles": tiles,
-        "job": settings,
-        "format": format,
-    }
-    if group.is_first:
-        canvas = Canvas.create(path, resume=job.resume, **known)
-    missing = group.broadcast(np.flatnonzero(~canvas.done) if group.is_first else None)
-    if not group.is_first:
-        canvas = Canvas(path, **known)
-    mine = np.zeros((len(ws), plan.tiles), bool)
-    mine.flat[np.array_split(missing, group.world)[group.rank]] = True
-    bar.update((tiles - len(missing)) * plan.tile**2 // group.world)
-    with canvas:
+def write_sheet(job: Job, group: Processes, ws: Tensor, columns: int, path: Path, bar, details: dict) -> None:
+    """Render ws [N,num_ws,w_dim] into the file `path`, `columns` images a row. details: more settings."""
+    height, width = job.shot.size
+    tiling = job.tiling()
+    tiles = len(ws) * tiling.tiles
+    canvas = Canvas(
+        path,
+        job.settings(tile=tiling.tile, **details),
+        size=(-(-len(ws) // columns) * height, columns * width),
+        channels=job.G.config.img_channels,
+        tiles=tiles,
+    )
+    with shared(canvas, group, job.resume) as numbers:
+        bar.update(max(0, tiles // group.world - len(numbers)) * tiling.tile**2)  # done before
+        mine = np.zeros((len(ws), tiling.tiles), bool)
+        mine.flat[numbers] = True
         for i in np.flatnonzero(mine.any(1)):
-            top, left = i // columns * height, i % columns * width
-            for box, pixels in job.paint(ws[i], plan, only=mine[i]):
-                place = Box(top + box.y0, top + box.y1, left + box.x0, left + box.x1)
-                canvas.write(i * plan.tiles + plan.number(box), *place.slices, pixels)
+            corner = i // columns * height, i % columns * width
+            for box, pixels in job.render(ws[i], tiling, only=mine[i]):
+                canvas.write(i * tiling.tiles + tiling.number(box), box.shifted(*corner), pixels)
                 bar.update(pixels.shape[0] * pixels.shape[1])
-    group.barrier()  # until all have closed the canvas
-    if group.is_first:
-        canvas.finish()
 
 
-def write_film(job: Job, group: Processes, ws: Tensor, camera: Camera, frames: int, path: Path, fps: float) -> None:
-    """The film of ws [K,num_ws,w_dim] in a loop through K styles, with the camera on its way, into `path`."""
-    loops = len(ws) > 1 or camera.closes
-    times = [i / (frames if loops else max(frames - 1, 1)) for i in range(frames)]
-    known = {
-        "size": job.geometry["size"],
-        "channels": job.G.config.img_channels,
-        "frames": frames,
-        "fps": fps,
-        "job": job.settings | {"frames": frames},
-    }
-    if group.is_first:
-        film = Film.create(path, resume=job.resume, **known)
-    missing = group.broadcast(film.missing if group.is_first else None)
-    if not group.is_first:
-        film = Film(path, **known)
-    keys = np.concatenate([ws.cpu().double().numpy(), ws[:1].cpu().double().numpy()])
+def write_film(job: Job, group: Processes, path: Path, frames: int, fps: float) -> None:
+    """Write a film of `frames` frames for each seed: a loop through the styles, while the camera follows its path.
+
+    Raises UserError.
+    """
+    ws = job.styles.map(job.G, job.seeds)
+    frames *= len(ws)
+    loops = len(ws) > 1 or job.camera.closes
+    keys = torch.cat([ws, ws[:1]]).cpu().double().numpy()
     walk = CubicSpline(np.linspace(0, 1, len(keys)), keys, bc_type="periodic")
-    for index in progress(missing[group.rank :: group.world], desc=path.name, unit="frame"):
-        t = times[index]
-        plan = job.plan(camera, t)
-        frame = np.empty((*plan.view.size, job.G.config.img_channels), np.uint8)
-        for box, pixels in job.paint(torch.from_numpy(walk(t)).to(ws), plan):
-            frame[box.slices] = pixels
-        film.write(index, frame)
-    group.barrier()  # until all frames are there
-    if group.is_first:
-        film.finish()
+    classes = job.styles.choose_classes(job.G, job.seeds)
+    channels = job.G.config.img_channels
+    settings = job.settings(seeds=job.seeds, classes=classes, frames=frames)
+    film = Film(path, settings, size=job.shot.size, channels=channels, frames=frames, fps=fps)
+    with shared(film, group, job.resume) as numbers:
+        for index in progress(numbers, desc=path.name, unit="frame"):
+            t = index / (frames if loops else max(frames - 1, 1))
+            tiling = job.tiling(t)
+            frame = np.empty((*job.shot.size, channels), np.uint8)
+            for box, pixels in job.render(torch.from_numpy(walk(t)).to(ws), tiling):
+                frame[box.slices] = pixels
+            film.write(index, frame)

@@ -66,6 +66,11 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def folder_contents(folder: Path) -> dict[str, bytes]:
+    """Return every file below `folder`."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 class Tiny:
     """A recipe and images in one folder, and ways to train with them."""
 

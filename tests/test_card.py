@@ -63,7 +63,7 @@ def test_a_card_tells_how_to_train_and_draw_what_it_shows(tiny, models, run, mon
 
     G = load_generator("noise")
     classes = [str(i % 3) for i in range(64)]
-    ws = Styles(0.7, None, classes, []).of(G, list(range(64)), torch.device("cpu"))
+    ws = Styles(0.7, classes=classes).map(G, list(range(64)))
     grid = np.array(Image.open(models.parent / "docs" / "images" / "noise.png"))
     cells = torch.from_numpy(grid.reshape(8, 8, 8, 8, 3)).permute(0, 2, 4, 1, 3).flatten(0, 1)
     assert (cells.int() - to_uint8(render(G, ws)).int()).abs().max() <= 1
@@ -103,9 +103,9 @@ def test_a_network_is_float16_where_that_is_not_seen(models, factor):
     next(layer.weight for layer in G.modules() if isinstance(layer, SynthesisLayer)).mul_(factor)
     path = models / "a.safetensors"
     said = card.write_network(G, path)
-    ws = Styles(1, None, [], []).of(G, list(range(16)), torch.device("cpu"))
+    ws = Styles().map(G, list(range(16)))
     loaded = load_generator("a")
-    change = (render(G, ws) - render(loaded, Styles(1, None, [], []).of(loaded, list(range(16)), "cpu"))).abs().max()
+    change = (render(G, ws) - render(loaded, Styles().map(loaded, list(range(16))))).abs().max()
     weights = sum(p.numel() for p in G.state_dict().values())
     if factor == 1:
         assert "in float16" in said
@@ -124,7 +124,7 @@ def test_walks_lead_from_seed_to_seed(models, tmp_path):
     result = CliRunner().invoke(figures.main, call)
     assert result.exit_code == 0, (result.output, result.exception)
     page = np.array(Image.open(tmp_path / "walks.png"))
-    ws = Styles(0.7, None, [], []).of(load_generator("noise"), [5, 6, 7, 8], torch.device("cpu"))
+    ws = Styles(0.7).map(load_generator("noise"), [5, 6, 7, 8])
     seeds = to_uint8(render(G.eval(), ws)).movedim(1, -1).numpy()
     step, row = 16 + figures.GAP, figures.CAPTION + 16 + figures.GAP
     for wanted, top, left in zip(seeds, (0, 0, row, row), (0, 7 * step, 0, 7 * step), strict=True):

@@ -11,8 +11,9 @@ from helpers import noise as noise64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rendering
 from dnnlib.console import UserError
+from rendering.engine import Tiling, render_tiles
+from rendering.grid import Shot
 from torch_utils import build
 from torch_utils.ops.chain import Chain, Folded
 from training.networks import Generator, GeneratorConfig
@@ -143,7 +144,7 @@ def test_images_are_those_of_the_reference(fresh_cache, monkeypatch):
     ws = G.mapping(noise(2, 16))
 
     def render(impl):
-        parts = rendering.paint(G, ws, rendering.plan(G, (70, 50)), impl=impl)
+        parts = render_tiles(G, ws, Tiling.of(G, Shot((70, 50))), impl=impl)
         return torch.cat([colours.flatten() for _, colours in parts])
 
     assert error(render("cpp"), render("reference")) < 1e-5

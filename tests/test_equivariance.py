@@ -178,7 +178,7 @@ def test_our_generator_follows_its_coordinates(coords):
             matrix = matrix.clone()
             matrix[:2, 2] *= step
         with torch.no_grad():
-            return rendering.render(G, ws, transform=matrix, exact=True)
+            return rendering.render(G, ws, rendering.Shot(transform=matrix, exact=True))
 
     found = [decibels(errors(render, move)).value for move in MOVES]
     assert found[0] > 100

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from docs.card import LIMIT
-from rendering import render
+from rendering import Shot, render
 from training.snapshot import MODELS, load_generator, network_names
 
 
@@ -17,7 +17,7 @@ def test_a_network_that_comes_along_draws_at_any_size(name):
     ws = G.mapping(torch.randn(4, G.config.z_dim), c, truncation_psi=0.7)
     small = render(G, ws).clamp(-1, 1)
     height, width = G.config.img_shape
-    large = render(G, ws, (2 * height, 2 * width)).clamp(-1, 1)
+    large = render(G, ws, Shot((2 * height, 2 * width))).clamp(-1, 1)
     assert small.std(dim=0).mean() > 0.1  # four seeds, four images
     error = (F.avg_pool2d(large, 2) - small).square().mean()
     assert 10 * torch.log10(4 / error) > 25  # PSNR in dB

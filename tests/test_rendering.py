@@ -25,8 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rendering
-from rendering import engine, lens, perspective, points, render, render_points, rotation, shear, translation, zoom
-from rendering.grid import view
+from rendering import Shot, engine, lens, perspective, points, render_points, rotation, shear, translation, zoom
+from rendering.engine import Tiling, render_tiles
+from rendering.grid import View
 from torch_utils.images import to_uint8
 from training.networks import Generator, GeneratorConfig
 
@@ -70,6 +71,10 @@ def styles(G, n=2, seed=1):
     """Another style for every picture and layer, so that one read in the wrong place shows."""
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(n, G.config.num_ws, G.config.w_dim, generator=draw).to(G.mapping.w_avg.dtype)
+
+
+def render(G, ws, size=None, dtype=None, **shot):
+    return rendering.render(G, ws, Shot(size, **shot), dtype=dtype)
 
 
 @functools.cache
@@ -154,7 +159,7 @@ def test_tiles_of_any_side_cover_any_picture_once_and_equal_it(dtype, variant, h
     picture = torch.zeros(n, G.config.img_channels, height, width, dtype=dtype)
     covered = torch.zeros(height, width)
     with small(block, piece):
-        for box, colours in rendering.tiles(G, ws, (height, width), fit="stretch", tile=tile):
+        for box, colours in rendering.tiles(G, ws, Shot((height, width), fit="stretch", tile=tile)):
             assert colours.shape[2:] == box.shape
             picture[:, :, box.y0 : box.y1, box.x0 : box.x1] += colours
             covered[box.slices] += 1
@@ -195,7 +200,7 @@ def test_features_beyond_the_clamp_are_clamped_alike():
 @given(height=st.integers(1, 50), width=st.integers(1, 50), tile=st.integers(1, 60), block=st.integers(1, 70))
 def test_numbers_of_tiles_are_a_bijection(height, width, tile, block):
     with small(block):
-        plan = rendering.plan(tiny(), (height, width), tile=tile)
+        plan = Tiling.of(tiny(), Shot((height, width), tile=tile))
     boxes = [box for block in plan.whole.split(plan.block) for box in block.split(plan.tile)]
     assert sorted(map(plan.number, boxes)) == list(range(plan.tiles))
     row_by_row = [(y, x) for y in range(0, height, tile) for x in range(0, width, tile)]
@@ -236,7 +241,7 @@ def test_fits(coords, height, width, window):
     less = coords == "endpoints"
     pitches = (y1 - y0) / max(height - less, 1), (x1 - x0) / max(width - less, 1)
     for fit, pitch in [("crop", (min(pitches),) * 2), ("extend", (max(pitches),) * 2), ("stretch", pitches)]:
-        shown = view(coords, (height, width), window=window, fit=fit)
+        shown = View.of(tiny(coords=coords).config, Shot((height, width), window=window, fit=fit))
         ends = []
         for axis, count, step, middle in zip(
             (shown.rows, shown.cols), (height, width), pitch, ((y0 + y1) / 2, (x0 + x1) / 2), strict=True
@@ -650,10 +655,10 @@ def test_any_part_of_the_tiles_has_the_bytes_that_all_have(way, seed, share, til
     G = tiny()
     ws = styles(G)
     with small(24, 20, 48):
-        plan = rendering.plan(G, (40, 50), tile=tile, **WAYS[way])
+        plan = Tiling.of(G, Shot((40, 50), tile=tile, **WAYS[way]))
         mine = torch.rand(plan.tiles, generator=torch.Generator().manual_seed(seed)) < share
-        whole = dict(rendering.paint(G, ws, plan))
-        parts = [dict(rendering.paint(G, ws, plan, only=only)) for only in (mine.tolist(), (~mine).numpy())]
+        whole = dict(render_tiles(G, ws, plan))
+        parts = [dict(render_tiles(G, ws, plan, only=only)) for only in (mine.tolist(), (~mine).numpy())]
     assert len(parts[0]) == mine.sum()
     assert parts[0].keys() | parts[1].keys() == whole.keys()
     assert len(whole) == plan.tiles == len(parts[0]) + len(parts[1])
@@ -692,7 +697,7 @@ def test_pictures_painted_at_once_are_those_painted_alone():
         alone = [render(G, w, (40, 40), transform=rotation(9), exact=True) for w in ws]
         with ThreadPoolExecutor(4) as pool:
             at_once = list(pool.map(lambda w: render(G, w, (40, 40), transform=rotation(9), exact=True), ws))
-        streams = [rendering.tiles(G, w, (40, 40), transform=rotation(9), exact=True, tile=10) for w in ws]
+        streams = [rendering.tiles(G, w, Shot((40, 40), transform=rotation(9), exact=True, tile=10)) for w in ws]
         for tiles in zip(*streams, strict=True):  # and in turns
             for (box, colours), picture in zip(tiles, alone, strict=True):
                 assert error(colours, picture[:, :, box.y0 : box.y1, box.x0 : box.x1].double()) <= 1e-5
@@ -742,15 +747,15 @@ def test_deep_zoom_and_far_away(dtype, coords, log, x, y):
 )
 def test_pixels_that_float64_cannot_tell_apart_are_refused(coords, options):
     with pytest.raises(ValueError, match="float64 cannot tell them"):
-        rendering.plan(tiny(coords=coords), (32, 32), **options)
+        Tiling.of(tiny(coords=coords), Shot((32, 32), **options))
 
 
 # --- Wrong calls --------------------------------------------------------------------------------------------------
 
 nan, inf = math.nan, math.inf
 WRONG = {
-    "no height": ({"size": (0, 3)}, "3x0"),
-    "no width": ({"size": (3, -1)}, "-1x3"),
+    "no height": ({"size": (0, 3)}, "size=0,3"),
+    "no width": ({"size": (3, -1)}, "size=3,-1"),
     "fit": ({"fit": "cover"}, "'cover' is unknown; use one of crop, extend, stretch"),
     "empty window": ({"window": (0, 0, 0, 1)}, "left < right"),
     "window upside down": ({"window": (0, 1, 1, 0)}, "left < right"),
@@ -812,14 +817,14 @@ def test_wrong_points_are_refused_in_words(x, y, words):
 
 def test_a_wrong_number_of_wanted_tiles_is_refused():
     G = tiny()
-    with pytest.raises(ValueError, match=r"3 tiles .* the plan has 4"):
-        next(rendering.paint(G, styles(G), rendering.plan(G, (8, 8), tile=4), only=[True] * 3))
+    with pytest.raises(ValueError, match="3 entries for 4 tiles"):
+        next(render_tiles(G, styles(G), Tiling.of(G, Shot((8, 8), tile=4)), only=[True] * 3))
 
 
 def test_wrong_arguments_are_refused_before_the_first_tile_is_asked_for():
     G = tiny()
     with pytest.raises(ValueError, match="tile=0"):
-        rendering.tiles(G, styles(G), tile=0)
+        rendering.tiles(G, styles(G), Shot(tile=0))
 
 
 # --- What it leaves behind ----------------------------------------------------------------------------------------
@@ -842,8 +847,8 @@ def unchanged():
 @pytest.mark.usefixtures("unchanged")
 def test_a_picture_abandoned_midway_leaves_nothing_behind(way):
     G = tiny()
-    rendering.tiles(G, styles(G), **WAYS[way])  # never begun
-    for count, _ in enumerate(rendering.tiles(G, styles(G), (50, 50), tile=5, **WAYS[way])):
+    rendering.tiles(G, styles(G), Shot(**WAYS[way]))  # never begun
+    for count, _ in enumerate(rendering.tiles(G, styles(G), Shot((50, 50), tile=5, **WAYS[way]))):
         assert torch.is_grad_enabled()
         assert torch.get_num_threads() == 2
         if count == 3:
@@ -865,7 +870,7 @@ def test_an_error_in_a_thread_comes_out_and_leaves_nothing_behind():
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        list(rendering.paint(G, styles(G), rendering.plan(G), finish=full))
+        list(render_tiles(G, styles(G), Tiling.of(G, Shot()), finish=full))
 
 
 def test_colours_need_no_gradients_whatever_the_caller_does():
@@ -888,7 +893,7 @@ def test_autocast_does_not_reach_the_engine():
     assert torch.equal(got[1], render_points(G, ws, *torch.eye(2)))
 
 
-@pytest.mark.parametrize(("kind", "way"), [("Lines", "plain"), ("Points", "between")])
+@pytest.mark.parametrize(("kind", "way"), [("GridBlock", "plain"), ("FieldBlock", "between")])
 def test_lines_of_one_block_at_a_time_are_kept(kind, way):
     G = tiny()
     alive, most = weakref.WeakSet(), []
@@ -910,7 +915,7 @@ def peaks(*sizes):
     G = tiny(depth=2, biline_channels=1, thickness=1)
     found = []
     for side in sizes:
-        for _ in rendering.tiles(G, styles(G, 1), (side, side)):
+        for _ in rendering.tiles(G, styles(G, 1), Shot((side, side))):
             pass
         # getrusage would count what the parent process held when it started this one.
         (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())

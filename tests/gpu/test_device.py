@@ -94,9 +94,9 @@ def test_pictures_of_half_types_are_those_of_float64_to_45_db(dtype, changes):
     torch.manual_seed(0)
     G = Generator(GeneratorConfig(img_resolution=64, channel_base=2048, **changes)).eval().requires_grad_(False)
     ws = G.mapping(torch.randn(2, G.config.z_dim))
-    truth = rendering.render(copy.deepcopy(G).double(), ws.double(), (83, 130), dtype=torch.float64)
+    truth = rendering.render(copy.deepcopy(G).double(), ws.double(), rendering.Shot((83, 130)), dtype=torch.float64)
     G = G.cuda()
-    got = rendering.render(G, ws.cuda(), (83, 130), dtype=dtype).cpu().double()
+    got = rendering.render(G, ws.cuda(), rendering.Shot((83, 130)), dtype=dtype).cpu().double()
     error = (got.clamp(-1, 1) - truth.clamp(-1, 1)).square().mean()
     assert 10 * math.log10(4 / error) > 45
 
