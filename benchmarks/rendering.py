@@ -77,7 +77,7 @@ def fresh(*arguments: object) -> dict | float:
 
 
 def errors(G: Generator, ws: torch.Tensor, size: int, methods: dict[str, Callable] = METHODS) -> dict:
-    """Measure against plain synthesis in float64: the largest difference over the largest value, and PSNR of colours in ±1."""
+    """Return the largest difference from plain float64 synthesis over its largest value, and PSNR of colours in ±1."""
     truth = plain(copy.deepcopy(G).double(), ws.double(), size)
     result = {}
     for name, method in methods.items():

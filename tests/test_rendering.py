@@ -777,7 +777,7 @@ WRONG = {
     "exact field of nan": ({"transform": lambda x, y: (x * nan, y), "exact": True}, "not finite"),
     "horizon": ({"transform": perspective(4, 0), "size": (5, 5)}, "not finite"),
     "float16": ({"dtype": torch.float16}, "float16 is for GPUs"),
-    "int32": ({"dtype": torch.int32}, "dtype=torch.int32 is not one of torch.float16, .* torch.float64"),
+    "int32": ({"dtype": torch.int32}, "dtype=torch.int32 is not one of torch.float32"),
 }
 
 
