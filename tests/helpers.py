@@ -1,6 +1,7 @@
 """Functions that several test files share. They import nothing of the project, so tests/gpu can use them too."""
 
 import io
+import itertools
 import shutil
 import zipfile
 from pathlib import Path
@@ -50,6 +51,11 @@ def write_zip(path: Path, contents: dict[str, bytes]) -> Path:
     return path
 
 
+def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return copies that can be differentiated by."""
+    return [t.detach().requires_grad_() for t in tensors]
+
+
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest difference, relative to the largest expected number."""
     return ((got - expected).abs().max() / expected.abs().max()).item() if expected.numel() else 0.0
@@ -57,4 +63,15 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the relative root mean square of the difference. A sign that rounding flips changes it little."""
-    return ((got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300)).item()
+    got, expected = got.double(), expected.double()
+    return ((got - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+
+
+def pairwise(*axes) -> list[tuple]:
+    """Return few combinations of a value from each axis, so that any two values of different axes meet in one."""
+    pairs = {case: set(itertools.combinations(enumerate(case), 2)) for case in itertools.product(*axes)}
+    chosen, left = [], set().union(*pairs.values())
+    while left:
+        chosen.append(max(pairs, key=lambda case: len(pairs[case] & left)))
+        left -= pairs[chosen[-1]]
+    return chosen

@@ -8,7 +8,7 @@ from dnnlib.config import merge
 from dnnlib.console import UserError
 from training.config import resolve
 from training.data import ImageArchive
-from training.networks import ProjectedConfig, ProjectedDiscriminator
+from training.networks.projected import ProjectedConfig, ProjectedDiscriminator
 
 
 def build(**settings) -> ProjectedDiscriminator:

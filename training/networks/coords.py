@@ -1,4 +1,4 @@
-"""Where the pixels of a picture lie in [0,1]. Another convention is another entry."""
+"""Conventions of where the pixels of an image are in [0,1]. Another convention is another entry of COORDS."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,18 +8,19 @@ from torch import Tensor
 
 
 class Coords(NamedTuple):
-    positions: Callable[[int, torch.dtype], Tensor]  # of `count` pixels, [count]
-    steps: Callable[[int], int]  # how many distances between neighbours fit into [0,1]
+    description: str  # in the help of commands
+    positions: Callable[[int, torch.dtype], Tensor]  # count, dtype -> [count]
+    steps: Callable[[int], int]  # count -> how many distances between neighbours fit into [0,1]
 
 
 COORDS = {
-    # With both ends, as released.
     "endpoints": Coords(
+        "0 … 1 with both ends, as released",
         lambda count, dtype=torch.float32: torch.linspace(0, 1, count, dtype=dtype),
         lambda count: max(count - 1, 1),
     ),
-    # Pixel centres.
     "centers": Coords(
+        "pixel centres (i + ½) / R",
         lambda count, dtype=torch.float32: (torch.arange(count, dtype=dtype) + 0.5) / count,
         lambda count: count,
     ),

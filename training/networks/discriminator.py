@@ -26,7 +26,9 @@ class DiscriminatorConfig(ImageConfig):
     kind: Literal["residual"] = "residual"
     channel_base: int = Field(32768, ge=1, description="resolution R has min(channel_base / R, channel_max) channels")
     channel_max: int = Field(512, ge=1)
-    mbstd_group: int = setting(4, ge=1, flag="mbstd-group", description="images per minibatch-std group, at most")
+    mbstd_group: int = setting(
+        4, ge=1, flag="mbstd-group", description="largest number of images in a minibatch-std group"
+    )
     mapping_layers: int = Field(8, ge=0, le=64, description="layers of the label's mapping, when conditional")
 
     @model_validator(mode="after")
@@ -50,7 +52,7 @@ class DiscriminatorConfig(ImageConfig):
 
     @property
     def resolutions(self) -> list[int]:
-        """R of every block: 8 for the last, which leaves a shorter side of 4 to 7 pixels, and twice that before it."""
+        """Return R of every block, each half of the one before; the last, 8, leaves a shorter side of 4 to 7 pixels."""
         return [8 << i for i in reversed(range((min(self.img_shape) // 4).bit_length() - 1))]
 
     def channels(self, resolution: int) -> int:
@@ -60,8 +62,7 @@ class DiscriminatorConfig(ImageConfig):
 class EqualConv2d(Layer):
     """[N,I,H,W] -> [N,O,·,·]: k×k convolution with an equalised learning rate, activation with its gain, clamp.
 
-    With `halve` the picture is low-passed and every second sample kept: H and W become half.
-    `gain` multiplies the result.
+    `halve` low-passes the image and keeps every second sample: H and W are halved. `gain` multiplies the result.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, act="lrelu", bias=True, halve=False, gain=1.0):
@@ -70,7 +71,7 @@ class EqualConv2d(Layer):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.act, self.halve = act, halve
         self.gain = ACTIVATIONS[act].gain * gain
-        self.clamp = CLAMP * gain if bias else None  # the skip path, which has no bias, has no clamp either
+        self.clamp = CLAMP * gain if bias else None  # the skip path has neither bias nor clamp
         self.weight_gain = 1 / math.sqrt(inputs * kernel**2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,27 +101,27 @@ class ResidualBlock(nn.Module):
 
 
 def minibatch_std(x: Tensor, group: int, batches: int = 1) -> Tensor:
-    """[N,C,H,W] -> [N,C+1,H,W]: appends how much the images of a group differ, averaged over channels and pixels.
+    """[N,C,H,W] -> [N,C+1,H,W]: append the standard deviation within a group, averaged over channels and pixels.
 
-    Progressive GAN (ICLR 2018), section 3. With G = min(group, N), image n shares its group with every (N/G)-th image:
-    n, n + N/G, n + 2N/G, … So when image i of a batch goes to process i mod P, every group stays together, and P
-    processes compute what one would.
+    Progressive GAN (ICLR 2018), section 3. With G = min(group, N), the group of image n is n, n + N/G, n + 2N/G, …
+    (mod N). When rank i mod P gets image i of a batch, every group stays on one rank, and P ranks compute what one
+    would.
 
-    x may hold several `batches` of N one after the other, which share no group: fakes and reals, for instance.
+    x may hold several `batches` of N in sequence, which share no group: generated and real images, for instance.
     """
     n = len(x) // batches
     group = min(group, n)
     if n % group or len(x) % batches:
         raise ValueError(f"{n} images do not divide into minibatch-std groups of {group}; use a multiple of {group}")
     y = x.unflatten(0, (batches, group, n // group))
-    # Not Tensor.var: its second derivative, which R1 takes, is ten times as far from float64.
+    # Not Tensor.var: the error of its second derivative, which R1 needs, is ten times as large.
     variance = (y - y.mean(dim=1, keepdim=True)).square().mean(dim=1, keepdim=True)
     deviation = (variance + 1e-8).sqrt().mean(dim=(3, 4, 5), keepdim=True)
     return torch.cat([x, deviation.expand(-1, group, -1, 1, *x.shape[2:]).flatten(0, 2)], dim=1)
 
 
 class Epilogue(nn.Module):
-    """[N,C,H,W] -> [N,outputs], in at least float32: the logits decide the sign of every gradient."""
+    """[N,C,H,W] -> [N,outputs], in at least float32: the logits determine every gradient."""
 
     def __init__(self, channels: int, pixels: int, outputs: int, mbstd_group: int):
         super().__init__()
@@ -139,18 +140,18 @@ class Epilogue(nn.Module):
 class Discriminator(Layer):
     """img [N,C,H,W] in [-1,1], c [N,c_dim] or None -> logits [N,1].
 
-    img may hold several `batches` one after the other: the same as one call for each, and faster. Conditional: the
-    projection of Miyato and Koyama (ICLR 2018) on a mapping of the label. Raises ValueError when img or c has another
-    shape, or when a batch does not divide into minibatch-std groups.
+    img may hold several `batches` in sequence: the same as one call per batch, and faster. Conditional: the projection
+    of Miyato and Koyama (ICLR 2018) on a mapping of the label. Raises ValueError when img or c has another shape, or
+    when a batch does not divide into minibatch-std groups.
 
-    recompute "all": keep only the images for the backward pass, which computes one image and one block at a time.
+    recompute "all": keep only the images for the backward pass, which recomputes one image and one block at a time.
     """
 
     def __init__(self, config: DiscriminatorConfig):
         super().__init__()
         self.config = config
         self.from_rgb = EqualConv2d(config.img_channels, config.channels(config.resolutions[0]), 1)
-        # Named by resolution, so that a larger discriminator can begin from the blocks of a smaller one.
+        # Named by resolution, so that a larger discriminator can start from the blocks of a smaller one.
         self.blocks = nn.ModuleDict(
             {str(r): ResidualBlock(config.channels(r), config.channels(r // 2)) for r in config.resolutions}
         )
@@ -160,9 +161,9 @@ class Discriminator(Layer):
         self.epilogue = Epilogue(last, pixels, last if config.c_dim else 1, config.mbstd_group)
 
     def features(self, img: Tensor) -> Tensor:
-        """[N,img_channels,H,W] -> [N,C,h,w], each image by itself."""
+        """[N,img_channels,H,W] -> [N,C,h,w], each image separately."""
         call = recomputed if self.recompute == "all" else ResidualBlock.__call__
-        if img.device.type == "cpu":  # where convolutions are some three times as fast with channels last
+        if img.device.type == "cpu":  # convolutions with channels last are about three times as fast there
             img = img.contiguous(memory_format=torch.channels_last)
         x = self.from_rgb(img)
         for block in self.blocks.values():
@@ -187,5 +188,5 @@ class Discriminator(Layer):
         return x
 
     def regularised(self, img: Tensor, c: Tensor | None = None) -> Tensor:
-        """The logits whose gradient R1 penalises: all."""
+        """Return the logits whose gradient R1 penalises: all."""
         return self(img, c)

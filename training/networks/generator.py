@@ -1,6 +1,6 @@
 """The CREPS generator: mapping, lines, pixels.
 
-Legend: N images, L blocks, H×W pixels, w the style dimension. Pictures are [N,C,H,W] with colours about [-1,1].
+Legend: N images, L blocks, H×W pixels, w the style dimension. Images are [N,C,H,W] with colours about [-1,1].
 """
 
 import math
@@ -19,7 +19,7 @@ from training.networks.pixels import PixelSynthesis
 
 
 class GeneratorConfig(ImageConfig):
-    """What the generator is made of. The defaults are the paper's (supplement, section 1)."""
+    """The architecture of the generator. The defaults are the paper's (supplement, section 1)."""
 
     depth: int | None = Field(None, ge=2, le=64, description="blocks; by default log2 of the longer side, less 1")
     z_dim: int = Field(512, ge=1)
@@ -28,12 +28,12 @@ class GeneratorConfig(ImageConfig):
     channel_base: int = Field(65536, ge=1, description="block k = 4, 8, … is min(channel_base / k, channel_max) wide")
     channel_max: int = Field(1024, ge=2)
     biline_channels: int = Field(32, ge=1, description="channels of the summed lines and of the pixel features")
-    thickness: int = Field(8, ge=1, description="D: how many numbers a channel has at one position of a line")
-    bandwidth: float = Field(10.0, gt=0, description="standard deviation of the input frequencies, cycles per picture")
+    thickness: int = Field(8, ge=1, description="D: numbers per channel at each position of a line")
+    bandwidth: float = Field(10.0, gt=0, description="standard deviation of the input frequencies, cycles per image")
     architecture: Literal["skip", "orig"] = Field("skip", description="fuse after every block, or once at the end")
     decoders: bool = Field(True, description="decode the pixel features between fusions (paper, table 4)")
     coords: Literal[tuple(COORDS)] = Field(
-        "endpoints", description="positions: 0 … 1 with both ends, as released, or pixel centres (i + ½) / R"
+        "endpoints", description="positions: " + "; ".join(f"{name}: {c.description}" for name, c in COORDS.items())
     )
 
     @model_validator(mode="after")
@@ -68,7 +68,7 @@ class GeneratorConfig(ImageConfig):
 
 
 class Synthesis(nn.Module):
-    """Styles and positions to a picture, in two stages that can be called by themselves: `lines`, then `pixels`.
+    """From styles and positions to an image, in two stages that can be called separately: `lines`, then `pixels`.
 
     `G.synthesis.lines(ws, rows, cols)` -> Lines, and `G.synthesis.pixels(lines.window(…), ws[:, -1])` -> [N,C,h,w].
     """
@@ -95,14 +95,14 @@ class Synthesis(nn.Module):
     def forward(self, ws: Tensor, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
         """ws [N,num_ws,w_dim], rows [H], cols [W] -> [N,C,H,W].
 
-        rows run down the picture and cols to the right, both in fractions of it: 0 is the first edge and 1 the last,
-        and numbers beyond continue the picture. By default, the grid trained at. Raises ValueError on other shapes.
+        rows run down the image and cols to the right, both in fractions of it: 0 is the first edge, 1 the last, and
+        numbers outside continue the image. By default, the training grid. Raises ValueError for other shapes.
         """
         expected = (self.config.num_ws, self.config.w_dim)
         if ws.ndim != 3 or ws.shape[1:] != expected:
             raise ValueError(f"ws must be [N,{expected[0]},{expected[1]}], as G.mapping makes it; got {list(ws.shape)}")
         height, width = self.config.img_shape
-        dtype = torch.promote_types(ws.dtype, torch.float32)  # half types cannot tell 512 positions apart
+        dtype = torch.promote_types(ws.dtype, torch.float32)  # half types cannot distinguish 512 positions
         positions = COORDS[self.config.coords].positions
         rows = positions(height, dtype) if rows is None else rows
         cols = positions(width, dtype) if cols is None else cols
@@ -115,10 +115,10 @@ class Synthesis(nn.Module):
 
 
 class StyleMapping(Mapping):
-    """z [N,z_dim], c [N,c_dim] or None -> ws [N,num_ws,w_dim], pulled towards the average style by truncation.
+    """z [N,z_dim], c [N,c_dim] or None -> ws [N,num_ws,w_dim], moved towards the average style by truncation.
 
     ws = w_avg + ψ·(w − w_avg), for the first `truncation_cutoff` styles when a cutoff is given. `w_avg` [w_dim]
-    follows the mean of w during training (see training.trainer). Raises ValueError when z or c has another shape.
+    tracks the mean of w during training (see training.trainer). Raises ValueError when z or c has another shape.
     """
 
     def __init__(self, config: GeneratorConfig):
@@ -137,7 +137,7 @@ class StyleMapping(Mapping):
 
 
 class Generator(nn.Module):
-    """z [N,z_dim], c [N,c_dim] or None -> [N,C,H,W], at the grid trained at or at any rows × cols (see Synthesis)."""
+    """z [N,z_dim], c [N,c_dim] or None -> [N,C,H,W], on the training grid or at any rows × cols (see Synthesis)."""
 
     def __init__(self, config: GeneratorConfig):
         super().__init__()

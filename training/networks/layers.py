@@ -1,8 +1,8 @@
 """The layers that every network is made of.
 
 Legend: N images, P positions, I inputs, O outputs, w the style. Channels are the last axis.
-Weights are drawn N(0,1) and scaled at run time (equalised learning rate: Karras et al., ICLR 2018, section 4.1), so
-that Adam moves every layer at the same relative speed.
+Weights are sampled from N(0,1) and scaled at run time (equalised learning rate: Karras et al., ICLR 2018, section 4.1),
+so that Adam changes every layer at the same relative rate.
 """
 
 import math
@@ -23,10 +23,10 @@ CLAMP = 256.0  # features of the synthesis and of the discriminator stay within 
 
 
 class ImageConfig(Config):
-    """What G and D both know of the images. `img_resolution: R` stands for squares, `img_shape: [R, R]`."""
+    """The images that G and D share. `img_resolution: R` is short for squares, `img_shape: [R, R]`."""
 
     img_shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(
-        (512, 512), description="(height, width) of the images in training"
+        (512, 512), description="(height, width) of the training images"
     )
     img_channels: int = Field(3, ge=1, description="1 grey, 3 RGB, 4 RGBA")
     c_dim: int = Field(0, ge=0, description="label numbers per image; 0 is unconditional")
@@ -44,7 +44,7 @@ class ImageConfig(Config):
 
 
 class Layer(nn.Module):
-    """A module that can be computed in several ways, all with the same result: see `compute_with`."""
+    """A module with several implementations, all with the same result: see `compute_with`."""
 
     impl = "auto"
     recompute = "pixels"
@@ -53,10 +53,10 @@ class Layer(nn.Module):
 def compute_with(network: nn.Module, impl: str = "auto", recompute: str = "pixels") -> None:
     """Set how all layers of a network are computed.
 
-    impl: "auto", the fastest implementation of an operation (torch_utils.ops) that works on the device, or "reference",
-        plain PyTorch.
-    recompute: what backward passes compute again, part by part, instead of keeping it in memory: "none", "pixels", or
-        "all", the lines and D's features as well.
+    impl: "auto", the fastest implementation of each operation (torch_utils.ops) that works on the device, or
+        "reference", plain PyTorch.
+    recompute: what backward passes recompute, part by part, instead of keeping it: "none", "pixels", or "all", which
+        includes the lines and D's features.
     """
     for module in network.modules():
         if isinstance(module, Layer):

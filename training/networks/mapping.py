@@ -1,4 +1,4 @@
-"""From a latent and a label to styles."""
+"""The mapping from a latent and a label to a style."""
 
 import itertools
 
@@ -12,15 +12,14 @@ LR_MULT = 0.01  # the mapping learns a hundred times slower than the synthesis (
 
 
 def normalise(x: Tensor) -> Tensor:
-    """[N,C] -> [N,C] with a mean square of 1 over the channels."""
+    """Scale [N,C] to a mean square of 1 over the channels."""
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
 
 
 class Mapping(nn.Module):
     """z [N,z_dim], c [N,c_dim] -> w [N,w_dim]. Either of z_dim and c_dim may be 0.
 
-    c is one-hot or any vector. Runs in at least float32, whatever autocast says: its sums are small and steer
-    everything.
+    c is one-hot or any vector. Runs in at least float32 even under autocast: its rounding would affect every layer.
     """
 
     def __init__(self, z_dim: int, c_dim: int, w_dim: int, num_layers: int):
@@ -51,7 +50,7 @@ class Mapping(nn.Module):
 
 
 def check_label(c: Tensor | None, c_dim: int, count: int | None) -> None:
-    """Raises ValueError unless c is [count,c_dim]; None will do when c_dim is 0."""
+    """Raise ValueError unless c is [count,c_dim]; c may be None when c_dim is 0."""
     if c is None and not c_dim:
         return
     if c is None or c.shape[1:] != (c_dim,):

@@ -1,8 +1,8 @@
-"""The authors' released weights: their tensor names, and how their arrays map to ours.
+"""The authors' released weights: from their tensor names and layouts to ours.
 
 `config` is the dict of settings that comes with the weights, under the released names: z_dim, c_dim, w_dim,
 img_resolution, img_channels, mapping_layers, channel_base, channel_max, biline_channels, rank (the thickness),
-bandwidth, architecture, mbstd_group_size. Missing entries take the published values.
+bandwidth, architecture, mbstd_group_size. The default of each is the published value.
 """
 
 import torch
@@ -13,16 +13,16 @@ from dnnlib.console import UserError
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
 from training.networks.generator import Generator, GeneratorConfig
 
-MOST_PROBLEMS = 12  # that one sentence lists
+MOST_PROBLEMS = 12  # listed in one error
 
 
 def generator_from_official(tensors: dict[str, Tensor], config: dict) -> Generator:
-    """The released generator as our module, in eval mode.
+    """Return the released generator as our module, in eval mode.
 
     `tensors` has the released names without prefix (`mapping.fc0.weight`, `synthesis.b4.input.freqs`, …).
-    Dropped, because the released network never uses them: the stored coordinates, the head of block 4 and the decoder
-    of block 8 (with architecture "orig", the decoders of all blocks). Raises UserError that lists missing, unexpected
-    and misshapen tensors.
+    The stored coordinates, the head of block 4 and the decoder of block 8 (with architecture "orig", the decoders of
+    all blocks) are dropped: the released network never uses them. Raises UserError that lists tensors that are missing,
+    unexpected or have another shape.
     """
     G = _outline(Generator, GeneratorConfig, _GENERATOR_SETTINGS, config | {"coords": "endpoints"})
     c = G.config
@@ -70,7 +70,7 @@ def generator_from_official(tensors: dict[str, Tensor], config: dict) -> Generat
 
 
 def discriminator_from_official(tensors: dict[str, Tensor], config: dict) -> Discriminator:
-    """The released discriminator as our module, in eval mode. `tensors` and errors as for `generator_from_official`."""
+    """Return the released discriminator as our module, in eval mode. See `generator_from_official`."""
     D = _outline(Discriminator, DiscriminatorConfig, _DISCRIMINATOR_SETTINGS, config)
     c = D.config
     names = {}
@@ -84,7 +84,7 @@ def discriminator_from_official(tensors: dict[str, Tensor], config: dict) -> Dis
     if c.c_dim:
         names |= _linears("mapping", "mapping", c.mapping_layers, True)
 
-    # The filter is written into torch_utils.ops.resample; weights that were trained with another one are refused.
+    # torch_utils.ops.resample has the filter built in, so weights that were trained with another one are refused.
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
     for name, tensor in tensors.items():
         if name.endswith("resample_filter") and (
@@ -103,7 +103,7 @@ _DISCRIMINATOR_SETTINGS = {name: name for name in _SHARED_SETTINGS} | {"mbstd_gr
 
 
 def _outline(kind: type[nn.Module], config_kind: type[Config], names: dict[str, str], config: dict) -> nn.Module:
-    """The network of these settings without memory for its weights: those of a bad file may ask for vast ones."""
+    """Build the network of these settings without memory for weights: a bad file may specify enormous ones."""
     taken = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     what = f"the settings of the released {kind.__name__.lower()}"
     settings = build(config_kind, taken, what)
@@ -111,7 +111,7 @@ def _outline(kind: type[nn.Module], config_kind: type[Config], names: dict[str, 
         with torch.device("meta"):
             return kind(settings)
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes that do not fit into 64 bits
-        raise UserError(f"{what} are no sizes that a network can have: {settings!r}") from error
+        raise UserError(f"{what} are not sizes that a network can have: {settings!r}") from error
 
 
 def _parameters(theirs: str, ours: str) -> dict[str, str]:
@@ -130,7 +130,7 @@ def _linears(theirs: str, ours: str, count: int, embed: bool) -> dict[str, str]:
 
 
 def _load(module: nn.Module, tensors, names, unused=(), released_shapes=None, arrange=None) -> nn.Module:
-    """Copies `tensors` (released names) into `module`. `names`: released name -> ours."""
+    """Copy `tensors` (released names) into `module`. `names`: released name -> ours."""
     released_shapes, arrange = released_shapes or {}, arrange or {}
     state = module.state_dict()
     problems = [f"missing {n}" for n in names if n not in tensors]

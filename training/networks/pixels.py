@@ -42,7 +42,7 @@ class Decoder(nn.Sequential):
 
 
 class RefinementBlock(nn.Module):
-    """[N,P,I] -> [N,P,O] and its contribution to the colours [N,P,img_channels] (supplement, table 1)."""
+    """[N,P,I], w [N,w_dim] -> [N,P,O] and its contribution to the colours [N,P,img_channels] (supplement, table 1)."""
 
     def __init__(self, inputs: int, outputs: int, img_channels: int, w_dim: int):
         super().__init__()

@@ -1,7 +1,7 @@
 """The projected discriminator: heads on frozen features of a pretrained network, beside a residual one on pixels.
 
-Sauer et al., "Projected GANs Converge Faster" (NeurIPS 2021). The features alone leave colours and fine texture
-unseen; the residual discriminator sees them.
+Sauer et al., "Projected GANs Converge Faster" (NeurIPS 2021). The features hardly
+respond to colours and fine texture; the residual discriminator does.
 
 Legend: N images, C channels. Features are [N,C,H,W].
 """
@@ -24,12 +24,12 @@ from training.networks.mapping import Mapping
 MIXED = (64, 128, 256, 512)  # channels of the four features after mixing across channels …
 FUSED = (64, 64, 128, 256)  # … and across scales
 HEAD = (64, 128, 256, 256)  # channels at strides 4, 8, 16, 32 in the heads
-SPREAD = (9.8, 8.9, 6.0, 2.5)  # standard deviations of the features: divided by them, all scales weigh the same
-LABEL = 64  # numbers in which a head compares an image with its label
+SPREAD = (9.8, 8.9, 6.0, 2.5)  # standard deviations of the features, which are divided by them
+LABEL = 64  # dimension of the projection of an image on its label
 
 
 class ProjectedConfig(DiscriminatorConfig):
-    """The widths are those of the discriminator on pixels."""
+    """Its channels are those of the residual discriminator on pixels."""
 
     kind: Literal["projected"] = "projected"
     channel_base: int = Field(2048, ge=1, description="resolution R has min(channel_base / R, channel_max) channels")
@@ -40,7 +40,7 @@ class ProjectedConfig(DiscriminatorConfig):
 
     @property
     def feature_shape(self) -> tuple[int, int]:
-        """(height, width), multiples of 32, of the images whose features are taken."""
+        """Return the (height, width), multiples of 32, of the images that the features are computed from."""
         scale = max(1, self.feature_size / min(self.img_shape))
         height, width = (32 * round(side * scale / 32) for side in self.img_shape)
         return height, width
@@ -77,8 +77,8 @@ class Projection(nn.Module):
 class HeadLayer(nn.Module):
     """[N,I,H,W] -> [N,O,H/2,W/2]: 4×4 convolution with stride 2, GroupNorm, leaky ReLU.
 
-    The learning rate is equalised, as everywhere, so that one rate suits heads, pixels and G. GroupNorm stands where
-    the paper has BatchNorm and spectral normalisation: neither lets an image be judged by itself.
+    The learning rate is equalised, as in every layer, so that one rate suits heads, pixels and G. GroupNorm replaces
+    the paper's BatchNorm and spectral normalisation, so that the logits of an image do not depend on its batch.
     """
 
     def __init__(self, inputs: int, outputs: int):
@@ -93,7 +93,7 @@ class HeadLayer(nn.Module):
 
 
 class Head(nn.Module):
-    """[N,C,H,W] -> [N,outputs]: halved until a side has 4 pixels, at least once, then one product with the rest."""
+    """[N,C,H,W] -> [N,outputs]: halve until a side has 4 pixels, at least once, then one linear layer."""
 
     def __init__(self, index: int, shape: tuple[int, int], outputs: int):
         super().__init__()
@@ -116,8 +116,8 @@ class Head(nn.Module):
 class ProjectedDiscriminator(nn.Module):
     """img [N,C,H,W] in [-1,1], c [N,c_dim] or None -> logits [N,8]: four of features, fine first, and four of pixels.
 
-    The four of pixels are equal, so that pixels and features weigh the same in a mean. Conditional as the residual one
-    is. The same `batches` and errors.
+    The four of pixels are equal, so that pixels and features have the same weight in a mean. Labels, `batches` and
+    errors are those of Discriminator.
     """
 
     def __init__(self, config: ProjectedConfig):
@@ -133,6 +133,7 @@ class ProjectedDiscriminator(nn.Module):
         )
 
     def regularised(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        """Return the logits whose gradient R1 penalises: that of pixels."""
         return self.pixels(img, c)
 
     def forward(self, img: Tensor, c: Tensor | None = None, batches: int = 1) -> Tensor:
@@ -146,7 +147,7 @@ class ProjectedDiscriminator(nn.Module):
 
 
 def as_rgb(img: Tensor) -> Tensor:
-    """[N,1|3|4,H,W] in [-1,1] -> [N,3,H,W]: grey repeated, transparent parts over white."""
+    """[N,1|3|4,H,W] in [-1,1] -> [N,3,H,W]: repeat grey, put transparent images on white."""
     if img.shape[1] == 4:
         alpha = (img[:, 3:] + 1) / 2
         return 1 + (img[:, :3] - 1) * alpha
