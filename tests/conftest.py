@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from torch_utils import build
 from training import snapshot
 
 ROOT = Path(__file__).parents[1]
+GPU_TENSOR = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda:0"))  # all that build.choose reads
 RECIPE = {
     "G": {
         "z_dim": 8,
@@ -132,6 +134,14 @@ def fresh_cache(tmp_path, monkeypatch) -> Iterator[Path]:
     yield tmp_path / "cache"
     for function in (build.kernels, build.say_once):
         function.cache_clear()
+
+
+@pytest.fixture
+def fresh_gpu(fresh_cache, monkeypatch) -> Path:
+    """Returns the same for a machine with a GPU of compute capability 9.0."""
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return fresh_cache
 
 
 @pytest.fixture

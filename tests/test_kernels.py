@@ -1,18 +1,15 @@
-"""Kernels without a GPU: the CUDA sources compile, and run on a CPU (tests/emulator); how they are built and chosen."""
+"""Kernels without a GPU: the CUDA sources compile, and run on a CPU (tests/emulator). Building is in test_build.py."""
 
 import ctypes
-import importlib.util
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import GPU_TENSOR
 from gpu.test_ops import *  # noqa: F403  the laws of the kernels
 from torch.autograd import grad
 
@@ -26,7 +23,6 @@ from training.networks import Discriminator, DiscriminatorConfig, Generator, Gen
 
 SOURCES = [bias_act_module.SOURCE, modulated_linear_module.SOURCE]
 EMULATOR = Path(__file__).parent / "emulator"
-CARD = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda:0"))  # what `choose` sees of a tensor on a GPU
 
 
 class Emulated(build.Kernels):
@@ -57,26 +53,50 @@ def device(emulated, monkeypatch):
     return torch.device("cpu")
 
 
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """A machine with a GPU of compute capability 9.0 that has not built anything yet. Returns its cache directory."""
-    monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for cached in (build.kernels, build.say_once):
-        cached.cache_clear()
-    yield tmp_path / "cache"
-    for cached in (build.kernels, build.say_once):
-        cached.cache_clear()
+# --- sources and choices ----------------------------------------------------------------------------------------------
 
 
-def toolkit(folder, script):
-    """A directory for CUDA_HOME whose nvcc is a shell script."""
-    nvcc = folder / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(f"#!/bin/sh\n{script}\n")
-    nvcc.chmod(0o755)
-    return str(folder)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+@pytest.mark.parametrize("capability", [75, 80, 90])
+def test_cuda_sources_compile_without_a_warning_or_a_spill(source, capability, tmp_path):
+    try:
+        compiler = build.cuda_compiler()
+    except UserError as problem:
+        pytest.skip(str(problem))
+    strict = ["-Werror=all-warnings", "-Xcompiler=-Wall", "-Xptxas=--warn-on-spills"]
+    flags = [*build.CUDA_FLAGS, f"-arch=sm_{capability}", *strict]
+    made = subprocess.run(
+        [*compiler, *flags, str(source), "-o", str(tmp_path / "made.so")], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout + made.stderr == ""
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_a_library_that_the_driver_refuses_is_not_used(fresh_gpu, emulated, monkeypatch, capfd, source):
+    monkeypatch.setattr(build, "cuda_library", lambda source, capability: emulated[source].functions)
+    monkeypatch.setattr(build.Kernels, "call", lambda self, name: self.invoke(name, 1, 0, ()))  # there is but device 0
+    for _ in range(2):
+        assert build.choose("auto", bias_act_module.IMPLS, source, GPU_TENSOR) is None
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(
+        f"{source.stem} continues in plain PyTorch, which is slower: the CUDA function probe failed: "
+    )
+    assert "update the NVIDIA driver, or choose an older CUDA toolkit by the variable CUDA_HOME" in line
+    with pytest.raises(UserError, match=f"impl='cuda' of {source.stem} is unavailable: .* invalid device ordinal;"):
+        build.choose("cuda", bias_act_module.IMPLS, source, GPU_TENSOR)
+
+
+def test_torch_compile_sees_the_reference(device):
+    """As one graph, which it fuses by itself."""
+    x, bias = torch.randn(6, 4), torch.randn(4)
+    compiled = torch.compile(lambda x, b: bias_act(x, b, act="lrelu", clamp=1.0), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, bias), bias_act(x, bias, act="lrelu", clamp=1.0, impl="reference"))
+
+
+def test_tensors_on_another_device_are_refused(device):
+    with pytest.raises(ValueError, match="all tensors must be on cpu; got one on meta"):
+        bias_act(torch.ones(3), torch.ones(3, device="meta"), impl="cuda")
 
 
 # --- the networks on kernels ------------------------------------------------------------------------------------------
@@ -117,7 +137,7 @@ def test_the_doctor_finds_every_kernel_working(device):
         assert found.startswith("works (distance to float64: "), (name, impl, kind, found)
 
 
-def test_the_doctor_tells_wrong_results_and_crashes():
+def test_the_doctor_reports_wrong_results_and_crashes():
     def wrong(impl, device, dtype):
         return torch.ones(3, dtype=dtype), torch.zeros(3)
 
@@ -130,7 +150,7 @@ def test_the_doctor_tells_wrong_results_and_crashes():
     )
 
 
-def test_the_doctor_needs_neither_a_gpu_nor_compilers(fresh, monkeypatch):
+def test_the_doctor_needs_neither_a_gpu_nor_compilers(fresh_gpu, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CXX", "/nowhere/c++")
     monkeypatch.setattr(build.os, "access", lambda path, mode: False)
@@ -159,156 +179,3 @@ def test_the_benchmark_measures_whatever_can_run(device, tmp_path):
         assert {"eager", "auto"} <= set(run["median"])
         assert run["share of floor"]["eager"] == pytest.approx(run["floor"] / run["median"]["eager"])
     assert "| bias_act | 8×2×1024 | fp32 | forward |" in (tmp_path / "ops-cpu.md").read_text()
-
-
-# --- building ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-@pytest.mark.parametrize("capability", [75, 80, 90])
-def test_cuda_sources_compile_without_a_warning_or_a_spill(source, capability, tmp_path):
-    try:
-        compiler = build.cuda_compiler()
-    except UserError as problem:
-        pytest.skip(str(problem))
-    strict = ["-Werror=all-warnings", "-Xcompiler=-Wall", "-Xptxas=--warn-on-spills"]
-    flags = [*build.CUDA_FLAGS, f"-arch=sm_{capability}", *strict]
-    made = subprocess.run(
-        [*compiler, *flags, str(source), "-o", str(tmp_path / "made.so")], capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stderr
-    assert made.stdout + made.stderr == ""
-
-
-def test_kernels_are_built_once_and_loaded(fresh, monkeypatch):
-    if not shutil.which("nvcc"):
-        pytest.skip("there is no nvcc on the PATH")
-    monkeypatch.setattr(build.Kernels, "call", lambda self, name: None)  # the probe, which needs a GPU
-    for _ in range(2):
-        build.kernels.cache_clear()
-        found, reason = build.kernels(SOURCES[0], CARD.device)
-        assert reason == ""
-        assert found.functions.bias_act
-        assert found.capability == 90
-    assert len(list(fresh.rglob("*.so"))) == 1
-
-
-def test_a_changed_header_builds_anew(monkeypatch, tmp_path):
-    monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "cache"))
-    source, header = tmp_path / "number.cpp", tmp_path / "number.h"
-    source.write_text('#include "number.h"\nextern "C" int number() { return NUMBER; }')
-    for number in (1, 2):
-        header.write_text(f"#define NUMBER {number}\n")
-        assert build.library(source).number() == number
-
-
-def test_a_failing_nvcc_shows_its_first_error_and_the_fix(fresh, monkeypatch, tmp_path, capfd):
-    script = 'case "$*" in *--version*) echo fake 1.0; exit;; esac\n' + "\n".join(
-        f'echo "{line}" >&2'
-        for line in ("a.cu(1): warning #177", "a.cu(7): error: no such thing", "a.cu(8): error: more")
-    )
-    monkeypatch.setenv("CUDA_HOME", toolkit(tmp_path / "cuda", f"{script}\nexit 2"))
-    for _ in range(2):
-        assert build.choose("auto", bias_act_module.IMPLS, SOURCES[0], CARD) is None
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("bias_act continues in plain PyTorch, which is slower: ")
-    assert "no such thing" in line
-    assert "more" not in line
-    assert "choose another CUDA toolkit by the variable CUDA_HOME" in line
-    with pytest.raises(UserError, match=r"impl='cuda' of bias_act is unavailable: .*no such thing"):
-        build.choose("cuda", bias_act_module.IMPLS, SOURCES[0], CARD)
-    assert [path for path in fresh.rglob("*") if path.is_file()] == []
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_a_library_that_the_driver_refuses_is_not_used(fresh, emulated, monkeypatch, capfd, source):
-    monkeypatch.setattr(build, "cuda_library", lambda source, capability: emulated[source].functions)
-    monkeypatch.setattr(build.Kernels, "call", lambda self, name: self.invoke(name, 1, 0, ()))  # there is but device 0
-    for _ in range(2):
-        assert build.choose("auto", bias_act_module.IMPLS, source, CARD) is None
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(
-        f"{source.stem} continues in plain PyTorch, which is slower: the CUDA function probe failed: "
-    )
-    assert "update the NVIDIA driver, or choose an older CUDA toolkit by the variable CUDA_HOME" in line
-    with pytest.raises(UserError, match=f"impl='cuda' of {source.stem} is unavailable: .* invalid device ordinal;"):
-        build.choose("cuda", bias_act_module.IMPLS, source, CARD)
-
-
-def test_without_nvcc_the_line_says_where_it_was_looked_for(fresh, monkeypatch, capfd):
-    monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(build.os, "access", lambda path, mode: False)
-    assert build.choose("auto", bias_act_module.IMPLS, SOURCES[0], CARD) is None
-    line = capfd.readouterr().err
-    assert "no CUDA compiler nvcc in CUDA_HOME, on the PATH or in pip's wheels" in line
-    assert "pip install 'cuda-toolkit[" in line
-
-
-def test_nvcc_is_that_of_cuda_home_then_of_the_path_then_of_wheels(fresh, monkeypatch, tmp_path):
-    homes = [Path(toolkit(tmp_path / name, "exit 1")) for name in ("home", "path", "site/nvidia/cu13")]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(
-        submodule_search_locations=[str(tmp_path / "site" / name)]))  # fmt: skip
-    (homes[2] / "lib").mkdir()
-    (homes[2] / "lib" / "libcudart_static.a").touch()
-    monkeypatch.setenv("PATH", str(homes[1] / "bin"))
-    assert build.cuda_compiler() == [str(homes[1] / "bin" / "nvcc")]
-    monkeypatch.setenv("CUDA_HOME", str(homes[0]))
-    assert build.cuda_compiler() == [str(homes[0] / "bin" / "nvcc")]
-    monkeypatch.delenv("CUDA_HOME")
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert build.cuda_compiler() == [str(homes[2] / "bin" / "nvcc"), f"-L{homes[2] / 'lib'}"]
-
-
-def test_nothing_is_built_or_asked_for_at_import():
-    code = (
-        "import subprocess, torch; subprocess.run = torch.cuda.is_available = torch.cuda.get_device_capability = None;"
-    )
-    code += "import torch_utils.ops.bias_act, torch_utils.ops.modulated_linear, torch_utils.doctor, training.networks"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=EMULATOR.parents[1], env=os.environ)
-
-
-# --- choosing ---------------------------------------------------------------------------------------------------------
-
-
-def test_auto_is_the_reference_on_a_cpu_and_says_nothing(capfd):
-    x = torch.randn(3, 4)
-    assert torch.equal(bias_act(x, act="lrelu"), bias_act(x, act="lrelu", impl="reference"))
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("impl", ["cuda", "cublas"])
-def test_a_named_one_raises_where_there_is_no_gpu(impl):
-    with pytest.raises(UserError, match=f"impl='{impl}' of modulated_linear .* the tensors are on cpu"):
-        modulated_linear_module.modulated_linear(
-            torch.ones(1, 2, 8), torch.ones(8, 8), torch.ones(1, 8), torch.ones(8), impl=impl
-        )
-    if impl == "cuda":
-        with pytest.raises(UserError, match="impl='cuda' of bias_act is unavailable: it needs a CUDA device"):
-            bias_act(torch.ones(3), impl=impl)
-
-
-def test_torch_compile_sees_the_reference(device):
-    """As one graph, which it fuses by itself."""
-    x, bias = torch.randn(6, 4), torch.randn(4)
-    compiled = torch.compile(lambda x, b: bias_act(x, b, act="lrelu", clamp=1.0), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(x, bias), bias_act(x, bias, act="lrelu", clamp=1.0, impl="reference"))
-
-
-def test_an_unknown_name_is_refused():
-    with pytest.raises(UserError, match=r"'triton' is unknown; use one of auto, reference, cpp, cuda$"):
-        bias_act(torch.ones(3), impl="triton")
-
-
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_shapes_that_do_not_fit_are_refused(impl):
-    with pytest.raises(ValueError, match=r"bias must be \[4\], as axis 1 of x \[3, 4\]; got \[1\]"):
-        bias_act(torch.ones(3, 4), torch.ones(1), dim=1, impl=impl)
-    with pytest.raises(ValueError, match=r"must be \[N,P,I\], \[O,I\], \[N,I\] and \[O\]; got \[2, 3, 8\], \[4, 7\]"):
-        modulated_linear_module.modulated_linear(
-            torch.ones(2, 3, 8), torch.ones(4, 7), torch.ones(2, 8), torch.ones(4), impl=impl
-        )
-
-
-def test_tensors_on_another_device_are_refused(device):
-    with pytest.raises(ValueError, match="all tensors must be on cpu; got one on meta"):
-        bias_act(torch.ones(3), torch.ones(3, device="meta"), impl="cuda")

@@ -1,16 +1,15 @@
-"""Laws of the C++ code that trains on a CPU: pixels, bias_act, lowpass against reference, with both derivatives."""
+"""Laws of the C++ code that trains on a CPU: fused_pixels, bias_act and lowpass are the reference, derived twice."""
 
 import functools
 import itertools
 import math
-import shutil
 
 import pytest
 import torch
+from helpers import distance, needs_compiler, noise, pairwise
 
 from dnnlib.console import UserError
-from torch_utils import build as building
-from torch_utils.build import cpp_compiler
+from torch_utils import build
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.chain import Folded
 from torch_utils.ops.resample import lowpass
@@ -18,15 +17,11 @@ from training.networks import Generator, GeneratorConfig
 from training.networks.fused_pixels import fused_pixels, with_tensors
 from training.networks.layers import compute_with
 
-pytestmark = pytest.mark.skipif(not shutil.which(cpp_compiler()[0]), reason="there is no C++ compiler")
-
-
-def noise(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+pytestmark = needs_compiler
 
 
 def example(images, fusions, channels, thickness, height, width, clamp, terms):
-    """Lines and layers in float64; `terms` of the fusions are added on the way, and weights alternate in kind."""
+    """Return lines and layers in float64. `terms` of the fusions are added; every other weight is per image."""
     seeds = itertools.count()
     rows = noise(fusions, images, height, thickness, channels, seed=next(seeds)) / thickness**0.5
     cols = noise(fusions, images, width, thickness, channels, seed=next(seeds)) / thickness**0.5
@@ -44,7 +39,7 @@ def example(images, fusions, channels, thickness, height, width, clamp, terms):
 
 
 def both_derivatives(function, inputs, dtype):
-    """Value, gradients, and gradients of a weighted sum of the gradients, in float64."""
+    """Return value, gradients, and gradients of a weighted sum of the gradients, in float64."""
     inputs = [t.to(dtype).requires_grad_() for t in inputs]
     value = function(*inputs)
     sent = noise(*value.shape, seed=100).to(dtype).requires_grad_()
@@ -54,16 +49,13 @@ def both_derivatives(function, inputs, dtype):
     return [t.double() for t in (value, *first, *second)]
 
 
-def distance(a, b):
-    return (a - b).norm().item() / (b.norm().item() or 1)
+# The last two are computed in parts, whose last rows do not fill a strip.
+SHAPES = [(2, 3, 8, 4, 5, 20), (1, 2, 3, 1, 2, 70), (3, 1, 17, 8, 1, 1), (1, 2, 5, 3, 150, 64), (1, 2, 3, 2, 501, 9)]
 
 
-SHAPES = [(2, 3, 8, 4, 5, 20), (1, 2, 3, 1, 2, 70), (3, 1, 17, 8, 1, 1)]
-SHAPES += [(1, 2, 5, 3, 150, 64), (1, 2, 3, 2, 501, 9)]  # in parts, whose last rows do not fill a strip
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("clamp", [math.inf, 1.0])
+@pytest.mark.parametrize(
+    ("shape", "clamp"), list(zip(SHAPES, (1.0, math.inf, 1.0, math.inf, 1.0), strict=True)), ids=str
+)
 def test_pixels_are_the_reference_with_derivatives_of_both_orders(shape, clamp):
     rows, cols, layers = example(*shape, clamp, terms=max(0, shape[1] - 2))
     inputs = [rows, cols, *(t for layer in layers for t in (layer.weight, layer.bias))]
@@ -93,7 +85,7 @@ def test_threads_do_not_change_the_gradient():
 
 
 @pytest.mark.parametrize("decoders", [True, False])
-def test_a_generator_paints_the_same_with_and_without(decoders):
+def test_a_generator_is_that_of_the_reference(decoders):
     torch.manual_seed(0)
     config = GeneratorConfig(img_resolution=16, channel_base=128, channel_max=16, z_dim=8, w_dim=8, decoders=decoders)
     G = Generator(config)
@@ -110,12 +102,12 @@ def test_a_generator_paints_the_same_with_and_without(decoders):
     assert distance(*gradients) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim", [1, -1])
-@pytest.mark.parametrize("last", [False, True])
-def test_bias_act_is_the_reference_with_derivatives_of_both_orders(dtype, dim, last):
+@pytest.mark.parametrize(
+    ("dtype", "dim", "channels_last"), pairwise((torch.float32, torch.bfloat16), (1, -1), (False, True)), ids=str
+)
+def test_bias_act_is_the_reference_with_derivatives_of_both_orders(dtype, dim, channels_last):
     x, bias = noise(3, 7, 45, 38, seed=0), noise({1: 7, -1: 38}[dim], seed=1)
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
     def run(impl, dtype):
         arguments = {"act": "lrelu", "clamp": 0.8, "dim": dim, "impl": impl}
@@ -130,13 +122,19 @@ def test_bias_act_is_the_reference_with_derivatives_of_both_orders(dtype, dim, l
         assert torch.equal(*by_x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("padding", "stride"), [(2, 1), (1, 2), (0, 2), (3, 1)])
-@pytest.mark.parametrize("shape", [(2, 3, 9, 12), (1, 40, 100, 90), (0, 2, 8, 8), (3, 8, 4, 5)], ids=str)
-def test_lowpass_is_the_reference_with_derivatives_of_both_orders(dtype, padding, stride, shape):
+@pytest.mark.parametrize(
+    ("shape", "how", "dtype"),
+    pairwise(
+        [(2, 3, 9, 12), (1, 40, 100, 90), (0, 2, 8, 8)],
+        [(2, 1), (1, 2), (0, 2), (3, 1)],
+        (torch.float32, torch.bfloat16),
+    ),
+    ids=str,
+)
+def test_lowpass_is_the_reference_with_derivatives_of_both_orders(shape, how, dtype):
     """The second shape is work for several threads."""
     inputs = [noise(*shape, seed=0)]
-    call = functools.partial(lowpass, padding=padding, stride=stride)
+    call = functools.partial(lowpass, padding=how[0], stride=how[1])
     got = both_derivatives(lambda x: call(x, impl="cpp"), inputs, dtype)
     truth = both_derivatives(lambda x: call(x, impl="reference"), inputs, torch.float64)
     for a, b in zip(got, truth, strict=True):
@@ -144,21 +142,15 @@ def test_lowpass_is_the_reference_with_derivatives_of_both_orders(dtype, padding
         assert distance(a, b) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
-def test_a_named_implementation_never_falls_back(monkeypatch):
+def test_a_requested_implementation_never_falls_back(fresh_cache, monkeypatch):
     rows, cols, layers = example(1, 1, 2, 1, 2, 2, 1.0, terms=0)
     with pytest.raises(UserError, match=r"not torch\.float64"):
         fused_pixels(rows, cols, layers, impl="cpp")
+    build.kernels.cache_clear()
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    for cached in (building.kernels, building.say_once):
-        cached.cache_clear()
-    try:
-        tensors = [t.float() for layer in layers for t in (layer.weight, layer.bias)]
-        small = with_tensors(layers, tensors)
-        with pytest.raises(UserError, match="there is no C"):
-            fused_pixels(rows.float(), cols.float(), small, impl="cpp")
-        with pytest.raises(UserError, match="there is no C"):
-            bias_act(torch.ones(3), impl="cpp")
-        assert fused_pixels(rows.float(), cols.float(), small).shape == (1, 3, 2, 2)
-    finally:
-        for cached in (building.kernels, building.say_once):
-            cached.cache_clear()
+    layers = [layer.to(torch.float32) for layer in layers]
+    with pytest.raises(UserError, match="there is no C"):
+        fused_pixels(rows.float(), cols.float(), layers, impl="cpp")
+    with pytest.raises(UserError, match="there is no C"):
+        bias_act(torch.ones(3), impl="cpp")
+    assert fused_pixels(rows.float(), cols.float(), layers).shape == (1, 3, 2, 2)
