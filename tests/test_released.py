@@ -1,4 +1,4 @@
-"""Laws of the authors' `.pkl` files: their weights give their pictures, and nothing in any file is run.
+"""Laws of the authors' `.pkl` files: their weights give their images, and nothing in any file is executed.
 
 The pickles are made here without the authors' code: `Writer` is Python's own pickler, which also writes names that do
 not exist (`Name`), calls of them (`Call`), objects of them (`New`), and opcodes as they are (`Raw`).
@@ -35,7 +35,7 @@ class Name:
 
 
 class Call:
-    """name(*arguments), then its state."""
+    """A call name(*arguments), then its state."""
 
     def __init__(self, name, *arguments, state=None):
         self.name, self.arguments, self.state = name, arguments, state
@@ -116,7 +116,7 @@ DTYPE = Name("numpy", "dtype")
 
 
 def storage(tensor: torch.Tensor) -> Call:
-    """The storage below a tensor, in the bytes that torch writes when it is pickled."""
+    """Return the storage of a tensor, in the bytes that torch writes when it is pickled."""
     function, (data,) = tensor._typed_storage().__reduce__()
     assert function is torch.storage._load_from_bytes
     return Call(LOAD, data)
@@ -137,7 +137,7 @@ def number(value: float, core: str = "numpy.core.multiarray") -> Call:
 
 
 def layer_state(parameters=None, buffers=None, parts=None, **others) -> dict:
-    """The __dict__ of a module."""
+    """Return the __dict__ of a module."""
     hooks = ("_backward_hooks", "_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_hooks")
     state = {"training": False, "_parameters": OrderedDict(parameters or {}), "_buffers": buffers or {}}
     state |= {"_non_persistent_buffers_set": set(), **{name: OrderedDict() for name in hooks}}
@@ -153,11 +153,11 @@ def persistent(state: dict, name: str = "Layer", kind: object = "class") -> Call
 BUFFERS = ("freqs", "coords", "w_avg", "resample_filter")
 
 
-def network(tensors: dict[str, torch.Tensor], init_kwargs: dict, wrap=lambda name, tensor: view(tensor)) -> Call:
-    """Layers in layers as the names of the tensors say. `wrap` pickles a tensor."""
+def network(tensors: dict[str, torch.Tensor], init_kwargs: dict) -> Call:
+    """Return nested layers, as the names of the tensors say."""
 
     def layer(inside: dict[str, torch.Tensor], prefix: str, **others) -> object:
-        own = {n: wrap(prefix + n, t) for n, t in inside.items() if "." not in n}
+        own = {n: view(t) for n, t in inside.items() if "." not in n}
         parameters = {n: parameter(v) for n, v in own.items() if n not in BUFFERS}
         if parameters and "bias" not in parameters:
             parameters["bias"] = None  # as of layers without one
@@ -185,7 +185,7 @@ def easy(**items) -> New:
 
 
 def kwargs_of(config: dict, kind: str) -> dict:
-    """The settings of a reference as the arguments that its network was made with."""
+    """Return the settings of a reference as the arguments of the authors' network."""
     own = {name: config[name] for name in ("c_dim", "img_resolution", "img_channels")}
     widths = {name: config[name] for name in ("channel_base", "channel_max")}
     if kind == "D":
@@ -206,8 +206,8 @@ def kwargs_of(config: dict, kind: str) -> dict:
     }
 
 
-def content(ref: Reference, wrap=lambda name, tensor: view(tensor), kinds=("G", "D", "G_ema")) -> dict:
-    networks = {kind: network(ref.under(f"{kind[0]}/"), kwargs_of(ref.config, kind), wrap) for kind in kinds}
+def content(ref: Reference, kinds=("G", "D", "G_ema")) -> dict:
+    networks = {kind: network(ref.under(f"{kind[0]}/"), kwargs_of(ref.config, kind)) for kind in kinds}
     pipe = persistent(layer_state(buffers={"p": view(torch.ones([])), "none": view(torch.ones(0))}), "AugmentPipe")
     data = easy(class_name="training.dataset.ImageFolderDataset", xflip=True, max_size=70000, path="ffhq.zip")
     return networks | {"training_set_kwargs": data, "augment_pipe": pipe}
@@ -234,22 +234,33 @@ def write(folder: Path, data: bytes, name: str = "network.pkl") -> Path:
     return path
 
 
+# --- what a file holds is what is read --------------------------------------------------------------------------------
+
+
+def read_tensor(folder: Path, x: object, **state) -> torch.Tensor:
+    """Read a network whose only buffer is x."""
+    file = write(folder, dumps({"G": persistent(layer_state(buffers={"x": x}, **state))}))
+    return read_released(file)["G"].tensors["x"]
+
+
 @pytest.mark.parametrize("protocol", [2, 5])
 def test_the_tensors_and_settings_are_those_that_were_pickled(tmp_path, ref, protocol):
-    networks = read_released(write(tmp_path, dumps(content(ref), protocol)))
+    path = write(tmp_path, dumps(content(ref), protocol))
+    networks = read_released(path)
     assert list(networks) == ["G", "D", "G_ema"]
     for name, (tensors, config) in networks.items():
         expected = ref.under(f"{name[0]}/")
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[n], t) and tensors[n].dtype == t.dtype for n, t in expected.items())
-        for key in ("img_resolution", "channel_max", "c_dim"):
-            assert config[key] == ref.config[key]
-    assert networks["D"].config["mbstd_group_size"] == 2
-    for key in ("z_dim", "mapping_layers", "rank", "bandwidth", "architecture"):
-        assert networks["G"].config[key] == ref.config[key]
+        keys = ["img_resolution", "channel_max", "c_dim"]
+        keys += (
+            ["mbstd_group_size"] if name == "D" else ["z_dim", "mapping_layers", "rank", "bandwidth", "architecture"]
+        )
+        assert {key: config[key] for key in keys} == {key: ref.config[key] for key in keys}
+    assert read_released(path, ("D",)).keys() == {"D"}
 
 
-def test_the_networks_give_the_released_pictures_and_logits(tmp_path, ref):
+def test_the_networks_give_the_released_images_and_logits(tmp_path, ref):
     path = write(tmp_path, dumps(content(ref)))
     networks = load_released(path)
     for G in (networks["G"], networks["G_ema"], load_generator(path)):
@@ -261,56 +272,44 @@ def test_the_networks_give_the_released_pictures_and_logits(tmp_path, ref):
     assert relative_error(networks["D"](ref.all["in/real"], label(ref)), ref.all["out/D_real"]) <= 1e-4
 
 
-def transposed(name, tensor):
-    if tensor.dim() < 2:
-        return view(tensor)
-    return view(tensor.transpose(0, 1).contiguous().transpose(0, 1))
+@pytest.mark.parametrize(
+    "lay_out",
+    {
+        "transposed": lambda x: x.mT.contiguous().mT,
+        "offset": lambda x: torch.cat([x.new_full((3,), torch.nan), x.flatten(), x.new_full((2,), torch.nan)])[
+            3:-2
+        ].view(x.shape),
+        "every second": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0],
+    }.values(),
+)
+def test_tensors_may_be_views(tmp_path, lay_out):
+    expected = torch.arange(12.0).reshape(3, 4)
+    got = read_tensor(tmp_path, view(lay_out(expected)))
+    assert torch.equal(got, expected)
+    assert got.is_contiguous()
 
 
-def with_offset(name, tensor):
-    padded = torch.cat([torch.full((3,), torch.nan), tensor.flatten(), torch.full((2,), torch.nan)])
-    return view(padded[3:-2].view(tensor.shape))
-
-
-def every_second(name, tensor):
-    return view(torch.stack([tensor, torch.full_like(tensor, torch.nan)], dim=-1)[..., 0])
-
-
-@pytest.mark.parametrize("wrap", [transposed, with_offset, every_second])
-def test_tensors_may_be_views(tmp_path, small, wrap):
-    tensors = read_released(write(tmp_path, dumps(content(small, wrap))))["G_ema"].tensors
-    for name, expected in small.under("G/").items():
-        assert torch.equal(tensors[name], expected), name
-        assert tensors[name].is_contiguous()
-
-
-def test_tensors_may_share_a_storage(tmp_path, small):
-    tensors = small.under("G/")
-    flat = torch.cat([t.flatten() for t in tensors.values()])
-    starts = itertools.accumulate((t.numel() for t in tensors.values()), initial=0)
-    views = {n: flat[at : at + t.numel()].view(t.shape) for at, (n, t) in zip(starts, tensors.items(), strict=False)}
+def test_tensors_may_share_a_storage(tmp_path):
+    flat = torch.arange(7.0)
     below = storage(flat)
-    G = network(views, kwargs_of(small.config, "G"), lambda name, tensor: view(tensor, below))
-    read = read_released(write(tmp_path, dumps({"G_ema": G})))["G_ema"].tensors
-    assert all(torch.equal(read[name], expected) for name, expected in tensors.items())
-    read["mapping.w_avg"].fill_(7)  # they share nothing once they are read
-    assert all(torch.equal(read[n], t) for n, t in tensors.items() if n != "mapping.w_avg")
+    buffers = {"a": view(flat[:3], below), "b": view(flat[2:], below)}
+    tensors = read_released(write(tmp_path, dumps({"G": persistent(layer_state(buffers=buffers))})))["G"].tensors
+    tensors["a"].fill_(7)  # they share nothing once they are read
+    assert torch.equal(tensors["b"], flat[2:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool])
 def test_every_number_type_is_read_as_torch_reads_it(tmp_path, dtype):
     tensor = (torch.arange(12).reshape(3, 4) % 2).to(dtype)
-    G = persistent(layer_state(buffers={"x": view(tensor)}))
-    got = read_released(write(tmp_path, dumps({"G": G})))["G"].tensors["x"]
+    got = read_tensor(tmp_path, view(tensor))
     assert got.dtype == dtype
     assert torch.equal(got, tensor)
 
 
 @pytest.mark.parametrize("core", ["numpy.core.multiarray", "numpy._core.multiarray"])
 def test_settings_may_be_numbers_of_numpy(tmp_path, core):
-    G = persistent(
-        layer_state(_init_kwargs={"bandwidth": number(2.5, core), "none": None, "synthesis_kwargs": {"rank": 3}})
-    )
+    given = {"bandwidth": number(2.5, core), "none": None, "synthesis_kwargs": {"rank": 3}}
+    G = persistent(layer_state(_init_kwargs=given))
     assert read_released(write(tmp_path, dumps({"G": G})))["G"].config == {"bandwidth": 2.5, "rank": 3}
 
 
@@ -322,16 +321,17 @@ def test_what_is_not_saved_or_not_there_is_left_out(tmp_path):
     assert networks["G"].tensors.keys() == {"x"}
 
 
-def test_only_the_networks_asked_for_are_read(tmp_path, small):
-    path = write(tmp_path, dumps(content(small)))
-    assert read_released(path, ("D",)).keys() == {"D"}
+def test_names_given_to_layers_are_only_data(tmp_path):
+    """What Python's unpickler would write over an object is an entry that nobody reads."""
+    names = ("__class__", "__setstate__", "__dict__", "__reduce__", "state", "tensors")
+    assert torch.equal(read_tensor(tmp_path, view(torch.ones(3)), **dict.fromkeys(names, EASY_DICT)), torch.ones(3))
 
 
-# --- nothing is run --------------------------------------------------------------------------------------------------
+# --- nothing is executed ----------------------------------------------------------------------------------------------
 
 
 def refused(path: Path, words: str = "") -> str:
-    """The one sentence that says why `path` is not read."""
+    """Return the one sentence that says why `path` is not read."""
     with pytest.raises(UserError) as error:
         read_released(path)
     message = str(error.value)
@@ -367,36 +367,19 @@ FORMS = {
         by_name(INPUT.module, INPUT.name) + b")\x81}" + text("__setstate__") + by_name(m, n) + b"sb" + argument + b"b"
     ),
 }
-NAMES = [
-    ("os", "system"),
-    ("posix", "system"),
-    ("nt", "system"),
-    ("subprocess", "Popen"),
-    ("builtins", "eval"),
-    ("builtins", "getattr"),
-    ("builtins", "set"),
-    ("__builtin__", "eval"),
-    ("operator", "attrgetter"),
-    ("codecs", "decode"),
-    ("_codecs", "encode"),
-    ("torch", "load"),
-    ("torch", "FloatStorage"),
-    ("torch.storage", "_load_from_bytes.__globals__"),
-    ("torch._utils", "_rebuild_tensor_v3"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("torch_utils.persistence", "_reconstruct_persistent_obj.__globals__"),
-    ("torch_utils.persistence", "_src_to_module"),
-    ("torch_utils", "persistence._reconstruct_persistent_obj"),
-    ("training.networks_creps", "SynthesisInput.__init__"),
-    ("dnnlib.util", "EasyDict.__setattr__"),
-    ("collections", "namedtuple"),
-    ("", ""),
-]
+NAMES = """
+    os:system posix:system nt:system subprocess:Popen builtins:eval builtins:getattr builtins:set __builtin__:eval
+    operator:attrgetter codecs:decode _codecs:encode collections:namedtuple torch:load torch:FloatStorage
+    torch.storage:_load_from_bytes.__globals__ torch._utils:_rebuild_tensor_v3 numpy.core.multiarray:_reconstruct
+    torch_utils.persistence:_reconstruct_persistent_obj.__globals__ torch_utils.persistence:_src_to_module
+    torch_utils:persistence._reconstruct_persistent_obj training.networks_creps:SynthesisInput.__init__
+    dnnlib.util:EasyDict.__setattr__ :
+"""
 
 
 @pytest.fixture
 def marker(tmp_path):
-    """A file that appears when an attack succeeds."""
+    """Path of a file that appears when an attack succeeds."""
     path = tmp_path / "pwned"
     yield path
     assert not path.exists()
@@ -415,45 +398,11 @@ def test_pythons_own_unpickler_would_run_these_attacks(tmp_path, form):
 
 
 def test_a_name_that_no_released_file_has_is_refused_whatever_opcode_names_it(tmp_path, marker):
-    for form, (module, name) in itertools.product(FORMS, NAMES):
+    for form, entry in itertools.product(FORMS, NAMES.split()):
+        module, name = entry.split(":")
         attack = FORMS[form](module, name, touch(marker))
         words = re.escape(f"{module}.{name}") if form not in ("INST",) else "INST"
         refused(write(tmp_path, dumps({"G": Raw(attack)})), words)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        *(Name(*name) for name in (("os", "system"), ("builtins", "eval"))),
-        EASY_DICT,
-        SEQUENTIAL,
-        Call(EASY_DICT),
-        7,
-        {},
-        "os.system",
-    ],
-    ids=lambda call: type(call).__name__,
-)
-def test_what_may_be_named_may_not_be_called_otherwise(tmp_path, marker, call):
-    refused(write(tmp_path, dumps({"G": Call(call, f"touch {marker}")})))
-    for name in (PERSISTENT, LOAD, TENSOR, PARAMETER, DTYPE, Name("numpy.core.multiarray", "scalar")):
-        refused(write(tmp_path, dumps({"G": Call(name, call)})))
-        refused(write(tmp_path, dumps({"G": New(name)})))
-
-
-@pytest.mark.parametrize(("opcode", "layout"), [(b"\x82", "<B"), (b"\x83", "<H"), (b"\x84", "<i")])
-def test_the_registry_of_extensions_is_out_of_reach(tmp_path, marker, opcode, layout):
-    copyreg.add_extension("os", "system", 240)
-    try:
-        attack = opcode + struct.pack(layout, 240) + touch(marker) + pickle.TUPLE1 + pickle.REDUCE
-        refused(write(tmp_path, dumps({"G": Raw(attack)})), "EXT")
-    finally:
-        copyreg.remove_extension("os", "system", 240)
-
-
-def test_objects_outside_of_the_file_are_out_of_reach(tmp_path, marker):
-    refused(write(tmp_path, dumps({"G": Raw(b"Pos.system\n")})), "PERSID")
-    refused(write(tmp_path, dumps({"G": Raw(touch(marker) + pickle.BINPERSID)})), "outside of the file")
 
 
 def legacy(parts: dict[int, bytes], count: int = 3, data: bytes = bytes(12), length: int | None = None) -> bytes:
@@ -475,18 +424,6 @@ def with_file(blob: bytes) -> dict:
     return {"G": persistent(layer_state(buffers={"x": Call(TENSOR, Call(LOAD, blob), 0, (3,), (1,), False, {})}))}
 
 
-def test_a_handmade_torch_file_is_read(tmp_path):
-    tensors = read_released(write(tmp_path, dumps(with_file(legacy({})))))["G"].tensors
-    assert torch.equal(tensors["x"], torch.zeros(3))
-
-
-def test_a_torch_file_inside_runs_nothing_either(tmp_path, marker):
-    for place, form in itertools.product(range(5), FORMS):
-        attack = dumps(Raw(FORMS[form]("os", "system", touch(marker))), 2)
-        refused(write(tmp_path, dumps(with_file(legacy({place: attack})))), r"os\.system|INST|training\.networks_creps")
-        refused(write(tmp_path, dumps(with_file(attack))))
-
-
 class Attack:
     def __init__(self, marker):
         self.marker = marker
@@ -495,12 +432,18 @@ class Attack:
         return os.system, (f"touch {self.marker}",)
 
 
-def test_only_storages_in_the_old_format_lie_inside(tmp_path, marker):
-    def blob(value, zipped=False):
+def test_a_torch_file_inside_is_one_storage_in_the_old_format_and_executes_nothing(tmp_path, marker):
+    def blob(value, zipped):
         file = io.BytesIO()
         torch.save(value, file, _use_new_zipfile_serialization=zipped)
         return file.getvalue()
 
+    tensors = read_released(write(tmp_path, dumps(with_file(legacy({})))))["G"].tensors
+    assert torch.equal(tensors["x"], torch.zeros(3))
+    for place, form in itertools.product(range(5), FORMS):
+        attack = dumps(Raw(FORMS[form]("os", "system", touch(marker))), 2)
+        refused(write(tmp_path, dumps(with_file(legacy({place: attack})))))
+        refused(write(tmp_path, dumps(with_file(attack))))
     values = [torch.ones(3), {}, [torch.ones(3)._typed_storage()], bytearray(9), torch.nn.Linear(1, 1), Attack(marker)]
     for value, zipped in itertools.product(values, (False, True)):
         refused(write(tmp_path, dumps(with_file(blob(value, zipped)))))
@@ -509,8 +452,18 @@ def test_only_storages_in_the_old_format_lie_inside(tmp_path, marker):
         refused(write(tmp_path, dumps(with_file(legacy({3: dumps(Raw(pid + pickle.BINPERSID), 2)})))))
 
 
+def test_the_registry_of_extensions_is_out_of_reach(tmp_path, marker):
+    copyreg.add_extension("os", "system", 240)
+    try:
+        for opcode, layout in ((b"\x82", "<B"), (b"\x83", "<H"), (b"\x84", "<i")):
+            attack = opcode + struct.pack(layout, 240) + touch(marker) + pickle.TUPLE1 + pickle.REDUCE
+            refused(write(tmp_path, dumps({"G": Raw(attack)})), "EXT")
+    finally:
+        copyreg.remove_extension("os", "system", 240)
+
+
 def in_every_place(bad: object) -> dict[str, object]:
-    """Files that have `bad` where something else belongs."""
+    """Return files that have `bad` where something else belongs."""
     net = lambda **others: {"G": persistent(layer_state() | others)}  # noqa: E731
     tensor = lambda *arguments: net(_buffers={"x": Call(TENSOR, *arguments)})  # noqa: E731
     scalar = Name("numpy.core.multiarray", "scalar")
@@ -563,185 +516,158 @@ def test_what_does_not_belong_in_a_place_is_passed_over_or_refused(tmp_path):
             read_or_refuse(write(tmp_path, dumps(content), f"{place}.pkl"))
 
 
-def test_names_given_to_layers_are_only_data(tmp_path):
-    """What Python's unpickler would write over an object is an entry that nobody reads."""
-    x = view(torch.ones(3))
-    others = dict.fromkeys(("__class__", "__setstate__", "__dict__", "__reduce__", "state", "tensors"), EASY_DICT)
-    for G in (persistent(layer_state(buffers={"x": x}, **others)), New(INPUT, layer_state(buffers={"x": x}, **others))):
-        tensors = read_released(write(tmp_path, dumps({"G": G})))["G"].tensors
-        assert torch.equal(tensors["x"], torch.ones(3))
-    twice = Raw(dumps(New(INPUT, layer_state()), 2)[2:-1] + b"}b")
-    refused(write(tmp_path, dumps({"G": twice}, 2)), "sets the state")
+# --- hostile files are refused and cost little ------------------------------------------------------------------------
 
 
-# --- bombs -----------------------------------------------------------------------------------------------------------
+def net(*opcodes: bytes) -> bytes:
+    return b"\x80\x04}" + text("G") + b"".join(opcodes) + b"s."
 
 
-def net(*layers: bytes) -> bytes:
-    return b"\x80\x04}" + text("G") + b"".join(layers) + b"s."
-
-
-def layer_of(parts: bytes) -> bytes:
-    """The opcodes of a layer, from those of the dict of its parts."""
-    state = b"}" + text("_modules") + parts + b"s"
-    return by_name(INPUT.module, INPUT.name) + b")\x81" + state + b"b"
-
-
-def many_layers_of_two(depth: int) -> bytes:
-    """Each layer holds the one before twice, so that the last holds 2^depth."""
-    layers = [layer_of(b"}") + b"q\0"]
-    for i in range(1, depth):
-        both = b"".join(text(n) + b"h" + bytes([i - 1]) + b"s" for n in "ab")
-        layers.append(layer_of(b"}" + both) + b"q" + bytes([i]))
-    return b"\x80\x04}" + text("x") + b"(" + b"".join(layers) + b"ts" + text("G") + b"h" + bytes([depth - 1]) + b"s."
-
-
-def itself() -> bytes:
-    inner = by_name(INPUT.module, INPUT.name) + b")\x81q\0}" + text("_modules") + b"}" + text("a") + b"h\0ssb"
-    return net(inner)
-
-
-def chain(depth: int) -> bytes:
-    opcodes = b"}"
+def nested(depth: int, names: str) -> New:
+    """Return layers in layers; each holds the one inside it once per name."""
+    layer = New(INPUT, layer_state())
     for _ in range(depth):
-        opcodes = b"}" + text("a") + layer_of(opcodes) + b"s"
-    return net(layer_of(opcodes))
+        layer = New(INPUT, layer_state(parts=dict.fromkeys(names, layer)))
+    return layer
 
 
-def laughs() -> bytes:
-    rows = b"".join(b"](" + b"h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(200))
-    return net(b"(]q\0" + rows + b"t")
+RING = New(INPUT, layer_state())
+RING.state["_modules"]["a"] = RING
+LAUGHS: list = []
+for _ in range(50):
+    LAUGHS = [LAUGHS, LAUGHS]
 
 
 def claims(opcode: bytes, layout: str, number: int) -> bytes:
     return net(opcode + struct.pack(layout, number) + b"x" * 99)
 
 
-def repeated_storage() -> bytes:
-    blob = legacy({}, count=1 << 18, data=bytes(1 << 20))
-    stored = b"B" + struct.pack("<I", len(blob)) + blob
-    return net(b"(" + stored + b"q\0" + (by_name(LOAD.module, LOAD.name) + b"h\0\x85R") * 99 + b"t")
+def tensor_of(*place: object) -> dict:
+    """Return a file with a tensor of three stored elements that claims (offset, size, stride)."""
+    tensor = Call(TENSOR, storage(torch.ones(3)), *place, False, OrderedDict())
+    return {"augment_pipe": persistent(layer_state(buffers={"x": tensor}))}
 
 
-def colliding_keys() -> bytes:
-    keys = b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(999))
-    return net(b"}(" + keys + b"u")
+def numbered(code: str, state: tuple | None = None) -> dict:
+    """Return a file with a number of a type of NumPy."""
+    scalar = Call(Name("numpy.core.multiarray", "scalar"), Call(DTYPE, code, False, True, state=state), bytes(16))
+    return {"G": persistent(layer_state(gain=scalar))}
 
 
-BOMBS = {
-    "bytes": (claims(pickle.BINBYTES, "<I", 2**32 - 1), "damaged pickle"),
-    "more bytes": (claims(pickle.BINBYTES8, "<Q", 2**63 - 1), "damaged pickle"),
-    "negative bytes": (claims(pickle.BINBYTES8, "<q", -1), "damaged pickle"),
-    "text": (claims(pickle.BINUNICODE, "<I", 2**32 - 1), "damaged pickle"),
-    "more text": (claims(pickle.BINUNICODE8, "<Q", 2**62), "damaged pickle"),
-    "a bytearray": (claims(pickle.BYTEARRAY8, "<Q", 2**40), "BYTEARRAY8"),
-    "a buffer": (net(pickle.NEXT_BUFFER), "NEXT_BUFFER"),
-    "a long number": (claims(pickle.LONG4, "<I", 2**31 - 1), "LONG4"),
-    "digits": (net(b"I" + b"9" * 100000 + b"\n"), "opcode INT"),
-    "a memo's end": (net(pickle.LONG_BINGET + b"\xff" * 4), "damaged pickle"),
-    "a frame": (b"\x80\x04\x95" + b"\xff" * 8, "damaged pickle"),
-    "an endless name": (net(b"c" + b"a" * 100000), "names 'aaa"),
-    "a name of vast texts": (net(text("x" * 100000) * 2 + pickle.STACK_GLOBAL), "names 'xxx"),
-    "a name of nested lists": (net(b"(]q\0" + b"](h\0h\0eq\0" * 200 + b"h\0h\0\x93"), "damaged pickle"),
-    "deep lists": (net(b"]" * 29999 + b"a" * 29998), "a network is not"),
-    "deep tuples": (net(b")" + b"\x85" * 29999), "a network is not"),
-    "deep marks": (net(b"(" * 29999), "damaged pickle"),
-    "deep layers": (chain(300), "too deep"),
-    "layers that double": (many_layers_of_two(60), "holds itself or"),
-    "a layer in itself": (itself(), "holds itself or"),
-    "a billion laughs": (laughs(), "a network is not"),
-    "equal hashes": (colliding_keys(), "other things than names"),
-    "a tuple for a key": (net(b"}))s"), "other things than names"),
-    "a set of tuples": (net(b"\x8f()\x90"), "other things than names"),
-    "one storage again and again": (repeated_storage(), "again and again"),
-    "nothing on the stack": (b"\x80\x04.", "damaged pickle"),
-    "an empty stack": (b"\x80\x040.", "POP"),
-    "no mark": (b"\x80\x04t.", "damaged pickle"),
-    "no UTF-8": (net(b"X\x01\0\0\0\xff"), "damaged pickle"),
-    "empty": (b"", "damaged pickle"),
-    "no pickle": (b"\x89PNG\r\n\x1a\n" + bytes(99), "opcode PERSID"),
-    "protocol 0": (pickle.dumps({"G": None}, 0), "opcode DICT"),
-    "protocol 6": (b"\x80\x06}.", "damaged pickle"),
-    "a second pickle": (dumps({}) + dumps({}), "something follows"),
-    "something behind it": (dumps({}) + b"\0", "something follows"),
-    "a list": (dumps([]), "its content is not a dict"),
-    "a text": (dumps("G"), "its content is not a dict"),
+PLACES = [  # offset, size, stride
+    (0, (4,), (1,)),
+    (1, (3,), (1,)),
+    (0, (3,), (2,)),
+    (0, (2,), (2**61,)),
+    (0, (10**12,), (0,)),
+    (0, (2, 2), (1, 1)),
+    (0, (-1,), (1,)),
+    (2, (3,), (-1,)),
+    (-1, (3,), (1,)),
+    (0, (2**70,), (1,)),
+    (0, (0, 2**70), (1, 1)),
+    (0, (2**61,) * 8, (0,) * 8),
+    (0, (1, 1), (1,)),
+    (0, [3], (1,)),
+    (0, (3.0,), (1,)),
+    (0, (True,), (1,)),
+    (0, (1,) * 9, (1,) * 9),
+    (0, (1,) * 1000, (1,) * 1000),
+]
+LENGTHS = [{"count": 4}, {"count": 2}, {"count": 2**61, "length": 2**61}, {"count": -3}, {"length": 2**62}]
+LENGTHS += [{"data": bytes(11)}, {"data": bytes(13)}]
+BLOB = legacy({}, count=1 << 18, data=bytes(1 << 20))
+MADE = (PERSISTENT, LOAD, TENSOR, PARAMETER, DTYPE, Name("numpy.core.multiarray", "scalar"))
+HOSTILE: dict[str, bytes] = {
+    # opcodes that claim more than there is, or that released files lack
+    "bytes": claims(pickle.BINBYTES, "<I", 2**32 - 1),
+    "more bytes": claims(pickle.BINBYTES8, "<Q", 2**63 - 1),
+    "negative bytes": claims(pickle.BINBYTES8, "<q", -1),
+    "text": claims(pickle.BINUNICODE, "<I", 2**32 - 1),
+    "more text": claims(pickle.BINUNICODE8, "<Q", 2**62),
+    "a bytearray": claims(pickle.BYTEARRAY8, "<Q", 2**40),
+    "a buffer": net(pickle.NEXT_BUFFER),
+    "a long number": claims(pickle.LONG4, "<I", 2**31 - 1),
+    "digits": net(b"I" + b"9" * 100000 + b"\n"),
+    "a memo's end": net(pickle.LONG_BINGET + b"\xff" * 4),
+    "a frame": b"\x80\x04\x95" + b"\xff" * 8,
+    "an object outside of the file": dumps({"G": Raw(b"Pos.system\n")}),
+    "another object outside of the file": dumps({"G": Raw(text("x") + pickle.BINPERSID)}),
+    "a state set twice": dumps({"G": Raw(dumps(New(INPUT, layer_state()), 2)[2:-1] + b"}b")}, 2),
+    # names and nesting
+    "an endless name": net(b"c" + b"a" * 100000),
+    "a name of huge texts": net(text("x" * 100000) * 2 + pickle.STACK_GLOBAL),
+    "a name of nested lists": net(b"(]q\0" + b"](h\0h\0eq\0" * 200 + b"h\0h\0\x93"),
+    "deep lists": net(b"]" * 29999 + b"a" * 29998),
+    "deep tuples": net(b")" + b"\x85" * 29999),
+    "deep marks": net(b"(" * 29999),
+    "deep layers": dumps({"G": nested(40, "a")}),
+    "layers that double": dumps({"G": nested(15, "ab")}),
+    "a layer in itself": dumps({"G": RING}),
+    "a billion laughs": dumps({"G": LAUGHS}),
+    "equal hashes": dumps({"G": {i * (2**61 - 1): None for i in range(999)}}),
+    "a tuple as a key": dumps({"G": {(): None}}),
+    "a set of tuples": dumps({"G": {()}}),
+    "one storage again and again": dumps({"G": [Call(LOAD, BLOB) for _ in range(99)]}),
+    "one storage as many tensors": dumps(
+        {"G": persistent(layer_state(buffers=dict.fromkeys(map(str, range(9)), view(torch.ones(99999)))))}
+    ),
+    # not a pickle of a dict
+    "nothing on the stack": b"\x80\x04.",
+    "an empty stack": b"\x80\x040.",
+    "no mark": b"\x80\x04t.",
+    "no UTF-8": net(b"X\x01\0\0\0\xff"),
+    "empty": b"",
+    "no pickle": b"\x89PNG\r\n\x1a\n" + bytes(99),
+    "protocol 0": pickle.dumps({"G": None}, 0),
+    "protocol 6": b"\x80\x06}.",
+    "a second pickle": dumps({}) + dumps({}),
+    "something behind it": dumps({}) + b"\0",
+    "a list": dumps([]),
+    "a text": dumps("G"),
+    "a line break in a name": dumps({"G": persistent(layer_state(parts={"a\nb": New(INPUT)}))}),
+    # what may be named may not be called otherwise
+    **{
+        f"{i} called": dumps({"G": Call(call, "touch x")})
+        for i, call in enumerate((EASY_DICT, SEQUENTIAL, Call(EASY_DICT), 7, {}, "os.system"))
+    },
+    **{f"{name.name} of {call!r}": dumps({"G": Call(name, call)}) for name in MADE for call in (7, "os.system")},
+    **{f"new {name.name}": dumps({"G": New(name)}) for name in MADE},
+    # tensors that their storage does not hold
+    **{f"tensor {place}"[:60]: dumps(tensor_of(*place)) for place in PLACES},
+    # storages that are not as long as they say, and other torch files
+    **{f"storage {wrong}": dumps(with_file(legacy({}, **wrong))) for wrong in LENGTHS},
+    **{
+        f"torch file {i} {x}": dumps(with_file(legacy({i: dumps(x, 2)})))
+        for i, x in ((0, 7), (1, 1002), (3, None), (4, []), (4, ["0", "1"]))
+    },
+    "an empty torch file": dumps(with_file(b"")),
+    # other number types of NumPy
+    **{f"number {code!r}": dumps(numbered(code)) for code in ("O8", "V8", "S8", "M8", "f16", "f8\n", "f8,f8")},
+    "big-endian numbers": dumps(numbered("f8", (3, ">", None, None, None, -1, -1, 0))),
+    "numbers with fields": dumps(numbered("f8", (3, "<", None, ("a",), {}, 8, 1, 0))),
+    "numbers without a state": dumps(numbered("f8", ())),
 }
 
 
-@pytest.mark.parametrize(("bomb", "words"), BOMBS.values(), ids=BOMBS)
-def test_a_bomb_is_refused_and_costs_little(tmp_path, bomb, words):
-    path = write(tmp_path, bomb)
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_file_is_refused_and_costs_little(tmp_path, data):
+    path = write(tmp_path, data)
     tracemalloc.start()
     try:
-        refused(path, words)
+        refused(path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 64 << 20
 
 
-SHAPES = {
-    "a size past the end": (0, (4,), (1,)),
-    "an offset past the end": (1, (3,), (1,)),
-    "a stride past the end": (0, (3,), (2,)),
-    "a vast stride": (0, (2,), (2**61,)),
-    "a vast expanded size": (0, (10**12,), (0,)),
-    "vast sizes": (0, (2**61,) * 8, (0,) * 8),
-    "overlaps": (0, (2, 2), (1, 1)),
-    "a negative size": (0, (-1,), (1,)),
-    "a negative stride": (2, (3,), (-1,)),
-    "a negative offset": (-1, (3,), (1,)),
-    "a size beyond 64 bits": (0, (2**70,), (1,)),
-    "an empty one beyond 64 bits": (0, (0, 2**70), (1, 1)),
-    "more sizes than strides": (0, (1, 1), (1,)),
-    "a list for a size": (0, [3], (1,)),
-    "a fraction for a size": (0, (3.0,), (1,)),
-    "a truth for a size": (0, (True,), (1,)),
-    "nine dimensions": (0, (1,) * 9, (1,) * 9),
-    "a thousand dimensions": (0, (1,) * 1000, (1,) * 1000),
-}
-
-
-def test_a_tensor_that_its_storage_does_not_hold_is_refused(tmp_path):
-    for name, place in SHAPES.items():
-        tensor = Call(TENSOR, storage(torch.ones(3)), *place, False, OrderedDict())
-        for where in ("G", "augment_pipe"):
-            content = {where: persistent(layer_state(buffers={"x": tensor}))}
-            refused(write(tmp_path, dumps(content), f"{name}.pkl"))
-
-
-def test_a_storage_that_is_not_as_long_as_it_says_is_refused(tmp_path):
-    lengths = [{"count": 4}, {"count": 2}, {"count": 2**61, "length": 2**61}, {"count": -3}, {"length": 2**62}]
-    lengths += [{"data": bytes(11)}, {"data": bytes(13)}]
-    parts = [{4: dumps([], 2)}, {4: dumps(["0", "1"], 2)}, {0: dumps(7, 2)}, {1: dumps(1002, 2)}, {3: dumps(None, 2)}]
-    for blob in [*(legacy({}, **wrong) for wrong in lengths), *map(legacy, parts), b""]:
-        refused(write(tmp_path, dumps(with_file(blob))))
-
-
-def test_one_storage_cannot_become_more_tensors_than_the_file_has_bytes(tmp_path):
-    x = view(torch.ones(99999))
-    refused(write(tmp_path, dumps({"G": persistent(layer_state(buffers={f"x{i}": x for i in range(9)}))})), "larger")
-
-
-def test_no_other_number_types_of_numpy_are_read(tmp_path):
-    plain = (3, "<", None, None, None, -1, -1, 0)
-    kinds = [(code, None) for code in ("O8", "V8", "S8", "M8", "f16", "f8\n", "f8,f8")]
-    kinds += [("f8", (3, ">", *plain[2:])), ("f8", (3, "<", None, ("a",), {}, 8, 1, 0)), ("f8", ())]
-    for code, state in kinds:
-        gain = Call(Name("numpy.core.multiarray", "scalar"), Call(DTYPE, code, False, True, state=state), bytes(16))
-        refused(write(tmp_path, dumps({"G": persistent(layer_state(gain=gain))})))
-
-
-def test_files_too_large_or_too_long_are_refused(tmp_path, monkeypatch):
+def test_files_too_large_or_too_long_or_missing_are_refused(tmp_path, monkeypatch):
     path = write(tmp_path, dumps({}))
     os.truncate(path, released.LIMIT + 1)  # a file with a hole takes no place on the disk
     refused(path, r"has 4\.0 GiB")
     monkeypatch.setattr(released, "STEPS", 100)
     refused(write(tmp_path, net(b"]" * 101)), "more than 100 opcodes")
-
-
-def test_what_is_not_a_file_is_one_sentence(tmp_path):
     refused(tmp_path / "none.pkl", "does not exist")
     refused(tmp_path, "is not a file")
 
@@ -826,7 +752,6 @@ def test_a_file_without_the_average_is_one_sentence(tmp_path, small):
     path = write(tmp_path, dumps(content(small, kinds=("G", "D"))))
     with pytest.raises(UserError, match=r"network\.pkl holds no G_ema"):
         load_generator(path)
-    refused(write(tmp_path, dumps({"G": persistent(layer_state(parts={"a\nb": New(INPUT)}))})), r"named 'a\\nb'")
 
 
 # --- training begins from them ---------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Reads the authors' released `.pkl` files without running anything in them.
+"""Reads the authors' released `.pkl` files without executing anything in them.
 
-Python's own unpickler does the work, with three parts replaced: `find_class` knows a dozen names and returns stand-ins
-from this file; `dispatch` has only the opcodes of released files; whatever fills a dict or a set, or sets an object's
-state, is checked first. Everything else is refused.
+It is Python's own unpickler with three parts replaced: `find_class` knows a dozen names and returns inert stand-ins;
+`dispatch` holds only the opcodes of released files; the opcodes that fill a dict or a set, or set an object's state,
+check their operands. Everything else is refused.
 
 The cost of a hostile file is bounded: `LIMIT` bytes, `STEPS` opcodes, tensors no larger than the file, no storage read
 twice, no module visited twice.
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from dnnlib.console import UserError
 from training.networks.official import discriminator_from_official, generator_from_official
 
-LIMIT = 4 << 30  # bytes; the largest released file has less than half
+LIMIT = 4 << 30  # bytes; the largest released file has less than half of that
 STEPS = 1_000_000  # opcodes; networks need about 140 per tensor. A million cost 2 s and 150 MiB at most.
-DEPTH = 16  # of modules in modules, and the released ones go to 4
+DEPTH = 16  # of nested modules; released ones have 4
 MAKERS = {
     "G": generator_from_official,
     "D": discriminator_from_official,
@@ -36,16 +36,16 @@ MAKERS = {
 
 
 class Released(NamedTuple):
-    """One network of a released file, as `generator_from_official` and its twin take it."""
+    """One network of a released file: the arguments of `generator_from_official` or `discriminator_from_official`."""
 
     tensors: dict[str, Tensor]  # parameters and buffers by the names that state_dict() would give
-    config: dict  # the settings it was made with, flat: mapping_kwargs' num_layers is mapping_layers
+    config: dict  # its settings, flattened: mapping_kwargs' num_layers is mapping_layers
 
 
 def read_released(path: str | Path, wanted: tuple[str, ...] = tuple(MAKERS)) -> dict[str, Released]:
-    """Return the `wanted` networks of a file, by name. Executes nothing.
+    """Read the `wanted` networks of a file, by name. Executes nothing.
 
-    Raises UserError when the file is missing, damaged, too large, or has anything in it that released files do not.
+    Raises UserError when the file is missing, damaged, too large, or contains anything that released files do not.
     """
     path = Path(path)
     if not path.is_file():
@@ -69,15 +69,15 @@ def read_released(path: str | Path, wanted: tuple[str, ...] = tuple(MAKERS)) -> 
         raise UserError(
             f"{path} is not a released network file: {error}; download it from the authors again"
         ) from error
-    # The checks above have sentences of their own. Whatever else wrong bytes raise means the same.
+    # The unpickler raises many kinds of exception for damaged bytes.
     except Exception as error:
         raise UserError(f"{path} is a damaged pickle ({type(error).__name__}); download it again") from error
 
 
 def load_released(path: str | Path, wanted: tuple[str, ...] = tuple(MAKERS)) -> dict[str, nn.Module]:
-    """Return the `wanted` networks of a file as our modules, in eval mode, G_ema (the average of G) among them.
+    """Load the `wanted` networks of a file as modules in eval mode. G_ema, the average of G, must be among them.
 
-    Raises UserError as `read_released`, when G_ema is missing, and when tensors do not fit the settings they came with.
+    Raises UserError as `read_released`, when G_ema is missing, and when tensors do not fit the file's settings.
     """
     networks = {}
     for name, network in read_released(path, wanted).items():
@@ -93,14 +93,14 @@ def load_released(path: str | Path, wanted: tuple[str, ...] = tuple(MAKERS)) -> 
 
 
 class _Refused(Exception):
-    """A clause that says what the file has and a released one has not."""
+    """Raised with a clause that says how the file differs from a released one."""
 
 
 # --- stand-ins -------------------------------------------------------------------------------------------------------
 
 
 class _Module:
-    """A network or a layer: its `__dict__`, as data."""
+    """A network or a layer as data: its `__dict__`."""
 
     state: dict | None = None
 
@@ -108,7 +108,7 @@ class _Module:
 class _Dict(dict):
     """An OrderedDict or EasyDict."""
 
-    def __init__(self):  # takes no items: they come one by one, checked
+    def __init__(self):  # without items: they are added one by one, checked
         super().__init__()
 
 
@@ -126,7 +126,7 @@ class _Storage(NamedTuple):
 
 
 class _View(NamedTuple):
-    """A tensor that is not made yet: elements of a storage."""
+    """A tensor before it is made: elements of a storage."""
 
     storage: _Storage
     offset: int
@@ -139,7 +139,7 @@ class _View(NamedTuple):
 
     @property
     def end(self) -> int:
-        """One past the last element in the storage, if there is any."""
+        """The index after the last element in the storage, if there is any."""
         return self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True)) + 1
 
 
@@ -160,7 +160,7 @@ _OPCODES = """
 
 
 class _Dispatch(dict):
-    """The method of every opcode that may be used. Each look-up is one step."""
+    """Maps every allowed opcode to its method, and counts look-ups as steps."""
 
     def __init__(self, reader: type["_Unpickler"], steps: Iterator):
         for opcode in _OPCODES.split():
@@ -179,7 +179,7 @@ class _Dispatch(dict):
 
 
 class _Unpickler(pickle._Unpickler):
-    """The unpickler of the standard library that is written in Python, so that its opcodes can be replaced."""
+    """The standard library's unpickler in Python, whose opcodes can be replaced."""
 
     def __init__(self, file: io.BytesIO, names: dict[tuple[str, str], object], steps: Iterator):
         super().__init__(file)
@@ -192,7 +192,7 @@ class _Unpickler(pickle._Unpickler):
         return self.names[module, name]
 
     def persistent_load(self, pid: object) -> object:
-        # In a torch file: ("storage", type, key, device, count, view). The outer file has none.
+        # ("storage", type, key, device, count, view), in a torch file only.
         kind, dtype, key, _device, count, view = _check(pid, tuple, "a reference to objects outside of the file")
         if kind != "storage" or type(key) is not str or type(count) is not int or view is not None:
             raise _Refused("a torch file in it holds other things than a storage")
@@ -224,7 +224,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _check_keys(target: object, keys: list):
-    """Return `target`. Keys other than text and small numbers could share one hash, and a dict of them takes hours."""
+    """Return `target`. Keys other than text and small numbers may all have one hash, and a dict of them takes hours."""
     if type(target) not in (dict, _Dict, set):
         raise _Refused(f"it puts items into a {type(target).__name__}")
     if not all(type(key) is str or (type(key) is int and 0 <= key < 1 << 20) for key in keys):
@@ -233,7 +233,7 @@ def _check_keys(target: object, keys: list):
 
 
 class _ReleasedFile:
-    """{G, D, G_ema, …} of layers in layers."""
+    """The content of a file: networks by name, as nested layers."""
 
     def __init__(self, data: bytes):
         self.steps = iter(range(STEPS))
@@ -256,10 +256,10 @@ class _ReleasedFile:
         if file.read(1):
             raise _Refused("something follows the pickle")
 
-    # --- the functions that a file may call --------------------------------------------------------------------------
+    # --- functions that a file may call ------------------------------------------------------------------------------
 
     def layer(self, meta) -> _Module:
-        # type, version, module_src, class_name, state. The source of the class is text like any other.
+        # Keys: type, version, module_src, class_name, state. The source of the class is not used.
         if _check(meta, dict, "a layer").get("type") != "class":
             raise _Refused("it has a layer of unknown type")
         layer = _Module()
@@ -276,7 +276,7 @@ class _ReleasedFile:
         return np.frombuffer(data, "<" + code, count=1)[0].item()
 
     def storage(self, data) -> _Storage:
-        # One byte string on the stack could be handed over a million times.
+        # One byte string in the memo could be read a million times.
         self.stored -= len(_check(data, bytes, "a storage"))
         if self.stored < 0:
             raise _Refused("it reads the same storage again and again")
@@ -296,7 +296,7 @@ class _ReleasedFile:
     def parameter(self, view, _requires_grad, _hooks) -> _View:
         return _check(view, _View, "a parameter")
 
-    # --- what it holds -----------------------------------------------------------------------------------------------
+    # --- networks ----------------------------------------------------------------------------------------------------
 
     def networks(self, wanted: tuple[str, ...]) -> dict[str, Released]:
         content = _check(self.content, dict, "its content")
@@ -319,10 +319,10 @@ class _ReleasedFile:
 
 
 def _flatten(module: object, prefix: str, seen: set[int]) -> Iterator[tuple[str, _View]]:
-    """(name, view) of the parameters and buffers of a module and its parts, as state_dict() names them."""
+    """Yield (name, view) of the parameters and buffers of a module and its parts, as state_dict() names them."""
     state = _check(_check(module, _Module, "a network").state, dict, "the state of a layer")
     if id(module) in seen or prefix.count(".") > DEPTH:
-        raise _Refused("one of its layers holds itself or lies too deep")
+        raise _Refused("one of its layers holds itself or is nested too deep")
     seen.add(id(module))
     parameters, buffers, parts = (
         _check(state.get(kind, {}), dict, f"the {kind} of a layer") for kind in ("_parameters", "_buffers", "_modules")
@@ -340,14 +340,14 @@ def _flatten(module: object, prefix: str, seen: set[int]) -> Iterator[tuple[str,
 
 
 def _settings(network: _Module) -> dict:
-    """The arguments that the network was made with; those for its parts (`synthesis_kwargs`, …) beside its own."""
+    """Return a network's arguments, with those of its parts (`synthesis_kwargs`, …) merged in."""
     given = _check(network.state.get("_init_kwargs", {}), dict, "the settings of a network")
     parts = {name: value for name, value in given.items() if isinstance(value, dict)}
     settings = {}
     for name, part in parts.items():
         settings |= {"mapping_layers": part.get("num_layers")} if name == "mapping_kwargs" else part
     settings |= given
-    # Only what official.py could use: a vast text would come back to the screen in a sentence about it.
+    # Only what official.py may use: error messages would print a huge text.
     return {
         name: value
         for name, value in settings.items()
@@ -368,9 +368,9 @@ _DTYPES = {
 
 
 def _torch_file(data: bytes, steps: Iterator) -> _Storage:
-    """Read a storage as `torch.save` wrote it before its zip format: five pickles, then a count and the bytes.
+    """Read a storage in torch's format from before its zip files: five pickles, a count, and the bytes.
 
-    torch.load(weights_only=True) would run nothing either, but allocate whatever the bytes claim.
+    torch.load(weights_only=True) would execute nothing either, but allocate as much memory as the bytes claim.
     """
     file = io.BytesIO(data)
     names = {("torch", name): dtype for name, dtype in _DTYPES.items()}
