@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 from pathlib import Path
+from types import NoneType
 from typing import Literal, get_args, get_origin
 
 # OpenMP reads this when torch is imported. By default its threads spin at each barrier and starve other processes.
@@ -12,13 +13,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import click
 from pydantic.fields import FieldInfo
 
-from dnnlib.config import fields, is_group, merge, nested, override
+from dnnlib.config import fields, merge, nested, override
 from dnnlib.console import UserError
 from metrics.registry import parse
 from torch_utils.command import command
 from torch_utils.distributed import launched
-from training.config import RunConfig, read_recipe, resolve
-from training.runs import Task, continued, launch, open_images, snapshot_metrics, to_yaml, work
+from training.config import RunConfig, gather, resolve
+from training.runs import NewRun, ResumedRun, launch, open_images, read_config, snapshot_metrics, to_yaml, work
 from training.snapshot import find_network
 
 # Flags beside those that the fields of RunConfig name: their option, and the settings that a value stands for. The
@@ -54,13 +55,14 @@ DEFAULTS = {"batch": "the recipe's", "batch-gpu": "all", "gamma": "from size and
 
 
 def setting_option(flag: str, field: FieldInfo) -> dict:
-    """Return the option of the flag of a setting. What values it may have is the field's to say."""
-    kinds = get_args(field.annotation) or (field.annotation,)
+    """Return the click option of a setting; RunConfig checks its value."""
+    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not NoneType]
     literal = get_origin(field.annotation) is Literal
     default = DEFAULTS.get(flag, "no" if field.default is False else field.default)
     default = f"{default:g}" if isinstance(default, float) else default
     text = field.description[0].upper() + field.description[1:] + "."
-    return {"type": click.Choice(kinds) if literal else kinds[0], "help": f"{text}  [default: {default}]"}
+    kind = click.Choice(kinds) if literal else kinds[0] if len(kinds) == 1 else str
+    return {"type": kind, "help": f"{text}  [default: {default}]"}
 
 
 FLAGS = OTHERS | {
@@ -91,12 +93,12 @@ def flags_of_settings(function):
 @click.option(
     "--resume",
     metavar="RUN_DIR",
-    help="Continue the run in this directory from its newest intact state. With a file: the same as --init-from.",
+    help="Resume the run in this directory from its newest intact state. With a file: the same as --init-from.",
 )
 @click.option(
     "--init-from",
     metavar="NAME|FILE",
-    help="Start a new run from the weights of a network in models/, a snapshot, a training state or a released .pkl.",
+    help="Begin a new run from the weights of a network in models/, a snapshot, a training state or a released .pkl.",
 )
 @click.option("--desc", metavar="TEXT", help="Added to the name of the run directory.")
 @click.option(
@@ -109,57 +111,38 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
 
     \b
     New run:    python train.py --outdir=runs --cfg=ffhq128 --data=faces.zip --gpus=8
-    Continue:   python train.py --resume=runs/00000-ffhq128-faces
+    Resume:     python train.py --resume=runs/00000-ffhq128-faces
     On several machines, start the same command with torchrun on each.
     """
-    settings = command_settings(cfg, flags, overrides)
+    given = [FLAGS[name.replace("_", "-")][1](value) for name, value in flags.items() if value is not None]
+    settings = gather(cfg, *given, *map(override, overrides))
     if resume and init_from:
         raise UserError("--resume continues a run and --init-from begins one; give one of them")
-    if resume and Path(resume).is_file():  # as people of StyleGAN begin a new run from old weights
+    if resume and Path(resume).is_file():  # as users of StyleGAN begin a new run from old weights
         resume, init_from = None, resume
     if resume:
-        config = continued(Path(resume), settings)
+        task = ResumedRun(read_config(Path(resume), settings), Path(resume))
     else:
         path = settings.get("data", {}).get("path")
         missing = [name for name, v in (("--outdir", outdir), ("--cfg", cfg), ("--data", path)) if not v]
         if missing:
-            raise UserError(f"a new run needs {', '.join(missing)}; to continue a run, give --resume=RUN_DIR")
+            raise UserError(f"a new run needs {', '.join(missing)}; to resume a run, give --resume=RUN_DIR")
         if init_from:
             settings = merge(nested("augment.kimg", 100.0), settings)
-            init_from = str(find_network(init_from))
+            init_from = find_network(init_from)
         config = resolve(settings, open_images(settings), f"--cfg={cfg}")
+        task = NewRun(config, Path(outdir), cfg, desc, init_from)
 
     under_torchrun = launched()
     world = int(os.environ["WORLD_SIZE"]) if under_torchrun else gpus or 1
     if under_torchrun and gpus not in (None, world):
         raise UserError(f"--gpus={gpus}, but torchrun started {world} processes; leave --gpus out under torchrun")
-    config.rounds(world)
-    snapshot_metrics(config)
-    if dry_run:
-        click.echo(to_yaml(config))
-        return
-    task = Task(config, outdir, cfg, desc, resume, init_from)
-    if under_torchrun or world == 1:
-        sys.exit(work(task))
-    sys.exit(launch(world, task))
-
-
-def command_settings(cfg: str | None, flags: dict, overrides: tuple[str, ...]) -> dict:
-    """Nested settings from the recipe, then the flags that were given, then -o."""
-    settings = read_recipe(cfg) if cfg else {}
-    for name, value in flags.items():
-        if value is not None:
-            settings = merge(settings, FLAGS[name.replace("_", "-")][1](value))
-    for assignment in overrides:
-        settings = merge(settings, override(assignment))
-    for name, field in RunConfig.model_fields.items():
-        group = any(is_group(kind) for kind in (field.annotation, *get_args(field.annotation)))
-        if group and not isinstance(settings.get(name, {}), dict):
-            raise UserError(f"{name}={settings[name]!r}: this is a group of settings; set one of them, {name}.…")
-    path = settings.get("data", {}).get("path")
-    if not isinstance(path, str | None):
-        raise UserError(f"data.path={path!r} is not the path of a ZIP or folder")
-    return settings
+    task.config.micro_batch(world)
+    snapshot_metrics(task.config)
+    if not dry_run:
+        sys.exit(work(task) if under_torchrun or world == 1 else launch(world, task))
+    if not under_torchrun or os.environ["RANK"] == "0":
+        click.echo(to_yaml(task.config))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from torch_utils.command import command
 from torch_utils.distributed import processes
 from training.config import resolve
 from training.data import ImageArchive
-from training.memory import GIB, expected_bytes
-from training.trainer import Trainer, new_state
+from training.state import new_state
+from training.trainer import Trainer
 
 # Of the networks: what they recompute and, on GPUs, plain PyTorch without the project's kernels.
 SETTINGS = {name: {"train": {"recompute": name}} for name in ("none", "pixels", "all")}
@@ -45,18 +45,13 @@ def phases(folder: str, name: str, batch: int, rounds: int) -> dict:
         trainer = Trainer(config, new_state(config, device), images, procs)
         real = torch.stack([images[i][0] for i in range(batch)]).to(device, trainer.dtype) / 127.5 - 1
         c = torch.zeros(batch, 0, device=device)
-        work = {
-            "G": trainer._generator,
-            "path length": trainer._path_length,
-            "D": lambda: trainer._critic(real, c),
-            "R1": lambda: trainer._r1(real, c),
-        }
+        work = dict(zip(("G", "path length", "D", "R1"), trainer.phases, strict=True))
         before = peak_mib()
         seconds: dict[str, list[float]] = {name: [] for name in work}
         for _ in range(rounds):
             for name, phase in work.items():
                 start = time.perf_counter()
-                phase()
+                trainer.run(phase, real, c)
                 if gpu:
                     torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - start)
@@ -65,7 +60,6 @@ def phases(folder: str, name: str, batch: int, rounds: int) -> dict:
             "seconds": seconds,
             "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if gpu else peak_mib(),
             "before MiB": 0 if gpu else before,
-            "expected MiB": expected_bytes(config, batch, device.type) / GIB * 1024,
         }
 
 
@@ -117,7 +111,6 @@ def main(out, sizes, batch, turns, rounds, once):
                 "setting": name,
                 "step seconds": step_seconds(seconds),
                 "peak MiB": max(part["peak MiB"] for part in parts),
-                "expected MiB": parts[0]["expected MiB"],
                 "before MiB": parts[0]["before MiB"],
             }
             click.echo(json.dumps(summary))

@@ -21,9 +21,8 @@ from dnnlib.files import atomic_write
 from metrics.registry import parse
 from rendering.styles import Styles
 from torch_utils.command import command
-from train import command_settings
 from training import snapshot
-from training.config import CONFIGS, RunConfig, resolve
+from training.config import CONFIGS, RunConfig, gather, resolve
 from training.networks import Generator
 from training.report import duration
 from training.runs import flat
@@ -82,19 +81,16 @@ def training_command(run: Path, config: RunConfig) -> str:
     """Returns a train.py command that comes to `config`: the recipe in the run's name, and all that differs from it."""
     names = [path.stem for path in CONFIGS.glob("*.yaml") if re.match(rf"\d+-{re.escape(path.stem)}-", run.name)]
     cfg = max(names, key=len, default="auto")
-    flags = {
-        "data": Path(config.data.path).name,
-        "cond": config.data.cond,
-        "mirror": config.data.mirror,
-        "batch": config.train.batch,
-        "kimg": f"{config.train.kimg:g}",
-        "metrics": ",".join(config.metrics) or None,
-    }
+    data = {"path": Path(config.data.path).name, "cond": config.data.cond, "mirror": config.data.mirror}
+    train = {"batch": config.train.batch, "kimg": config.train.kimg}
+    shown = {"data": data, "train": train, "metrics": list(config.metrics)}
     images = SimpleNamespace(shape=(config.G.img_channels, *config.G.img_shape), label_dim=config.G.c_dim)
-    before = flat(resolve(command_settings(cfg, flags, ()), images, f"--cfg={cfg}").model_dump(mode="json"))
+    before = flat(resolve(gather(cfg, shown), images, cfg).model_dump(mode="json"))
     after = flat(config.model_dump(mode="json"))
     words = ["python", "train.py", "--outdir=runs", f"--cfg={cfg}"]
+    flags = {"data": data.pop("path")} | data | train | {"metrics": ",".join(config.metrics)}
     for name, value in flags.items():
+        value = f"{value:g}" if isinstance(value, float) else value
         words += [f"--{name}"] if value is True else [f"--{name}={value}"] if value else []
     for key, value in after.items():
         if value != before[key] and key != "data.path":

@@ -12,13 +12,13 @@ from pydantic import ValidationError
 from dnnlib.console import UserError
 from training.augment import (
     SYM6,
+    Augmentations,
     AugmentConfig,
-    Draws,
     adjust,
     augment,
-    draw,
     recolouring,
     rotation,
+    sample,
     scaling,
     translation,
 )
@@ -40,7 +40,7 @@ def seeded(seed=0):
 
 
 def drawn(n, p, *, pipe="bgc", image_shape=(32, 32), seed=0):
-    return draw(AugmentConfig(pipe=pipe), n, p, image_shape=image_shape, generator=seeded(seed))
+    return sample(AugmentConfig(pipe=pipe), n, p, image_shape=image_shape, rng=seeded(seed))
 
 
 def noise(*shape, dtype=torch.float64):
@@ -48,12 +48,12 @@ def noise(*shape, dtype=torch.float64):
 
 
 def moved(images, matrix):
-    return augment(images, Draws(matrix.expand(len(images), 3, 3), NO_COLOUR.expand(len(images), 3, 4)))
+    return augment(images, Augmentations(matrix.expand(len(images), 3, 3), NO_COLOUR.expand(len(images), 3, 4)))
 
 
 def recoloured(images, *, brightness=0.0, contrast=1.0, luma_flip=0.0, hue=0.0, saturation=1.0):
     colour = recolouring(*map(number, (brightness, contrast, luma_flip, hue, saturation)))
-    return augment(images, Draws(NO_MOVE.expand(len(images), 3, 3), colour.expand(len(images), 3, 4)))
+    return augment(images, Augmentations(NO_MOVE.expand(len(images), 3, 3), colour.expand(len(images), 3, 4)))
 
 
 def waves(x, y):
@@ -238,7 +238,7 @@ def test_alpha_moves_with_the_colours_and_keeps_its_values():
     images, draws = noise(8, 4, 16, 16), drawn(8, 1.0)
     result = augment(images, draws)
     torch.testing.assert_close(result[:, :3], augment(images[:, :3], draws))
-    only_moved = Draws(draws.geometry, NO_COLOUR.expand(8, 3, 4))
+    only_moved = Augmentations(draws.geometry, NO_COLOUR.expand(8, 3, 4))
     torch.testing.assert_close(result[:, 3:], augment(images[:, 3:], only_moved))
 
 
@@ -315,7 +315,7 @@ def test_the_config_and_p_leave_the_generator_in_the_same_state():
     states = []
     for pipe, p in (("bgc", 0.0), ("bgc", 1.0), ("blit", 0.5)):
         generator = seeded(4)
-        draw(AugmentConfig(pipe=pipe), 5, p, image_shape=(16, 16), generator=generator)
+        sample(AugmentConfig(pipe=pipe), 5, p, image_shape=(16, 16), rng=generator)
         states.append(generator.get_state())
     assert all(torch.equal(state, states[0]) for state in states)
 

@@ -71,7 +71,7 @@ def test_a_card_tells_how_to_train_and_draw_what_it_shows(tiny, models, run, mon
 
 
 def test_a_recipe_in_the_name_of_the_run_leaves_nothing_to_say(models):
-    settings = train.command_settings("demo", {"data": "x.zip"}, ())
+    settings = card.gather("demo", {"data": {"path": "x.zip"}})
     images = card.SimpleNamespace(shape=(3, 64, 64), label_dim=0)
     config = card.resolve(settings, images, "")
     found = card.training_command(Path("runs/00012-demo-x-once-more"), config)

@@ -41,7 +41,7 @@ def test_every_recipe_builds_networks_of_its_size(path, tmp_path):
     size = settings.get("G", {}).get("img_resolution", 64)
     images = one_image(tmp_path / "images", size)
     config = resolve(merge(settings, nested("data.path", str(tmp_path / "images"))), images, path.name)
-    assert config.rounds(1) >= 1
+    assert config.micro_batch(1) >= 1
     with torch.device("meta"):
         G, D = Generator(config.G), build_discriminator(config.D)
         picture = G(torch.empty(4, config.G.z_dim))
@@ -152,20 +152,25 @@ def test_a_batch_is_split_evenly_or_refused(batch, batch_gpu, group, world):
     micro = batch_gpu or batch / world
     possible = batch % world == 0 and batch // world % micro == 0 and micro % min(group, batch) == 0
     if possible:
-        assert config.rounds(world) * world * micro == batch
+        assert config.micro_batch(world) == micro
     else:
         with pytest.raises(UserError, match=r"do(es)? not divide"):
-            config.rounds(world)
+            config.micro_batch(world)
 
 
 @pytest.mark.parametrize(
     ("split", "advice"),
-    [((10, None, 4, 3), "try 9"), ((12, 5, 1, 1), "try 4"), ((12, 6, 4, 1), "--mbstd-group=3"), ((1, None, 4, 2), "2")],
+    [
+        ((10, None, 4, 3), "try 9"),
+        ((12, 5, 1, 1), "use .* or 4 or"),
+        ((6, None, 4, 1), "D.mbstd_group=3"),
+        ((1, None, 4, 2), "2"),
+    ],
 )
 def test_the_advice_on_splits_is_good(split, advice):
     *settings, world = split
     with pytest.raises(UserError, match=advice):
-        run_config(*settings).rounds(world)
+        run_config(*settings).micro_batch(world)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.diffaug import Draws, draw
+from training.diffaug import Augmentations, sample
 
 ALL = ("color", "translation", "cutout")
 
@@ -18,11 +18,11 @@ def images(count: int, channels: int = 3, size: tuple[int, int] = (16, 24)) -> t
 
 def test_no_policy_changes_nothing():
     x = images(4)
-    assert torch.equal(draw((), 4, x.shape[2:], random()).apply(x), x)
+    assert torch.equal(sample((), 4, x.shape[2:], random()).apply(x), x)
 
 
 def test_a_part_of_the_draws_is_the_draws_of_that_part():
-    x, draws = images(6), draw(ALL, 6, (16, 24), random())
+    x, draws = images(6), sample(ALL, 6, (16, 24), random())
     whole = draws.apply(x)
     for rank in range(2):
         assert torch.equal(draws[rank::2].apply(x[rank::2]), whole[rank::2])
@@ -31,7 +31,7 @@ def test_a_part_of_the_draws_is_the_draws_of_that_part():
 @pytest.mark.parametrize("policy", [("translation",), ("cutout",), ALL])
 def test_it_is_the_same_whatever_the_policy_draws_besides(policy):
     """So that a policy can change without changing what another part does."""
-    every, some = draw(ALL, 5, (16, 24), random()), draw(policy, 5, (16, 24), random())
+    every, some = sample(ALL, 5, (16, 24), random()), sample(policy, 5, (16, 24), random())
     if "translation" in policy:
         assert torch.equal(every.shift, some.shift)
     if "cutout" in policy:
@@ -40,7 +40,7 @@ def test_it_is_the_same_whatever_the_policy_draws_besides(policy):
 
 def test_translation_moves_pixels_by_at_most_an_eighth_and_brings_in_zeros():
     x = images(200)
-    draws = draw(("translation",), 200, (16, 24), random())
+    draws = sample(("translation",), 200, (16, 24), random())
     assert draws.shift.abs().amax(dim=0).tolist() == [2, 3]
     moved = draws.apply(x)
     for n, (down, right) in enumerate(draws.shift.tolist()):
@@ -55,7 +55,7 @@ def test_translation_moves_pixels_by_at_most_an_eighth_and_brings_in_zeros():
 
 def test_cutout_zeroes_one_rectangle_of_up_to_half_the_sides():
     x = torch.ones(300, 1, 16, 24)
-    zeros = draw(("cutout",), 300, (16, 24), random()).apply(x) == 0
+    zeros = sample(("cutout",), 300, (16, 24), random()).apply(x) == 0
     rows, cols = zeros.any(dim=3).sum(dim=2), zeros.any(dim=2).sum(dim=2)
     assert torch.equal(zeros.sum(dim=(1, 2, 3)), (rows * cols).flatten())  # a full rectangle
     assert (rows.max().item(), cols.max().item()) == (8, 12)
@@ -66,7 +66,7 @@ def test_colour_is_its_formula_and_leaves_alpha_alone():
     x = images(1, channels=4)
     colour = torch.tensor([[0.25, 1.5, 0.5]])
     none = torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long)
-    made = Draws(colour, *none).apply(x)
+    made = Augmentations(colour, *none).apply(x)
     assert torch.equal(made[:, 3], x[:, 3])
     bright = x[:, :3] + 0.25
     grey = bright.mean(dim=1, keepdim=True)
@@ -76,6 +76,6 @@ def test_colour_is_its_formula_and_leaves_alpha_alone():
 
 def test_gradients_reach_every_pixel_that_is_seen():
     x = images(3).requires_grad_()
-    draws = draw(("translation", "cutout"), 3, (16, 24), random())
+    draws = sample(("translation", "cutout"), 3, (16, 24), random())
     draws.apply(x).sum().backward()
     assert torch.equal(x.grad.sum(dim=(1, 2, 3)), draws.apply(torch.ones_like(x)).sum(dim=(1, 2, 3)))

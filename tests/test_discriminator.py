@@ -263,7 +263,7 @@ def test_the_label_projects_the_features():
 def test_every_parameter_receives_a_gradient(variant):
     D = fresh(**VARIANTS[variant])
     (real, c), (fake, _) = judged(D, 4), judged(D, 4, seed=9)
-    losses.critic(D(real, c), D(fake, c)).mean().backward()
+    losses.logistic_D(D(real, c), D(fake, c)).mean().backward()
     still = {n for n, p in D.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
     assert still == set()
 

@@ -22,26 +22,26 @@ LOGITS = [-700.0, -3.0, 0.0, 0.25, 40.0, 700.0]
 
 
 def test_the_generator_loss_is_softplus_of_minus_the_logit():
-    got = losses.generator(torch.tensor(LOGITS, dtype=torch.float64)[:, None])
+    got = losses.logistic_G(torch.tensor(LOGITS, dtype=torch.float64)[:, None])
     assert got.tolist() == pytest.approx([softplus(-x) for x in LOGITS], rel=1e-12)
 
 
 def test_the_critic_loss_is_the_sum_of_both_softpluses():
     real, fake = LOGITS, LOGITS[::-1]
-    got = losses.critic(*(torch.tensor(x, dtype=torch.float64)[:, None] for x in (real, fake)))
+    got = losses.logistic_D(*(torch.tensor(x, dtype=torch.float64)[:, None] for x in (real, fake)))
     assert got.tolist() == pytest.approx([softplus(-r) + softplus(f) for r, f in zip(real, fake, strict=True)])
 
 
 def test_an_undecided_critic_pays_log_two_per_logit():
     zero = torch.zeros(3, 1, dtype=torch.float64)
-    assert losses.generator(zero).tolist() == pytest.approx([math.log(2)] * 3)
-    assert losses.critic(zero, zero).tolist() == pytest.approx([math.log(4)] * 3)
+    assert losses.logistic_G(zero).tolist() == pytest.approx([math.log(2)] * 3)
+    assert losses.logistic_D(zero, zero).tolist() == pytest.approx([math.log(4)] * 3)
 
 
 def test_gradients_of_the_logits_are_probabilities():
     """d softplus(−x)/dx = −σ(−x): never more than 1, so one image cannot outvote a batch."""
     x = torch.tensor(LOGITS, dtype=torch.float64).requires_grad_()
-    losses.generator(x).sum().backward()
+    losses.logistic_G(x).sum().backward()
     assert x.grad.tolist() == pytest.approx([-1 / (1 + math.exp(v)) for v in LOGITS])
 
 
@@ -49,17 +49,17 @@ def test_gradients_of_the_logits_are_probabilities():
 @pytest.mark.parametrize("fake", [(4,), (4, 1), (4, 1, 1)])
 def test_logits_of_any_shape_give_one_value_per_image(real, fake):
     a, b = noise(4), noise(4, seed=1)
-    assert losses.generator(a.view(real)).shape == (4,)
-    got = losses.critic(a.view(real), b.view(fake))
+    assert losses.logistic_G(a.view(real)).shape == (4,)
+    got = losses.logistic_D(a.view(real), b.view(fake))
     assert got.shape == (4,)
-    assert torch.equal(got, losses.critic(a[:, None], b[:, None]))
+    assert torch.equal(got, losses.logistic_D(a[:, None], b[:, None]))
 
 
 def test_a_loss_of_a_batch_is_the_losses_of_its_images():
     a, b = noise(5, 1), noise(5, 1, seed=1)
     for n in range(5):
-        assert losses.generator(a)[n] == losses.generator(a[n : n + 1])[0]
-        assert losses.critic(a, b)[n] == losses.critic(a[n : n + 1], b[n : n + 1])[0]
+        assert losses.logistic_G(a)[n] == losses.logistic_G(a[n : n + 1])[0]
+        assert losses.logistic_D(a, b)[n] == losses.logistic_D(a[n : n + 1], b[n : n + 1])[0]
 
 
 # --- R1 -----------------------------------------------------------------------------------------------------------
@@ -187,13 +187,13 @@ def test_the_running_mean_settles_at_constant_lengths():
 @pytest.mark.parametrize("kind", losses.ADVERSARIAL)
 def test_several_logits_of_an_image_count_as_their_mean(kind):
     a, b, loss = noise(3, 4), noise(3, 4, seed=1), losses.ADVERSARIAL[kind]
-    assert loss.generator(a).tolist() == pytest.approx([loss.generator(x[:, None]).mean().item() for x in a])
-    each = [loss.critic(x[:, None], y[:, None]).mean().item() for x, y in zip(a, b, strict=True)]
-    assert loss.critic(a, b).tolist() == pytest.approx(each)
+    assert loss.G(a).tolist() == pytest.approx([loss.G(x[:, None]).mean().item() for x in a])
+    each = [loss.D(x[:, None], y[:, None]).mean().item() for x, y in zip(a, b, strict=True)]
+    assert loss.D(a, b).tolist() == pytest.approx(each)
 
 
 def test_hinge_is_its_formula():
     real, fake = (torch.tensor(x, dtype=torch.float64)[:, None] for x in (LOGITS, LOGITS[::-1]))
     expected = [max(0, 1 - r) + max(0, 1 + f) for r, f in zip(LOGITS, LOGITS[::-1], strict=True)]
-    assert losses.hinge_critic(real, fake).tolist() == pytest.approx(expected)
-    assert losses.hinge_generator(fake).tolist() == [-f for f in LOGITS[::-1]]
+    assert losses.hinge_D(real, fake).tolist() == pytest.approx(expected)
+    assert losses.hinge_G(fake).tolist() == [-f for f in LOGITS[::-1]]

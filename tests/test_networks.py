@@ -229,7 +229,7 @@ def test_an_empty_batch_is_an_empty_picture():
 def test_every_parameter_receives_a_gradient(variant):
     G = fresh(**VARIANTS[variant])
     c = labels(G, 2)
-    losses.generator(G(noise(2, 10), c).square().mean(dim=(1, 2, 3))).sum().backward()
+    losses.logistic_G(G(noise(2, 10), c).square().mean(dim=(1, 2, 3))).sum().backward()
     still = [n for n, p in G.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert still == []
 
@@ -250,7 +250,7 @@ def test_the_game_gives_both_players_a_gradient():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         D = Discriminator(DiscriminatorConfig(img_resolution=16, channel_max=8)).double()
-    losses.generator(D(G(noise(2, 10)))).mean().backward()
+    losses.logistic_G(D(G(noise(2, 10)))).mean().backward()
     for module in (G, D):
         assert [n for n, p in module.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
 

@@ -94,7 +94,7 @@ def test_gradients(ref, G, D, term, dtype):
     c, config = c if ref.config["c_dim"] else None, ref.config
     exact = dtype == torch.float64
     if term == "Gmain":
-        loss = losses.generator(D(G(z, c), c))
+        loss = losses.logistic_G(D(G(z, c), c))
     elif term == "Greg":
         lengths = losses.path_lengths(G.synthesis, G.mapping(z, c), noise)
         before = torch.tensor(config["pl_mean_before"], dtype=dtype)
@@ -102,7 +102,7 @@ def test_gradients(ref, G, D, term, dtype):
         assert relative_error(mean, ref.all["out/pl_mean_after"]) <= (1e-5 if exact else 1e-3)
         loss = config["pl_weight"] * penalty
     elif term == "Dmain":
-        loss = losses.critic(D(real, c), D(G(z, c), c))
+        loss = losses.logistic_D(D(real, c), D(G(z, c), c))
     else:
         loss = config["r1_gamma"] / 2 * losses.r1(lambda x: D(x, c), real)
     loss.mean().backward()

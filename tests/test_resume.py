@@ -21,8 +21,8 @@ from torch_utils import checkpoint
 from torch_utils.distributed import Processes
 from training.config import RunConfig
 from training.data import ImageArchive
-from training.loop import train
-from training.trainer import new_state
+from training.loop import Loop
+from training.state import new_state
 
 VOLATILE = ("Timing/", "Resources/", "timestamp")
 PROJECTED = ("D.kind=projected", "D.feature_size=64", "loss.kind=hinge", "augment.mode=diffaug", "D.mbstd_group=2")
@@ -69,7 +69,7 @@ def stats(folder: Path) -> list[dict]:
 def log(folder: Path) -> list[str]:
     """log.txt without the clocks."""
     lines = (folder / "log.txt").read_text().splitlines()
-    return [re.sub(r"time .* memory +\S+", "", line) for line in lines]
+    return [re.sub(r"(time .* )?memory +\S+", "", line) for line in lines]
 
 
 def same_run(continued: Path, unbroken: Path):
@@ -111,7 +111,7 @@ def interrupted(folder: Path, config: RunConfig, steps: int, number=signal.SIGTE
         state.load_state_dict(checkpoint.load(states[0]), procs)
     grid = 0 if state.step else 8 * 12  # images of the grid of reals, which a new run reads first
     images.fatal, images.number = grid + (steps - 1) * config.train.batch + 1, number
-    return train(config, folder, state, images, procs, lambda G, stop: [])
+    return Loop(config, folder, state, images, procs, lambda G, stop: []).run()
 
 
 def fresh(folder: Path, unbroken: Path) -> tuple[Path, RunConfig]:

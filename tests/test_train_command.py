@@ -246,7 +246,7 @@ def test_what_a_continued_run_depends_on_cannot_change(tiny, change):
     before = files(folder)
     result = tiny.call("--resume", folder, *change)
     assert result.exit_code == 2
-    assert re.search(r"Error: --resume continues the same run, but \S+=\S+ \(was \S+\).*--init-from", result.output)
+    assert re.search(r"Error: .* is resumed with its own settings, but \S+=\S+ \(was \S+\).*new run", result.output)
     assert files(folder) == before
 
 
@@ -377,9 +377,9 @@ MISTAKES = {
     "an unknown augmentation": (extra("--aug", "adda"), "adda"),
     "an unknown metric": (extra("--metrics", "fidd50k_full"), "did you mean fid50k_full"),
     "an unknown metric by -o": (extra("-o", "metrics=[fidd50k_full]"), "did you mean fid50k_full"),
-    "batch not dividing": (extra("--batch", 9, "--gpus", 2), "--batch=9 does not divide over 2 processes; try 8"),
-    "batch-gpu not dividing": (extra("--batch-gpu", 3), "--batch-gpu=3 does not divide the 8 images.*try 2"),
-    "minibatch groups": (extra("--batch", 6), "minibatch-std groups of 4.*--mbstd-group=3"),
+    "batch not dividing": (extra("--batch", 9, "--gpus", 2), "train.batch=9 does not divide over 2 processes; try 8"),
+    "batch-gpu not dividing": (extra("--batch-gpu", 3), "train.batch_gpu=3 does not divide the 8 images.*use 4 or 8"),
+    "minibatch groups": (extra("--batch", 6), "minibatch-std groups of 4.*D.mbstd_group=3"),
     "channels": (extra("--cbase", 4), "channel_base=4"),
     "an odd width": (extra("-o", "G.channel_max=7"), "channel_max=7.*even channel_max"),
     # -o

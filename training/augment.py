@@ -3,7 +3,7 @@
 After Karras et al., "Training Generative Adversarial Networks with Limited Data" (NeurIPS 2020): the transformations
 and their magnitudes are those of Appendix B, pipeline `bgc`; the controller of the probability is that of Section 3.
 
-Everything random happens in `draw`, which folds the moves of each picture into one matrix and its colour changes into
+Everything random happens in `sample`, which folds the moves of each picture into one matrix and its colour changes into
 another. `augment` then only applies matrices: it is a linear map of the pictures plus a constant, so that a generator
 can be trained through it and R1 can be taken behind it.
 
@@ -51,8 +51,8 @@ class AugmentConfig(Config):
 
 
 @dataclass(frozen=True)
-class Draws:
-    """What happens to each of N pictures. Slicing takes pictures: `draws[rank::world]` is one process's share.
+class Augmentations:
+    """What happens to each of N pictures. Slicing takes pictures: `augmentations[rank::world]` is one process's share.
 
     geometry: [N,3,3] float64 on the CPU, acts on (x, y, 1) in pixels from the centre of the picture, y pointing down;
         it says where content goes: translation(5, 0) moves the picture 5 pixels to the right.
@@ -65,8 +65,8 @@ class Draws:
     def __len__(self) -> int:
         return len(self.geometry)
 
-    def __getitem__(self, pictures: slice) -> "Draws":
-        return Draws(self.geometry[pictures], self.colour[pictures])
+    def __getitem__(self, pictures: slice) -> "Augmentations":
+        return Augmentations(self.geometry[pictures], self.colour[pictures])
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         return augment(images, self)
@@ -82,11 +82,13 @@ def adjust(p: float, sign_mean: float, *, images: int, target: float = 0.6, kimg
     return min(max(p + direction * images / (kimg * 1000), 0.0), 1.0)
 
 
-def draw(config: AugmentConfig, n: int, p: float, *, image_shape: tuple[int, int], generator: torch.Generator) -> Draws:
+def sample(
+    config: AugmentConfig, n: int, p: float, *, image_shape: tuple[int, int], rng: torch.Generator
+) -> Augmentations:
     """Augmentations for `n` pictures of `image_shape` = (H, W), each transformation with probability `p` in [0, 1].
 
-    Row i is a function of the state of `generator` (on the CPU) and of i alone; neither the config nor p changes how
-    many numbers are consumed. Draw for the global batch with the same generator in every process, then take a slice.
+    Row i is a function of the state of `rng` (on the CPU) and of i alone; neither the config nor p changes how
+    many numbers are consumed. Draw for the global batch with the same rng in every process, then take a slice.
     Raises UserError when p is no probability. Magnitudes: Appendix B.
     """
     if not 0 <= p <= 1:
@@ -97,7 +99,7 @@ def draw(config: AugmentConfig, n: int, p: float, *, image_shape: tuple[int, int
     color = p if config.pipe in ("color", "bgc") else 0.0
 
     # 13 decisions and 15 magnitudes, a row for each picture.
-    numbers = iter(torch.rand(n, 28, generator=generator, dtype=torch.float64).unbind(1))
+    numbers = iter(torch.rand(n, 28, generator=rng, dtype=torch.float64).unbind(1))
 
     def uniform(low, high):
         return low + (high - low) * next(numbers)
@@ -142,7 +144,7 @@ def draw(config: AugmentConfig, n: int, p: float, *, image_shape: tuple[int, int
         @ rotation(quarter_turns * (math.pi / 2))
         @ scaling(1 - 2 * flip, torch.ones(n))
     )
-    return Draws(geometry, recolouring(brightness, contrast, luma_flip, hue, saturation))
+    return Augmentations(geometry, recolouring(brightness, contrast, luma_flip, hue, saturation))
 
 
 def translation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -191,8 +193,8 @@ def recolouring(
     return torch.cat([linear, offset], dim=2)
 
 
-def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Apply `draws` to `images` [N,C,H,W] in [-1, 1]: same shape, type and device; colours may leave [-1, 1].
+def augment(images: torch.Tensor, augmentations: Augmentations) -> torch.Tensor:
+    """Apply `augmentations` to `images` [N,C,H,W] in [-1, 1]: same shape, type and device; colours may leave [-1, 1].
 
     C is 1 (grey: r = g = b, whose hue and saturation do nothing), 3, or 4 (RGBA: alpha moves with the picture and keeps
     its values). Pictures that are no squares turn rigidly about their centre too. Beyond the edges lies the mirror
@@ -205,15 +207,15 @@ def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     n, channels, height, width = images.shape
     if channels not in (1, 3, 4):
         raise UserError(f"cannot augment images with {channels} channels; use 1 (grey), 3 (RGB) or 4 (RGBA)")
-    if len(draws) != n:
-        raise UserError(f"{len(draws)} draws do not fit {n} images; slice the draws as the batch is sliced")
+    if len(augmentations) != n:
+        raise UserError(f"{len(augmentations)} draws do not fit {n} images; slice the draws as the batch is sliced")
     if min(height, width) <= MARGIN:
         raise UserError(f"cannot augment images of {height}x{width} pixels; at least 4x4 are needed")
 
     with torch.autocast(images.device.type, enabled=False):
         result = images.to(torch.promote_types(images.dtype, torch.float32))
-        result = _change(_move, result, draws.geometry, torch.eye(3, dtype=torch.float64))
-        result = _change(_recolour, result, draws.colour, torch.eye(3, 4, dtype=torch.float64))
+        result = _change(_move, result, augmentations.geometry, torch.eye(3, dtype=torch.float64))
+        result = _change(_recolour, result, augmentations.colour, torch.eye(3, 4, dtype=torch.float64))
     return result.to(images.dtype)
 
 

@@ -1,11 +1,12 @@
 """Everything that decides what a training run computes, as one frozen value. Its YAML lies in the run directory."""
 
+import functools
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from dnnlib.config import Config, build, merge, nearest, nested, read_yaml, setting
+from dnnlib.config import Config, build, is_group, merge, nearest, nested, read_yaml, setting
 from dnnlib.console import UserError
 from training.augment import AugmentConfig
 from training.data import ImageArchive
@@ -51,8 +52,11 @@ class OptimConfig(Config):
 
 class TrainConfig(Config):
     batch: int = setting(ge=1, flag="batch", description="images per step, all processes together")
-    batch_gpu: int | None = setting(
-        None, ge=1, flag="batch-gpu", may_change=True, description="images per process at a time, the rest accumulated"
+    batch_gpu: int | Literal["auto"] | None = setting(
+        None,
+        flag="batch-gpu",
+        may_change=True,
+        description="images per process at a time, the rest accumulated; auto: the most that fit into memory",
     )
     kimg: float = setting(25000.0, gt=0, flag="kimg", may_change=True, description="length in thousands of real images")
     tick: float = setting(4.0, gt=0, flag="tick", may_change=True, description="thousand images between reports")
@@ -72,6 +76,14 @@ class TrainConfig(Config):
     ema_rampup: float | None = Field(0.05, gt=0, description="half-life at most this share of the images seen")
     w_avg_decay: float = Field(0.998, ge=0, le=1, description="share of the average style that a step keeps")
     max_bad_steps: int = Field(20, ge=1, description="steps in a row with non-finite gradients that end the run")
+
+    @field_validator("batch_gpu", mode="plain")
+    @classmethod
+    def _count_or_auto(cls, value: object) -> object:
+        count = int(value) if isinstance(value, str) and value.isdecimal() else value  # a flag's value is text
+        if count not in (None, "auto") and (type(count) is not int or count < 1):
+            raise ValueError(f"{value!r} is not a number of images; give 1 or more, or auto")
+        return count
 
 
 class RunConfig(Config):
@@ -105,24 +117,38 @@ class RunConfig(Config):
                 raise ValueError(f"G.{name}={g} and D.{name}={d} must be equal")
         return self
 
-    def rounds(self, world: int) -> int:
-        """How many micro-batches each of `world` processes accumulates in a step. Raises UserError."""
-        batch, group = self.train.batch, self.D.mbstd_group
+    def micro_batches(self, world: int) -> list[int]:
+        """List the micro-batches that each of `world` processes can accumulate a step from, in images, ascending.
+
+        Each holds whole minibatch-std groups. Raises UserError when there is none.
+        """
+        batch, group = self.train.batch, min(self.D.mbstd_group, self.train.batch)
         if batch % world:
+            advice = batch // world * world or world
+            raise UserError(f"train.batch={batch} does not divide over {world} processes; try {advice}")
+        own = batch // world
+        if own % group:
+            divisor = next(n for n in range(group, 0, -1) if own % n == 0)
             raise UserError(
-                f"--batch={batch} does not divide over {world} processes; try {batch // world * world or world}"
+                f"{own} images per process do not divide into minibatch-std groups of {group}; set train.batch to a "
+                f"multiple of {group * world}, or D.mbstd_group={divisor}"
             )
-        share = batch // world
-        micro = self.train.batch_gpu or share
-        if share % micro:
-            divisors = [n for n in range(1, share + 1) if share % n == 0 and n <= micro]
-            raise UserError(f"--batch-gpu={micro} does not divide the {share} images per process; try {divisors[-1]}")
-        if micro % min(group, batch):
+        return [n for n in range(group, own + 1, group) if own % n == 0]
+
+    def micro_batch(self, world: int) -> int:
+        """Return how many images each of `world` processes takes at a time. Raises UserError."""
+        sizes = self.micro_batches(world)
+        micro = sizes[-1] if self.train.batch_gpu in (None, "auto") else self.train.batch_gpu
+        if micro not in sizes:
             raise UserError(
-                f"{micro} images per process at a time do not divide into minibatch-std groups of {group}; "
-                f"give --batch or --batch-gpu so that it is a multiple, or --mbstd-group={_divisor(micro, group)}"
+                f"train.batch_gpu={micro} does not divide the {sizes[-1]} images per process into whole minibatch-std "
+                f"groups; use {' or '.join(map(str, sizes))}"
             )
-        return share // micro
+        return micro
+
+    def with_train(self, **changes: object) -> "RunConfig":
+        """Return a copy with `changes` to `train`."""
+        return self.model_copy(update={"train": self.train.model_copy(update=changes)})
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -146,8 +172,17 @@ def read_recipe(name: str, *over: Path) -> dict:
     return merge(read_recipe(str(base), path, *over), settings) if base else settings
 
 
-def _divisor(number: int, limit: int) -> int:
-    return next(n for n in range(min(number, limit), 0, -1) if number % n == 0)
+def gather(recipe: str | None, *changes: dict) -> dict:
+    """Read a recipe and apply nested `changes`, the last one wins. Raises UserError where a group has a value."""
+    settings = functools.reduce(merge, changes, read_recipe(recipe) if recipe else {})
+    for name, field in RunConfig.model_fields.items():
+        group = any(is_group(kind) for kind in (field.annotation, *get_args(field.annotation)))
+        if group and not isinstance(settings.get(name, {}), dict):
+            raise UserError(f"{name}={settings[name]!r}: this is a group of settings; set one of them, {name}.…")
+    path = settings.get("data", {}).get("path")
+    if not isinstance(path, str | None):
+        raise UserError(f"data.path={path!r} is not the path of a ZIP or folder")
+    return settings
 
 
 def default_gamma(pixels: int, batch: int) -> float:

@@ -18,8 +18,8 @@ CUTOUT = 1 / 2  # side of the square that is zeroed, in sides of the image
 
 
 @dataclass(frozen=True)
-class Draws:
-    """What happens to each of N images. Slicing takes images: `draws[rank::world]` is one process's share.
+class Augmentations:
+    """What happens to each of N images. Slicing takes images: `augmentations[rank::world]` is one process's share.
 
     colour: float32 [N,3], brightness added, saturation and contrast multiplied; (0, 1, 1) changes nothing.
     shift: int64 [N,2], pixels down and to the right.
@@ -33,8 +33,8 @@ class Draws:
     def __len__(self) -> int:
         return len(self.shift)
 
-    def __getitem__(self, part: slice) -> "Draws":
-        return Draws(*(getattr(self, field.name)[part] for field in fields(self)))
+    def __getitem__(self, part: slice) -> "Augmentations":
+        return Augmentations(*(getattr(self, field.name)[part] for field in fields(self)))
 
     def apply(self, images: Tensor) -> Tensor:
         """Apply to images [N,C,H,W] in [-1,1], grey, RGB or RGBA, whose alpha keeps its values.
@@ -53,10 +53,10 @@ class Draws:
         return torch.cat(moved) * outside[:, None].to(images)
 
 
-def draw(policy: Policy, count: int, image_shape: tuple[int, int], generator: torch.Generator) -> Draws:
+def sample(policy: Policy, count: int, image_shape: tuple[int, int], rng: torch.Generator) -> Augmentations:
     """Draw for `count` images of `image_shape` (H, W). The same numbers are consumed whatever the policy is."""
     height, width = image_shape
-    numbers = torch.rand(count, 7, generator=generator)
+    numbers = torch.rand(count, 7, generator=rng)
     colour = numbers[:, :3] * torch.tensor([1.0, 2.0, 1.0]) + torch.tensor([-0.5, 0.0, 0.5])
     if "color" not in policy:
         colour = torch.tensor([0.0, 1.0, 1.0]).expand(count, 3)
@@ -68,7 +68,7 @@ def draw(policy: Policy, count: int, image_shape: tuple[int, int], generator: to
     first = (centre - size // 2).clamp(min=0)
     last = torch.minimum(centre - size // 2 + size, side)
     cut = torch.stack([first, last], dim=2).flatten(1)
-    return Draws(
+    return Augmentations(
         colour, shift if "translation" in policy else shift * 0, cut if "cutout" in policy else torch.zeros_like(cut)
     )
 

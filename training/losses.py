@@ -1,4 +1,4 @@
-"""The four terms that train CREPS. Tensors in, one value per image out; no backward, no logging.
+"""The terms of the training loss. Tensors in, one value per image out; no backward, no logging.
 
 Legend: N images, w the style dimension; K styles or logits of an image. Logits are [N,K] or [N].
 """
@@ -11,37 +11,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def generator(fake_logits: Tensor) -> Tensor:
+def logistic_G(fake_logits: Tensor) -> Tensor:
     """[N,K] -> [N]: softplus(−D(G(z))), the non-saturating loss (Goodfellow et al., NeurIPS 2014)."""
     return per_image(F.softplus(-fake_logits))
 
 
-def critic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+def logistic_D(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """[N,K], [N,K] -> [N]: softplus(−D(real)) + softplus(D(fake))."""
     return per_image(F.softplus(-real_logits)) + per_image(F.softplus(fake_logits))
 
 
-def hinge_generator(fake_logits: Tensor) -> Tensor:
+def hinge_G(fake_logits: Tensor) -> Tensor:
     """[N,K] -> [N]: −D(G(z)) (Lim and Ye, "Geometric GAN", 2017)."""
     return per_image(-fake_logits)
 
 
-def hinge_critic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+def hinge_D(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """[N,K], [N,K] -> [N]: max(0, 1 − D(real)) + max(0, 1 + D(fake))."""
     return per_image(F.relu(1 - real_logits)) + per_image(F.relu(1 + fake_logits))
 
 
 def per_image(x: Tensor) -> Tensor:
-    """[N,…] -> [N]: means over all logits of an image."""
+    """[N,…] -> [N]: the mean over all logits of an image."""
     return x.flatten(1).mean(dim=1) if x.ndim > 1 else x
 
 
 class Adversarial(NamedTuple):
-    generator: Callable[[Tensor], Tensor]
-    critic: Callable[[Tensor, Tensor], Tensor]
+    G: Callable[[Tensor], Tensor]
+    D: Callable[[Tensor, Tensor], Tensor]
 
 
-ADVERSARIAL = {"logistic": Adversarial(generator, critic), "hinge": Adversarial(hinge_generator, hinge_critic)}
+ADVERSARIAL = {"logistic": Adversarial(logistic_G, logistic_D), "hinge": Adversarial(hinge_G, hinge_D)}
 
 
 def r1(D: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
@@ -64,8 +64,8 @@ def path_lengths(synthesis: Callable[[Tensor], Tensor], ws: Tensor, noise: Tenso
 def path_penalty(lengths: Tensor, mean: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     """lengths [N], running mean [] -> penalty [N], the new running mean [].
 
-    a ← a + decay · (mean length − a); penalty (length − a)² with the new a. As released, the gradient also flows
-    through the new a, so `lengths` must be those of the whole batch.
+    a ← a + decay · (mean length − a); penalty (length − a)² with the new a. As in the released code, the gradient also
+    flows through the new a, so `lengths` must be those of the whole batch.
     """
     mean = mean.lerp(lengths.mean(), decay)
     return (lengths - mean).square(), mean.detach()

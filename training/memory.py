@@ -1,83 +1,92 @@
-"""How much memory a run will need, before it needs it."""
+"""The memory that a training step takes, and the largest micro-batch that fits."""
 
-from collections import Counter
+import contextlib
+import gc
+import os
+import re
+import resource
+import sys
+from pathlib import Path
 
 import torch
 
-from training import losses
+from dnnlib.console import UserError
+from torch_utils.distributed import Processes
 from training.config import RunConfig
-from training.networks.pixels import part_size
-from training.trainer import new_networks
+from training.data import ImageArchive
+from training.state import new_state
+from training.trainer import Trainer
 
 GIB = 2**30
+USABLE = 0.9  # of the memory: the rest is for fragmentation, metrics and whatever else runs on the machine
 
 
-def parameters(network: torch.nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
+def peak_bytes(device: torch.device) -> int:
+    """Return the peak of allocations on the GPU since its last reset, or of this process's memory since its start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def saved_bytes(function) -> int:
-    """How many bytes of distinct storage autograd keeps at most for backward passes while `function` runs."""
-    holders: Counter = Counter()  # of each storage
-    now = most = 0
-
-    class Holder:
-        def __init__(self, tensor):
-            nonlocal now, most
-            self.tensor, self.storage = tensor, tensor.untyped_storage()  # held, so that no other takes the same id
-            now += 0 if holders[id(self.storage)] else self.storage.nbytes()
-            most = max(most, now)
-            holders[id(self.storage)] += 1
-
-        def __del__(self):
-            nonlocal now
-            holders[id(self.storage)] -= 1
-            now -= 0 if holders[id(self.storage)] else self.storage.nbytes()
-
-    with torch.autograd.graph.saved_tensors_hooks(Holder, lambda holder: holder.tensor):
-        function()
-    return most
+def available_bytes() -> int:
+    """Return how much more memory this process may take: what the machine, or its container, has left."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):
+        found.append(1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max" without a limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(limit - used)
+    return min(found)
 
 
-def expected_bytes(config: RunConfig, micro: int, device: str) -> int:
-    """Memory of one process on a `device` ("cpu" or "cuda"), in float32.
+def decide_micro_batch(config: RunConfig, images: ImageArchive, procs: Processes) -> RunConfig:
+    """Replace `batch_gpu: auto` by the largest micro-batch that fits, so that a resumed run computes the same.
 
-    Parameters with gradients, Adam and average, and the hungriest phase, counted on tensors without data. Half
-    precision needs less, and libraries' workspaces come on top.
+    Every rank calls it. Raises UserError when a GPU does not hold the smallest.
     """
-    with torch.device("meta"):
-        G, D = new_networks(config)
-        z, c = torch.empty(micro, config.G.z_dim), torch.empty(micro, config.G.c_dim)
-        half = (micro + 1) // 2
-        height, width = config.G.img_shape
-        noise = torch.empty(half, config.G.img_channels, height, width)
-        rows, cols = torch.empty(height), torch.empty(width)
-        judged = slice(1 if config.train.recompute == "all" else None)
-        real = torch.empty(micro, *noise.shape[1:])[judged]
-        count = max(1, part_size(device) // width) if config.train.recompute != "none" else height
+    if config.train.batch_gpu != "auto":
+        return config
+    sizes = config.micro_batches(procs.world)
+    largest = largest_by_trying if procs.device.type == "cuda" else largest_by_measuring
+    micro = largest(config, images, procs, sizes) if len(sizes) > 1 else sizes[0]
+    return config.with_train(batch_gpu=micro)
 
-        def synthesis(ws: torch.Tensor) -> torch.Tensor:
-            """With one part of each image for all, as one at a time is held: hundreds would take minutes."""
-            lines = G.synthesis.lines(ws, rows, cols)
-            part = G.synthesis.pixels(lines.window(slice(count), slice(None)), ws[:, -1])
-            return part.repeat(1, 1, -(-height // count), 1)[:, :, :height]
 
-        def adversarial():
-            D(synthesis(G.mapping(z, c))[judged], c[judged]).sum().backward()
+def largest_by_trying(config: RunConfig, images: ImageArchive, procs: Processes, sizes: list[int]) -> int:
+    """Return the largest of `sizes` whose step no rank runs out of GPU memory in."""
+    torch.cuda.set_per_process_memory_fraction(USABLE, procs.device)
+    for micro in reversed(sizes):
+        try:
+            try_step(config, images, procs.device, micro)
+            full = False
+        except torch.OutOfMemoryError:
+            full = True
+        gc.collect()
+        torch.cuda.empty_cache()
+        if not procs.any(full):
+            torch.cuda.set_per_process_memory_fraction(1.0, procs.device)
+            torch.cuda.reset_peak_memory_stats(procs.device)
+            return micro
+    raise UserError(f"the GPU does not hold a step of {sizes[0]} images; try train.recompute=all, or smaller networks")
 
-        def path_length():
-            losses.path_lengths(synthesis, G.mapping(z[:half], c[:half]), noise).sum().backward()
 
-        def critic():
-            (D(real, c[judged]) + D(real, c[judged])).sum().backward()
+def largest_by_measuring(config: RunConfig, images: ImageArchive, procs: Processes, sizes: list[int]) -> int:
+    """Return the largest of `sizes` that fits into the memory of the machine, by what one image takes."""
+    available = USABLE * available_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", procs.world))
+    peaks = [peak_bytes(procs.device)]
+    for micro in sizes[:2]:
+        try_step(config, images, procs.device, micro)
+        peaks.append(peak_bytes(procs.device))
+    per_image = (peaks[2] - peaks[1]) / (sizes[1] - sizes[0])
+    fitting = [n for n in sizes if peaks[1] - peaks[0] + per_image * (n - sizes[0]) <= available]
+    return procs.broadcast(max(fitting, default=sizes[0]))
 
-        def r1():
-            losses.r1(lambda x: D.regularised(x, c[judged]), real).sum().backward()
 
-        phases = [adversarial, critic]
-        phases += [path_length] if config.loss.pl_weight else []
-        phases += [r1] if config.loss.r1_gamma else []
-        most = max(saved_bytes(phase) for phase in phases)
-    # G has weights, gradients, two moments and the average; D all but the average. The parameters saved for the
-    # backward pass are counted twice, and the temporaries of a pass are not: the two are of one size.
-    return 4 * (5 * parameters(G) + 4 * parameters(D)) + most
+def try_step(config: RunConfig, images: ImageArchive, device: torch.device, micro: int) -> None:
+    """Run the first step, in which all phases are due, of a run whose whole batch is `micro` augmented images."""
+    config = config.with_train(batch=micro, batch_gpu=None)
+    state = new_state(config, device)
+    state.augment_p = float(config.augment.mode != "none")
+    real, c = torch.zeros(micro, *images.shape, dtype=torch.uint8), torch.zeros(micro, images.label_dim)
+    Trainer(config, state, images, Processes(0, 1, device)).step(real, c)

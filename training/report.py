@@ -1,4 +1,4 @@
-"""What a run writes for people: log.txt, stats.jsonl, TensorBoard events, and grids of pictures."""
+"""Logs of a run: log.txt, stats.jsonl, metric-*.jsonl, TensorBoard events and PNGs."""
 
 import json
 import os
@@ -6,17 +6,16 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from dnnlib.files import atomic_write
 
 
 class RunLog:
-    """The logs of a run directory, which go on at `step`.
+    """Writes the logs of a run directory, from `step` on.
 
-    What an earlier process wrote after that is cut off, so that no line is missing or doubled: all beyond the
-    `written` bytes of log.txt and stats.jsonl, and the measurements of later steps. Other files are left alone, and so
-    are the lines that calc_metrics.py adds, which name no step.
+    What an earlier process wrote after that step is cut off, so that no line is missing or duplicated: all beyond the
+    `written` bytes of log.txt and stats.jsonl, and the metrics of later steps. Other files are left alone, and so are
+    the lines that calc_metrics.py adds, which have no step.
     """
 
     GROWING = ("log.txt", "stats.jsonl")
@@ -40,25 +39,24 @@ class RunLog:
         self._append("log.txt", line)
 
     def stats(self, record: dict, step: int) -> None:
-        """One report: {name: number or {"mean": number, …}} as a line of stats.jsonl and as TensorBoard scalars."""
+        """Add a report, {name: number or {"mean": number, …}}, to stats.jsonl and TensorBoard."""
         self._append("stats.jsonl", json.dumps(record))
         for name, value in record.items():
             self.events.add_scalar(name, value["mean"] if isinstance(value, dict) else value, step)
         self.events.flush()
 
     def metric(self, record: dict, step: int) -> None:
-        """One measurement, as metrics.evaluation gives it, as a line of metric-<name>.jsonl and in TensorBoard.
+        """Add the record of a metric (metrics.evaluation) to metric-<name>.jsonl and TensorBoard, and print it.
 
-        It is printed, but not in log.txt: it comes after the state was saved, from which a run goes on, and what comes
-        after that is cut off there.
+        Not to log.txt: a resumed run would cut it off there, because the state was saved before.
         """
         for name, value in record["results"].items():
             print(f"{name} {value:.4f}", flush=True)
         self._append(f"metric-{record['metric']}.jsonl", json.dumps(record))
         add_scalars(self.events, record, step)
 
-    def picture(self, name: str, grid: np.ndarray, step: int) -> None:
-        """uint8 [H,W,C] to `name`.png and to TensorBoard."""
+    def image(self, name: str, grid: np.ndarray, step: int) -> None:
+        """Write uint8 [H,W,C] to `name`.png and TensorBoard."""
         with atomic_write(self.folder / f"{name}.png") as temporary:
             Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid).save(temporary)
         self.events.add_image(name.rstrip("0123456789"), grid, step, dataformats="HWC")
@@ -76,14 +74,14 @@ class RunLog:
 
 
 def add_scalars(events, record: dict, step: int) -> None:
-    """Adds the results of one measurement to a SummaryWriter."""
+    """Add the results in the record of a metric to a SummaryWriter."""
     for name, value in record["results"].items():
         events.add_scalar(f"Metrics/{name}", value, step)
     events.flush()
 
 
 def _belongs(line: str, step: int) -> bool:
-    """Whether a measurement is whole and of no later step; a crash may have left half a line."""
+    """Tell whether a line is the whole record of a metric at `step` or before; a crash may have left half a line."""
     try:
         return json.loads(line).get("step", 0) <= step
     except (ValueError, AttributeError):
@@ -91,7 +89,7 @@ def _belongs(line: str, step: int) -> bool:
 
 
 class SilentLog:
-    """The twin that the other processes hold."""
+    """Takes the place of RunLog on the other ranks, and writes nothing."""
 
     def print(self, line: str) -> None: ...
 
@@ -99,7 +97,7 @@ class SilentLog:
 
     def metric(self, record: dict, step: int) -> None: ...
 
-    def picture(self, name: str, grid: np.ndarray, step: int) -> None: ...
+    def image(self, name: str, grid: np.ndarray, step: int) -> None: ...
 
     def written(self) -> dict[str, int]:
         return {}
@@ -107,20 +105,8 @@ class SilentLog:
     def close(self) -> None: ...
 
 
-def grid_shape(height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of pictures that fill about 1920×1080 pixels: 3×4 at the least and 8×12 at the most."""
-    return min(max(1080 // height, 3), 8), min(max(1920 // width, 4), 12)
-
-
-def tile(images: Tensor, rows: int) -> np.ndarray:
-    """uint8 [rows·columns,C,H,W] -> [rows·H,columns·W,C]."""
-    n, channels, height, width = images.shape
-    grid = images.view(rows, n // rows, channels, height, width).permute(0, 3, 1, 4, 2)
-    return grid.reshape(rows * height, -1, channels).cpu().numpy()
-
-
 def duration(seconds: float) -> str:
-    """As people write it: 12s, 3m 05s, 1h 02m, 2d 03h."""
+    """Format as 12s, 3m 05s, 1h 02m or 2d 03h."""
     s = round(seconds)
     if s < 60:
         return f"{s}s"

@@ -1,10 +1,11 @@
-"""A run, new or resumed: its images, config, directory and processes."""
+"""A run, new or resumed: its config, directory, processes, and everything that its training needs."""
 
 import functools
 import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,24 +25,34 @@ from torch_utils.command import command
 from torch_utils.distributed import Processes, processes
 from training.config import RunConfig
 from training.data import ImageArchive
-from training.loop import find_state, train
+from training.loop import Loop
+from training.memory import decide_micro_batch
 from training.report import duration
-from training.trainer import decide_precision, initialise, new_state
+from training.state import TrainState, initialise, new_state
+from training.trainer import decide_precision
 
 
 @dataclass(frozen=True)
-class Task:
-    """What the processes of a run are told."""
+class NewRun:
+    """A run that begins: its directory is made in `outdir` and named after recipe, images and `desc`."""
 
     config: RunConfig
-    outdir: str | None  # where the directory of a new run is made
-    cfg: str | None  # the recipe, for its name
-    desc: str | None  # added to it
-    resume: str | None  # the directory of the run to continue
-    init_from: str | None  # a file of weights to begin from
+    outdir: Path
+    recipe: str
+    desc: str | None = None
+    init_from: Path | None = None  # weights
+
+
+@dataclass(frozen=True)
+class ResumedRun:
+    """A run that continues in its directory."""
+
+    config: RunConfig
+    folder: Path
 
 
 def open_images(settings: dict) -> ImageArchive:
+    """Open the archive of nested settings, which may be incomplete."""
     data = settings.get("data", {})
     return ImageArchive(
         data["path"],
@@ -51,23 +62,24 @@ def open_images(settings: dict) -> ImageArchive:
     )
 
 
-def continued(folder: Path, changes: dict) -> RunConfig:
-    """The config of the run in `folder` with the allowed `changes`. Raises UserError for others."""
+def read_config(folder: Path, changes: dict) -> RunConfig:
+    """Read the config of the run in `folder`, with the allowed `changes`. Raises UserError for others."""
     if not folder.exists():
-        raise UserError(f"--resume={folder} does not exist; give a run directory, or a file of weights to begin from")
+        raise UserError(f"{folder} does not exist; give a run directory, or a file of weights to begin from")
     saved = folder / "options.yaml"
     if not saved.is_file():
-        raise UserError(f"--resume={folder} is not a run directory: it has no options.yaml")
+        raise UserError(f"{folder} is not a run directory: it has no options.yaml")
     settings = read_yaml(saved)
     before = build(RunConfig, settings, str(saved))
-    after = build(RunConfig, merge(settings, changes), f"--resume={folder}")
+    after = build(RunConfig, merge(settings, changes), str(folder))
     old, new = flat(before.model_dump()), flat(after.model_dump())
     may_change = {dotted for dotted, _, extra in fields(RunConfig) if extra.get("may_change")}
     refused = [key for key in new if new[key] != old[key] and key not in may_change]
     if refused:
         listed = ", ".join(f"{key}={new[key]} (was {old[key]})" for key in refused)
         raise UserError(
-            f"--resume continues the same run, but {listed}; leave that out, or begin a new run with --init-from"
+            f"{folder} is resumed with its own settings, but {listed}; leave that out, or begin a new run from its "
+            "weights"
         )
     images = open_images(after.model_dump())
     if images.shape[1:] != after.G.img_shape or images.label_dim != after.G.c_dim:
@@ -76,7 +88,7 @@ def continued(folder: Path, changes: dict) -> RunConfig:
 
 
 def snapshot_metrics(config: RunConfig) -> tuple[Metric, ...]:
-    """Raises UserError for unknown ones, and for those that take more than a snapshot and its archive."""
+    """Return the metrics of snapshots. Raises UserError for those that need more than a snapshot and its archive."""
     metrics = parse(",".join(config.metrics) or "none")
     for metric in metrics:
         if metric.family.windows:
@@ -96,20 +108,23 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip()
 
 
-def launch(world: int, task: Task) -> int:
-    """Starts `world` processes with torch's elastic launcher. Returns the exit code."""
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def launch(world: int, task: NewRun | ResumedRun) -> int:
+    """Run `task` in `world` processes of torch's elastic launcher. Returns the exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     count = torch.cuda.device_count()
     if count and world > count:
-        raise UserError(f"--gpus={world}, but this machine has {count}; use --gpus={count} or fewer")
+        raise UserError(f"{world} processes need as many GPUs, and this machine has {count}; use {count} or fewer")
     if not count:
         print(f"no GPU found: {world} processes share the CPU")
     # This process only waits from here on, and its log would repeat in many lines what our own sentence says.
     logging.disable(logging.CRITICAL)
-    # How long a stopped process may take to end its step and save the state, in seconds, before it is killed.
+    # Seconds that a stopped process may take to end its step and save the state before it is killed.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     config = LaunchConfig(
         min_nodes=1,
@@ -130,63 +145,90 @@ def launch(world: int, task: Task) -> int:
     return 0
 
 
-def work_and_exit(task: Task) -> None:
-    """Exits with the code of `work`: elastic_launch hangs if a worker returns after a signal."""
+def work_and_exit(task: NewRun | ResumedRun) -> None:
+    """Exit with the code of `work`: elastic_launch hangs if a worker returns after a signal."""
     if code := work(task):
         sys.exit(code)
 
 
-def work(task: Task) -> int:
-    """Runs one process: 0 when the schedule is done, 128 + signal when interrupted, 2 after a user's mistake."""
-    at_a_time = task.config.train.batch_gpu or "all"
-    memory = f"give a smaller --batch-gpu ({at_a_time} images at a time now)"
+def work(task: NewRun | ResumedRun) -> int:
+    """Run one process of `task`. Returns 0 at the end of the schedule and 128 + signal after an interruption."""
+    memory = f"set train.batch_gpu, now {task.config.train.batch_gpu or 'all'}, to fewer images or to auto"
     with command(memory=memory, interrupted="no step was taken."), processes() as procs:
         return run(task, procs)
 
 
-def run(task: Task, procs: Processes) -> int:
-    """Begins or continues a run and trains to its end; every process calls it. Returns the exit code."""
-    config = task.config
+def run(task: NewRun | ResumedRun, procs: Processes) -> int:
+    """Begin or resume a run and train to its end. Every rank calls it. Returns the exit code."""
     say = functools.partial(print, flush=True) if procs.is_first else lambda line: None
-    if not task.resume:
+    config, images = task.config, open_images(task.config.model_dump())
+    if isinstance(task, NewRun):
         config = decide_precision(config, procs.device)
-    images = open_images(config.model_dump())
+    config = decide_micro_batch(config, images, procs)
     state = new_state(config, procs.device)
-    metrics = snapshot_metrics(config)
-    evaluation = Evaluation(metrics, Settings(), procs, EqualFiles(images, config.data.mirror))
-    fakes = functools.partial(Generated, labelled=images if config.data.cond else None)
-    if metrics:
-        pictures, photographs = evaluation.estimate(fakes(state.G_ema))
-        first = f", the first ones up to {duration(photographs)} longer" if photographs else ""
-        say(f"the metrics of a snapshot take about {duration(pictures)}{first}")
-    if task.resume:
-        folder = Path(task.resume)
+    evaluate = snapshot_evaluation(config, images, state, procs, say)
+    if isinstance(task, NewRun):
+        report = initialise(state, task.init_from) if task.init_from else []
+        folder = procs.broadcast(new_folder(task, images) if procs.is_first else None)
+        lines = [f"run directory {folder}", f"precision: {config.train.precision}", *report]
+    else:
+        folder = task.folder
         path = procs.broadcast(find_state(folder, say) if procs.is_first else None)
         state.load_state_dict(checkpoint.load(path), procs)
-        say(f"continue {folder} at {state.step * config.train.batch / 1000:g} kimg, from {path.name}")
-    else:
-        report = initialise(state, task.init_from) if task.init_from else []
-        folder = procs.broadcast(new_folder(Path(task.outdir), task.cfg, images, task.desc) if procs.is_first else None)
-        for line in [f"run directory {folder}", f"precision: {config.train.precision}", *report]:
-            say(line)
+        lines = [f"resume {folder} at {state.step * config.train.batch / 1000:g} kimg, from {path.name}"]
+    if task.config.train.batch_gpu == "auto":
+        lines.append(f"micro-batch: {config.train.batch_gpu} images per process, the most that fit into memory")
     if images.has_labels and not config.data.cond:
-        say(f"note: {config.data.path} has labels, and this run ignores them; add --cond to train on them")
+        lines.append(f"note: {config.data.path} has labels, and this run ignores them; set data.cond to train on them")
+    for line in lines:
+        say(line)
     if procs.is_first:
         with atomic_write(folder / "options.yaml") as temporary:
             temporary.write_text(to_yaml(config) + "\n", encoding="utf-8")
-    return train(config, folder, state, images, procs, lambda G, stop: evaluation(fakes(G), stop))
+    return Loop(config, folder, state, images, procs, evaluate).run()
 
 
-def new_folder(outdir: Path, cfg: str, images: ImageArchive, desc: str | None) -> Path:
-    """Makes the next of outdir/00000-cfg-data-desc, 00001-…"""
+def snapshot_evaluation(
+    config: RunConfig, images: ImageArchive, state: TrainState, procs: Processes, say: Callable[[str], None]
+) -> Callable[..., list[dict]]:
+    """Return Loop's `evaluate`, after a trial that raises the UserErrors of measuring and says how long it takes."""
+    metrics = snapshot_metrics(config)
+    evaluation = Evaluation(metrics, Settings(), procs, EqualFiles(images, config.data.mirror))
+    generated = functools.partial(Generated, labelled=images if config.data.cond else None)
+    if metrics:
+        each, first = evaluation.estimate(generated(state.G_ema))
+        longer = f", the first ones up to {duration(first)} longer" if first else ""
+        say(f"the metrics of a snapshot take about {duration(each)}{longer}")
+    return lambda G, stop: evaluation(generated(G), stop)
+
+
+# --- directories -----------------------------------------------------------------------------------------------------
+
+
+def new_folder(new: NewRun, images: ImageArchive) -> Path:
+    """Make the next of outdir/00000-recipe-images-desc, 00001-… Raises UserError."""
     try:
-        outdir.mkdir(parents=True, exist_ok=True)
-        numbers = [int(match[0]) for p in outdir.iterdir() if (match := re.match(r"\d+", p.name))]
-        name = "-".join(filter(None, [f"{max(numbers, default=-1) + 1:05d}", Path(cfg).stem, images.name, desc]))
-        folder = outdir / re.sub(r"[^\w.-]+", "_", name)
+        new.outdir.mkdir(parents=True, exist_ok=True)
+        numbers = [int(match[0]) for p in new.outdir.iterdir() if (match := re.match(r"\d+", p.name))]
+        words = [f"{max(numbers, default=-1) + 1:05d}", Path(new.recipe).stem, images.name, new.desc]
+        folder = new.outdir / re.sub(r"[^\w.-]+", "_", "-".join(filter(None, words)))
         folder.mkdir()
     except OSError as error:
         raise UserError(
-            f"cannot make a run directory in {outdir}: {error.strerror}; choose another --outdir"
+            f"cannot make a run directory in {new.outdir}: {error.strerror}; choose another folder for runs"
         ) from error
     return folder
+
+
+def find_state(folder: Path, say: Callable[[str], None]) -> Path:
+    """Return the newest intact state in a run directory, and name the broken ones before it. Raises UserError."""
+    paths = checkpoint.found(folder)
+    for path in paths:
+        try:
+            checkpoint.load(path)
+            return path
+        except UserError as error:
+            say(f"passed over: {error}")
+    if paths:
+        raise UserError(f"no training state in {folder} is intact; begin a new run from a snapshot instead")
+    raise UserError(f"{folder} holds no training-state-*.pt to resume from; give the directory of a run")

@@ -1,0 +1,123 @@
+"""The phases of a training step, as in StyleGAN2-ADA: each is a term of the loss with its own update of one network.
+
+A loss yields one scalar per micro-batch, and their gradients add up to those of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from training import losses
+from training.config import LossConfig
+
+if TYPE_CHECKING:
+    from training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Every `interval` steps, an update of `network` by the gradient of `loss`."""
+
+    network: Literal["G", "D"]
+    term: str
+    interval: int
+    loss: Callable[[Trainer, Tensor, Tensor], Iterator[Tensor]]
+
+    def __str__(self) -> str:
+        return f"{self.network} {self.term}"  # the key of bad_steps in training states
+
+
+def phases(config: LossConfig) -> list[Phase]:
+    """List the phases in the order of a step."""
+    path_length = [Phase("G", "path length", config.pl_interval, path_length_loss)] if config.pl_weight else []
+    r1 = [Phase("D", "R1", config.r1_interval, r1_loss)] if config.r1_gamma else []
+    return [Phase("G", "loss", 1, generator_loss), *path_length, Phase("D", "loss", 1, discriminator_loss), *r1]
+
+
+def generator_loss(trainer: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
+    """Yield the adversarial loss of G. w_avg tracks the mean style of the batch."""
+    t, G, D = trainer, trainer.state.G, trainer.state.D
+    z, labels = t.sample_latents("generator", t.batch)
+    augmentations = t.sample_augmentations("generator")
+    average = 0
+    for part in t.parts:
+        with t.autocast():
+            ws = G.mapping(z[part], labels[part])
+            logits = D(augmentations[part].apply(G.synthesis(ws)), labels[part])
+        loss = t.adversarial.G(logits)
+        average = average + ws[:, 0].detach().mean(dim=0) / len(t.parts)
+        t.state.stats.report("Loss/G/loss", loss)
+        yield loss.mean() / len(t.parts)
+    w_avg = G.mapping.w_avg
+    t.move(w_avg, w_avg.lerp(t.procs.mean_(average), 1 - t.config.train.w_avg_decay))
+
+
+def path_length_loss(trainer: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
+    """Yield the path length penalty on half a batch, as in the released code (StyleGAN2, section 3.2)."""
+    t, s, config = trainer, trainer.state, trainer.config.loss
+    count = max(t.batch // 2, t.procs.world)
+    parts = [part for part in t.parts if range(count)[part]]  # half of an odd batch leaves the last ones empty
+    z, labels = t.sample_latents("path", count)
+
+    def measure(part: slice) -> Tensor:
+        noise = t.sample_path_noise(range(count)[part])
+        return losses.path_lengths(t.synthesise, s.G.mapping(z[part], labels[part]), noise)
+
+    # The penalty compares each length with a mean over the whole batch. With several micro-batches, the lengths are
+    # measured first and computed again one micro-batch at a time, so that only one graph is ever held.
+    whole = measure(parts[0]) if len(parts) == 1 else None
+    lengths = torch.zeros(count, device=t.procs.device, dtype=t.dtype)
+    for part in parts:
+        lengths[part] = (measure(part) if whole is None else whole).detach()
+    t.procs.sum_(lengths).requires_grad_()
+    penalty, mean = losses.path_penalty(lengths, s.pl_mean, config.pl_decay)
+    (slopes,) = torch.autograd.grad(penalty.mean() * (config.pl_weight * config.pl_interval), lengths)
+    s.stats.report("Loss/path_length/penalty", penalty[t.own])
+    s.stats.report("Loss/path_length/length", lengths[t.own])
+    for part in parts:
+        # The mean of the gradients over the processes divides by their number.
+        yield ((measure(part) if whole is None else whole) * (slopes[part] * t.procs.world)).sum()
+    t.move(s.pl_mean, mean)
+
+
+def discriminator_loss(trainer: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
+    """Yield the adversarial loss of D. Reports what it says of real and generated images."""
+    t, s = trainer, trainer.state
+    z, labels = t.sample_latents("critic", t.batch)
+    of_fake, of_real = t.sample_augmentations("critic"), t.sample_augmentations("critic real")
+    for part, (x, x_c) in zip(t.parts, t.split(real, c), strict=True):
+        with t.autocast():
+            with torch.no_grad():
+                fake = s.G(z[part], labels[part])
+            both = torch.cat([of_fake[part].apply(fake), of_real[part].apply(x)])
+            fake_logits, real_logits = s.D(both, torch.cat([labels[part], x_c]), batches=2).chunk(2)
+        loss = t.adversarial.D(real_logits, fake_logits)
+        s.signs += torch.stack([real_logits.detach().sign().sum(), real_logits.new_full((), real_logits.numel())])
+        s.stats.report("Loss/D/loss", loss)
+        s.stats.report("Loss/scores/fake", fake_logits)
+        s.stats.report("Loss/scores/real", real_logits)
+        s.stats.report("Loss/signs/real", real_logits.sign())
+        if len(x) > 1:
+            s.stats.report("Spread/fake", fake.var(dim=0))
+            s.stats.report("Spread/real", x.var(dim=0))
+        yield loss.mean() / len(t.parts)
+
+
+def r1_loss(trainer: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
+    """Yield γ/2 · R1 of real images, times its interval."""
+    t, config = trainer, trainer.config.loss
+    augmentations = t.sample_augmentations("r1")
+    for part, (x, x_c) in zip(t.parts, t.split(real, c), strict=True):
+
+        def judge(x: Tensor, part: slice = part, x_c: Tensor = x_c) -> Tensor:
+            with t.autocast():
+                return t.state.D.regularised(augmentations[part].apply(x), x_c)
+
+        penalty = losses.r1(judge, x)
+        t.state.stats.report("Loss/r1_penalty", penalty)
+        yield penalty.mean() * (config.r1_gamma / 2 * config.r1_interval / len(t.parts))

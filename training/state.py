@@ -1,0 +1,139 @@
+"""The state of a run that a crash must not lose: made new, begun from other weights, saved and restored."""
+
+import copy
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dnnlib.console import UserError
+from torch_utils import checkpoint
+from torch_utils.distributed import Processes
+from torch_utils.stats import Stats
+from training.config import OptimConfig, RunConfig
+from training.networks import Generator, build_discriminator
+from training.networks.layers import compute_with
+from training.networks.released import load_released
+from training.phases import Phase, phases
+from training.snapshot import load_generator
+
+
+@dataclass
+class TrainState:
+    """What a crash must not lose. All fields are saved and restored, and nothing else is."""
+
+    G: Generator
+    D: nn.Module
+    G_ema: Generator
+    G_opt: torch.optim.Adam
+    D_opt: torch.optim.Adam
+    augment_p: float
+    step: int = 0
+    pl_mean: Tensor = field(default_factory=lambda: torch.zeros([]))
+    signs: Tensor = field(
+        default_factory=lambda: torch.zeros(2)
+    )  # sum and count of sign(D(real)) since the last adjustment
+    bad_steps: dict[str, Tensor] = field(default_factory=dict)  # of each phase: non-finite gradients in a row
+    stats: Stats = field(default_factory=Stats)  # since the last report
+    seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "tick": 0.0, "data": 0.0})
+    written: dict[str, int] = field(default_factory=dict)  # bytes of each log that belong to the steps so far
+
+    def state_dict(self) -> dict:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in values.items()}
+
+    def load_state_dict(self, saved: dict, procs: Processes) -> None:
+        """Restore every field. Raises UserError when `saved` belongs to other networks."""
+        try:
+            for name in (field.name for field in fields(self)):
+                own, value = getattr(self, name), saved[name]
+                if hasattr(own, "load_state_dict"):
+                    own.load_state_dict(value)
+                else:
+                    setattr(self, name, value.to(procs.device) if isinstance(value, Tensor) else value)
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(f"the training state does not fit the networks in options.yaml ({reason})") from error
+        if not procs.is_first:
+            self._zero_sums()
+
+    def gather_sums(self, procs: Processes) -> None:
+        """Move the sums of all ranks to rank 0, whose state then holds all of them. Every rank calls it."""
+        procs.sum_(self.signs)
+        for name in sorted(self.stats.moments):
+            procs.sum_(self.stats.moments[name])
+        if not procs.is_first:
+            self._zero_sums()
+
+    def _zero_sums(self) -> None:
+        self.signs.zero_()
+        for moments in self.stats.moments.values():
+            moments.zero_()
+
+
+def new_state(config: RunConfig, device: torch.device) -> TrainState:
+    """Build the state before the first step: a function of the config alone, equal on every rank."""
+    dtype = torch.float64 if config.train.precision == "float64" else torch.float32
+    # Sampled on the CPU, so that a GPU starts from the same weights; the caller's random state is left alone.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        G, D = Generator(config.G).to(device, dtype), build_discriminator(config.D).to(device, dtype)
+    for network in (G, D):
+        compute_with(network, config.train.impl, config.train.recompute)
+    steps = phases(config.loss)
+    return TrainState(
+        G=G,
+        D=D,
+        G_ema=copy.deepcopy(G).eval().requires_grad_(False),
+        G_opt=_adam(G, config.optim.g_lr, config.optim, [phase for phase in steps if phase.network == "G"]),
+        D_opt=_adam(D, config.optim.d_lr, config.optim, [phase for phase in steps if phase.network == "D"]),
+        augment_p=0.0 if config.augment.mode == "none" else config.augment.p,
+        pl_mean=torch.zeros([], device=device, dtype=dtype),
+        signs=torch.zeros(2, device=device, dtype=torch.float64),
+        stats=Stats(device),
+    )
+
+
+def _adam(network: nn.Module, lr: float, optim: OptimConfig, phases: list[Phase]) -> torch.optim.Adam:
+    # Lazy terms add updates: steps per update, k/(k+1) with one term every k steps, slow the rate and the decays to
+    # balance (StyleGAN2, appendix B).
+    cycle = math.lcm(*(phase.interval for phase in phases))
+    share = cycle / sum(cycle // phase.interval for phase in phases)
+    betas = (float(optim.beta1**share), float(optim.beta2**share))
+    return torch.optim.Adam(network.parameters(), lr=lr * share, betas=betas, eps=optim.eps, fused=True)
+
+
+def initialise(state: TrainState, path: Path) -> list[str]:
+    """Give `state` the weights in a snapshot (G and its EMA), or in a training state or released .pkl (D as well).
+
+    Tensors of the same name and shape are taken. Returns a report, line by line; raises UserError when nothing fits.
+    """
+    if path.suffix == ".pt":
+        saved = checkpoint.load(path)
+        sources = {name: saved.get(name, {}) for name in ("G", "G_ema", "D")}
+    elif path.suffix == ".pkl":
+        networks = load_released(path)
+        sources = {name: network.state_dict() for name, network in ({"G": networks["G_ema"]} | networks).items()}
+    else:
+        weights = load_generator(path).state_dict()
+        sources = {"G": weights, "G_ema": weights}
+    report, taken = [], 0
+    for name, tensors in sources.items():
+        own = getattr(state, name).state_dict()
+        fits = [n for n in own if n in tensors and tensors[n].shape == own[n].shape]
+        for n in fits:
+            own[n].copy_(tensors[n])
+        fresh, left = [n for n in own if n not in fits], [n for n in tensors if n not in fits]
+        taken += len(fits)
+        report.append(
+            f"{name}: {len(fits)} of {len(own)} tensors from {path}"
+            + (f"; fresh: {', '.join(fresh)}" if fresh else "")
+            + (f"; not taken: {', '.join(left)}" if left else "")
+        )
+    if not taken:
+        raise UserError(f"nothing in {path} fits these networks; compare its sizes with G and D of the config")
+    if "D" not in sources:
+        report.append(f"D: begins from new weights, because {path} holds none")
+    return report
