@@ -24,6 +24,7 @@ from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from torch_utils.command import command
 from torch_utils.distributed import processes
+from torch_utils.precision import multiplies_bfloat16_fast
 from training.config import resolve
 from training.data import ImageArchive
 from training.state import new_state
@@ -42,6 +43,8 @@ def phases(folder: str, name: str, batch: int, rounds: int) -> dict:
     config = resolve(merge(fixed, (SETTINGS | EAGER)[name]), images, "this benchmark")
     with processes() as procs:
         device = procs.device
+        half = gpu and multiplies_bfloat16_fast(device)
+        config = config.with_train(precision="bfloat16" if half else "float32")
         trainer = Trainer(config, new_state(config, device), images, procs)
         real = torch.stack([images[i][0] for i in range(batch)]).to(device, trainer.dtype) / 127.5 - 1
         c = torch.zeros(batch, 0, device=device)

@@ -36,36 +36,29 @@ def one_image(folder: Path, size: int) -> ImageArchive:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_builds_networks_of_its_size(path, tmp_path):
-    settings = read_recipe(str(path))
-    size = settings.get("G", {}).get("img_resolution", 64)
-    images = one_image(tmp_path / "images", size)
-    config = resolve(merge(settings, nested("data.path", str(tmp_path / "images"))), images, path.name)
-    assert config.micro_batch(1) >= 1
+def test_every_recipe_builds_networks_of_its_size_refuses_others_and_survives_its_yaml(path, tmp_path):
+    size = read_recipe(str(path)).get("G", {}).get("img_resolution")
+    settings = merge(read_recipe(str(path)), {"data": {"path": "a ünusual: name #1"}, "metrics": ["x", "y"]})
+    config = resolve(settings, one_image(tmp_path / "images", size or 64), path.name)
+    assert config.micro_batch(1) == config.train.batch
     with torch.device("meta"):
         G, D = Generator(config.G), build_discriminator(config.D)
-        picture = G(torch.empty(4, config.G.z_dim))
-        assert picture.shape == (4, 3, size, size)
-        assert D(picture).shape == (4, 8 if config.D.kind == "projected" else 1)
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_for_one_size_refuses_another(path, tmp_path):
-    settings = read_recipe(str(path))
-    size = settings.get("G", {}).get("img_resolution")
-    settings = merge(settings, nested("data.path", str(tmp_path)))
-    images = one_image(tmp_path, 2 * (size or 64))
-    if size is None:
-        assert resolve(settings, images, path.name).G.img_shape == (128, 128)
-    else:
+        image = G(torch.empty(4, config.G.z_dim))
+        assert image.shape == (4, 3, size or 64, size or 64)
+        assert D(image).shape == (4, 8 if config.D.kind == "projected" else 1)
+    assert build(RunConfig, yaml.safe_load(to_yaml(config)), "options.yaml") == config
+    for part in ("optim", "augment"):
+        defaults = RunConfig.model_fields[part].default.model_dump()
+        for key, value in settings.get(part, {}).items():
+            assert value != defaults[key], f"{part}.{key}={value} is the default"
+    if size:
         with pytest.raises(UserError, match=f"for images of {size}x{size}, .*{2 * size}x{2 * size}"):
-            resolve(settings, images, path.name)
+            resolve(settings, one_image(tmp_path / "images", 2 * size), path.name)
 
 
 @pytest.mark.parametrize(
     ("G", "D", "expected"),
     [
-        ({}, {}, ("auto", "pixels")),
         ({"recompute": "all", "impl": "reference"}, {"recompute": "none"}, ("reference", "all")),
         ({"recompute": "none"}, {"recompute": "images", "impl": "auto"}, ("auto", "all")),
     ],
@@ -89,15 +82,6 @@ def test_a_recipe_changes_that_of_its_base(tmp_path):
     (tmp_path / "b.yaml").write_text("base: ffhq1288")
     with pytest.raises(UserError, match=r"base: ffhq1288 in .*b.yaml: .*did you mean ffhq128"):
         read_recipe(str(tmp_path / "a.yaml"))
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_holds_only_what_differs_from_the_defaults(path, tmp_path):
-    settings = read_recipe(str(path))
-    for part in ("optim", "augment"):
-        defaults = RunConfig.model_fields[part].default.model_dump()
-        for key, value in settings.get(part, {}).items():
-            assert value != defaults[key], f"{part}.{key}={value} is the default"
 
 
 # --- defaults --------------------------------------------------------------------------------------------------------
@@ -189,17 +173,12 @@ class Outer(Config):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"iner": {}}, "there is no setting iner; did you mean inner?"),
         ({"inner": {"widht": 2}}, "there is no setting inner.widht; did you mean width?"),
-        ({"inner": {"zzzz": 2}}, "there is no setting inner.zzzz; known are width, rate"),
         ({"inner": {"width": 0}}, "inner.width=0: input should be greater than or equal to 1"),
         ({"inner": {"width": "x"}}, "inner.width='x': input should be a valid integer"),
         ({"inner": {"rate": math.nan}}, "inner.rate=nan"),
-        ({"inner": {"rate": math.inf}}, "inner.rate=inf"),
-        ({"inner": None}, "inner=None"),
+        ({"inner": {"width": 0}, "names": "abc"}, "inner.width=0"),
         ({"names": "abc"}, "names='abc'"),
-        ({"names": [1]}, "names.0=1"),
-        ({1: 2}, "1"),
         ({"inner": {1: 2}}, "1"),
     ],
     ids=str,
@@ -210,11 +189,6 @@ def test_a_setting_that_makes_no_sense_is_named(settings, words):
     assert str(error.value).startswith("somewhere: ")
     assert words in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_every_mistake_is_named_at_once():
-    with pytest.raises(UserError, match=r"inner\.width=0.*inner\.rate='x'"):
-        build(Outer, {"inner": {"width": 0, "rate": "x"}}, "here")
 
 
 def test_a_config_cannot_be_changed():
@@ -228,9 +202,7 @@ def test_a_config_cannot_be_changed():
     ("text", "words"),
     [
         (b"- a\n", "not list"),
-        (b"word", "not str"),
         (b"a: [", "not valid YAML"),
-        (b"\xff\xfe\x00", "not valid YAML"),
         (b"a: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
@@ -253,24 +225,20 @@ def test_a_missing_file_is_refused_and_an_empty_one_is_no_settings(tmp_path):
 # --- -o and merging --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("assignment", "settings"),
-    [
-        ("a=1", {"a": 1}),
-        ("a.b.c=1.5", {"a": {"b": {"c": 1.5}}}),
-        ("a.b=true", {"a": {"b": True}}),
-        ("a.b=", {"a": {"b": None}}),
-        ("a.b=null", {"a": {"b": None}}),
-        ("a.b=x=y", {"a": {"b": "x=y"}}),
-        ("a=[1, two]", {"a": [1, "two"]}),
-        ("a='1'", {"a": "1"}),
-    ],
-)
-def test_an_override_is_a_dotted_key_and_a_yaml_value(assignment, settings):
-    assert override(assignment) == settings
+def test_an_override_is_a_dotted_key_and_a_yaml_value():
+    read = {
+        "a=1": {"a": 1},
+        "a.b.c=1.5": {"a": {"b": {"c": 1.5}}},
+        "a.b=true": {"a": {"b": True}},
+        "a.b=": {"a": {"b": None}},
+        "a.b=x=y": {"a": {"b": "x=y"}},
+        "a=[1, two]": {"a": [1, "two"]},
+        "a='1'": {"a": "1"},
+    }
+    assert {assignment: override(assignment) for assignment in read} == read
 
 
-@pytest.mark.parametrize("assignment", ["", "a", "=1", ".a=1", "a.=1", "a..b=1", "a b=1", "a=[", "a-b=1", "a=!!x y"])
+@pytest.mark.parametrize("assignment", ["", "a", "=1", "a..b=1", "a b=1", "a=[", "a=!!x y"])
 def test_an_override_that_cannot_be_read_is_named(assignment):
     with pytest.raises(UserError) as error:
         override(assignment)
@@ -306,15 +274,6 @@ def test_the_nearest_word_is_suggested_or_all_are_listed():
 
 
 # --- round trip ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_yaml_of_a_run_builds_the_same_run(path, tmp_path):
-    settings = merge(read_recipe(str(path)), {"data": {"path": "a ünusual: name #1"}, "metrics": ["x", "y"]})
-    images = one_image(tmp_path / "images", settings.get("G", {}).get("img_resolution", 16))
-    config = resolve(settings, images, "x")
-    assert build(RunConfig, yaml.safe_load(to_yaml(config)), "options.yaml") == config
-    assert RunConfig.model_validate_json(config.model_dump_json()) == config
 
 
 @given(st.floats(1e-12, 1e12), st.floats(1e-12, 1e12))

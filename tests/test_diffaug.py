@@ -21,15 +21,15 @@ def test_no_policy_changes_nothing():
     assert torch.equal(sample((), 4, x.shape[2:], random()).apply(x), x)
 
 
-def test_a_part_of_the_draws_is_the_draws_of_that_part():
-    x, draws = images(6), sample(ALL, 6, (16, 24), random())
-    whole = draws.apply(x)
+def test_a_part_of_the_samples_transforms_a_part_of_the_images():
+    x, samples = images(6), sample(ALL, 6, (16, 24), random())
+    whole = samples.apply(x)
     for rank in range(2):
-        assert torch.equal(draws[rank::2].apply(x[rank::2]), whole[rank::2])
+        assert torch.equal(samples[rank::2].apply(x[rank::2]), whole[rank::2])
 
 
 @pytest.mark.parametrize("policy", [("translation",), ("cutout",), ALL])
-def test_it_is_the_same_whatever_the_policy_draws_besides(policy):
+def test_it_is_the_same_whatever_else_the_policy_does(policy):
     """So that a policy can change without changing what another part does."""
     every, some = sample(ALL, 5, (16, 24), random()), sample(policy, 5, (16, 24), random())
     if "translation" in policy:
@@ -40,10 +40,10 @@ def test_it_is_the_same_whatever_the_policy_draws_besides(policy):
 
 def test_translation_moves_pixels_by_at_most_an_eighth_and_brings_in_zeros():
     x = images(200)
-    draws = sample(("translation",), 200, (16, 24), random())
-    assert draws.shift.abs().amax(dim=0).tolist() == [2, 3]
-    moved = draws.apply(x)
-    for n, (down, right) in enumerate(draws.shift.tolist()):
+    samples = sample(("translation",), 200, (16, 24), random())
+    assert samples.shift.abs().amax(dim=0).tolist() == [2, 3]
+    moved = samples.apply(x)
+    for n, (down, right) in enumerate(samples.shift.tolist()):
         expected = torch.zeros_like(x[n])
         for i in range(16):
             for j in range(24):
@@ -76,6 +76,6 @@ def test_colour_is_its_formula_and_leaves_alpha_alone():
 
 def test_gradients_reach_every_pixel_that_is_seen():
     x = images(3).requires_grad_()
-    draws = sample(("translation", "cutout"), 3, (16, 24), random())
-    draws.apply(x).sum().backward()
-    assert torch.equal(x.grad.sum(dim=(1, 2, 3)), draws.apply(torch.ones_like(x)).sum(dim=(1, 2, 3)))
+    samples = sample(("translation", "cutout"), 3, (16, 24), random())
+    samples.apply(x).sum().backward()
+    assert torch.equal(x.grad.sum(dim=(1, 2, 3)), samples.apply(torch.ones_like(x)).sum(dim=(1, 2, 3)))

@@ -381,7 +381,7 @@ def test_a_wrong_conversion_is_a_sentence(released, tmp_path, source, dest, word
 
 # Options besides --network --seeds=0 --outdir=out (an empty one is left out) -> a word of the sentence.
 WRONG = {
-    "--network=": "is no file",
+    "--network=": "is not a file",
     "--network=missing.safetensors": "does not exist",
     "--network=broken": "broken.safetensors",
     "--seeds=": "--seeds is missing",

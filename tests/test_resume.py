@@ -1,5 +1,6 @@
 """Laws of continuation: a run that was killed, stopped or damaged and then continued is the run that never was."""
 
+import io
 import json
 import os
 import random
@@ -27,11 +28,8 @@ from training.state import new_state
 VOLATILE = ("Timing/", "Resources/", "timestamp")
 PROJECTED = ("D.kind=projected", "D.feature_size=64", "loss.kind=hinge", "augment.mode=diffaug", "D.mbstd_group=2")
 VARIANTS = {
-    "plain": (),
-    "ada": ("--aug", "ada", "--p", 0.4, "-o", "augment.kimg=0.2"),
-    "labels and mirror": ("--cond", "--mirror", "--aug", "fixed", "--p", 0.5),
-    "accumulation": ("--batch-gpu", 4, "--aug", "ada", "-o", "augment.kimg=0.1"),
-    "no lazy terms": ("--gamma", 0, "-o", "loss.pl_weight=0"),
+    "labels, mirror, micro-batches": ("--cond", "--mirror", "--batch-gpu", 4, "--aug", "fixed", "--p", 0.5),
+    "ada without lazy phases": ("--aug", "ada", "-o", "augment.kimg=0.1", "--gamma", 0, "-o", "loss.pl_weight=0"),
     "projected": ("--cond", *(x for o in PROJECTED for x in ("-o", o))),
 }
 
@@ -88,7 +86,7 @@ def same_run(continued: Path, unbroken: Path):
 
 
 class PlugPuller(ImageArchive):
-    """Images of which reading the `fatal`-th raises a signal, as an operator would: training step by step."""
+    """Images of which reading the `fatal`-th raises a signal."""
 
     fatal = None
     number = signal.SIGTERM
@@ -102,7 +100,7 @@ class PlugPuller(ImageArchive):
 
 
 def interrupted(folder: Path, config: RunConfig, steps: int, number=signal.SIGTERM) -> int:
-    """Trains in `folder`, continuing what is there, and is interrupted in the `steps`-th step from now."""
+    """Train in `folder`, resuming what is there, until interrupted in the `steps`-th step from now."""
     images = PlugPuller(config.data.path, use_labels=config.data.cond, mirror=config.data.mirror)
     procs = Processes(0, 1, torch.device("cpu"))
     state = new_state(config, procs.device)
@@ -126,9 +124,9 @@ def fresh(folder: Path, unbroken: Path) -> tuple[Path, RunConfig]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_run_interrupted_at_any_step_and_continued_is_the_unbroken_run(tiny, variant):
+def test_a_run_interrupted_and_continued_is_the_unbroken_run_whatever_its_settings(tiny, variant):
     unbroken = tiny.run(*VARIANTS[variant], data=tiny.labelled)
-    for steps in range(1, 7) if variant == "ada" else (1, 4, 5):
+    for steps in (1, 4, 5):
         folder, config = fresh(tiny.folder / f"stopped-{steps}", unbroken)
         assert interrupted(folder, config, steps) == 128 + signal.SIGTERM
         assert checkpoint.load(checkpoint.found(folder)[0])["step"] == steps
@@ -183,7 +181,7 @@ def test_lines_written_after_the_state_are_not_doubled(tiny):
     same_run(folder, unbroken)
 
 
-def test_what_a_state_says_was_written_is_what_was_written(tiny):
+def test_a_state_counts_the_bytes_written_before_it(tiny):
     unbroken = tiny.run()
     folder, config = fresh(tiny.folder / "stopped", unbroken)
     interrupted(folder, config, 3)
@@ -271,11 +269,17 @@ def stopped(tiny):
 
 DAMAGE = {
     "truncated": lambda data: data[: len(data) // 2],
-    "empty": lambda data: b"",
-    "garbage": lambda data: bytes(range(256)) * 40,
     "a stray pickle": lambda data: b"0" + data[:20],
     "its end is missing": lambda data: data[:-1],
+    "a bit is flipped": lambda data: flip_a_bit_of_the_largest_entry(data),
 }
+
+
+def flip_a_bit_of_the_largest_entry(data: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        tensor = archive.read(max(archive.infolist(), key=lambda entry: entry.file_size))
+    place = data.index(tensor) + len(tensor) // 2
+    return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -290,32 +294,18 @@ def test_a_broken_newest_state_is_named_and_the_one_before_is_used(tiny, stopped
     same_run(folder, unbroken)
 
 
-def test_a_state_with_a_flipped_bit_is_broken(tiny, stopped):
-    unbroken, folder = stopped
-    newest, before = checkpoint.found(folder)
-    data = bytearray(newest.read_bytes())
-    with zipfile.ZipFile(newest) as archive:
-        tensor = archive.read(max(archive.infolist(), key=lambda entry: entry.file_size))
-    data[data.index(tensor) + len(tensor) // 2] ^= 4
-    newest.write_bytes(data)
-    result = tiny.call("--resume", folder)
-    assert f"from {before.name}" in result.output
-    same_run(folder, unbroken)
-
-
 def test_broken_bytes_are_always_a_sentence(tmp_path):
     path = tmp_path / "training-state-1.pt"
     dice = random.Random(0)
-    for i in range(300):
+    for i in range(100):
         path.write_bytes((b"\x80\x02" if i % 2 else b"") + dice.randbytes(dice.randrange(1, 60)))
         with pytest.raises(ValueError, match="is not an intact training state"):
             checkpoint.load(path)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {}, {"G": 3}], ids=str)
-def test_a_file_of_torch_that_is_no_state_is_a_sentence(tiny, stopped, content):
+def test_files_of_torch_that_are_not_states_are_a_sentence(tiny, stopped):
     _, folder = stopped
-    for path in checkpoint.found(folder):
+    for path, content in zip(checkpoint.found(folder), ([1, 2], {"G": 3}), strict=True):
         torch.save(content, path)
     result = tiny.call("--resume", folder)
     assert result.exit_code == 2, result.exception
@@ -329,7 +319,7 @@ def test_when_all_states_are_broken_the_run_ends_with_a_sentence_and_nothing_is_
     before = {p: p.read_bytes() for p in folder.iterdir()}
     result = tiny.call("--resume", folder)
     assert result.exit_code == 2
-    assert re.search(r"Error: no training state in .* is intact; .*--init-from", result.output)
+    assert re.search(r"Error: no training state in .* is intact; ", result.output)
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
 
 
@@ -386,11 +376,3 @@ def test_a_longer_run_is_a_shorter_one_continued(tiny):
     assert stats(shorter) == stats(longer)
     settings = merge(read_yaml(longer / "options.yaml"), {})
     assert read_yaml(shorter / "options.yaml") == settings
-
-
-def test_two_equal_runs_write_equal_snapshots_byte_for_byte(tiny):
-    a, b = tiny.run(), tiny.run()
-    for i in range(3):
-        name = "network-snapshot-000000.safetensors"
-        assert (a / name).read_bytes() == (b / name).read_bytes(), f"comparison {i}"
-        b = tiny.run()

@@ -1,4 +1,4 @@
-"""Laws of snapshots: what was saved is loaded, and a file that is no snapshot is one sentence."""
+"""Laws of snapshots: what was saved is loaded, and anything else is one sentence."""
 
 import json
 import resource
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dnnlib.console import UserError
 from training.networks import Generator, GeneratorConfig
 from training.networks.layers import Layer, compute_with
-from training.snapshot import FORMAT, load_generator, save_generator
+from training.snapshot import load_generator, save_generator
 
 SETTINGS = {
     "img_resolution": 16,
@@ -38,7 +38,7 @@ def generator_of(**settings) -> Generator:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"c_dim": 3}, {"img_channels": 1}, {"architecture": "orig"}, {"decoders": False}, {"coords": "centers"}],
+    [{"c_dim": 3, "img_channels": 1, "architecture": "orig"}, {"decoders": False, "coords": "centers"}],
     ids=str,
 )
 def test_a_generator_loaded_is_the_generator_saved(tmp_path, settings):
@@ -94,7 +94,7 @@ def test_a_file_goes_before_a_name_and_a_name_before_a_folder(models, tmp_path, 
         load_generator(f"../{models.name}/letters")  # names are bare
 
 
-# --- files that are no snapshots -------------------------------------------------------------------------------------
+# --- other files -------------------------------------------------------------------------------------
 
 
 def rewrite(path: Path, change) -> None:
@@ -128,23 +128,15 @@ def truncate(share: float):
 
 HARM = {
     "empty": (lambda path: path.write_bytes(b""), "is not an intact safetensors file"),
-    "garbage": (lambda path: path.write_bytes(b"\xff" * 999), "is not an intact safetensors file"),
-    "truncated in its header": (truncate(0.1), "is not an intact safetensors file"),
     "truncated in its tensors": (truncate(0.9), "is not an intact safetensors file"),
     "longer than its header says": (lambda path: path.open("ab").write(b"x" * 9), "is not an intact safetensors file"),
-    "a picture": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 99), "is not an intact safetensors"),
-    "other tensors": (lambda path: save_file({"a": torch.ones(3)}, path), "no CREPS generator"),
     "a network of another project": (
         lambda path: save_file({"a": torch.ones(3)}, path, {"format": "pt"}),
-        "no CREPS generator",
+        "not hold a CREPS generator",
     ),
     "a tensor is missing": (
         lambda path: rewrite(path, lambda t, m: t.pop("mapping.w_avg")),
         "do not fit its config: mapping.w_avg",
-    ),
-    "a tensor is extra": (
-        lambda path: rewrite(path, lambda t, m: t.update(extra=torch.ones(1))),
-        "do not fit its config: extra",
     ),
     "a tensor has another shape": (
         lambda path: rewrite(path, lambda t, m: t.update({"mapping.w_avg": torch.ones(9)})),
@@ -154,7 +146,6 @@ HARM = {
     "its config has an unknown key": (lambda path: rewrite(path, with_config(w_dmi=8)), "did you mean w_dim"),
     "its config has a wrong value": (lambda path: rewrite(path, with_config(z_dim=-1)), "z_dim=-1"),
     "its config is no JSON": (lambda path: rewrite(path, with_header("{")), "config"),
-    "its config is a list": (lambda path: rewrite(path, with_header("[]")), "config"),
     "its config asks for a vast network": (
         lambda path: rewrite(path, with_config(w_dim=10**12)),
         "do not fit its config",
@@ -167,12 +158,11 @@ HARM = {
         lambda path: rewrite(path, with_config(mapping_layers=10**9)),
         "mapping_layers=1000000000",
     ),
-    "its config asks for an endless depth": (lambda path: rewrite(path, with_config(depth=10**9)), "depth=1000000000"),
 }
 
 
 @pytest.mark.parametrize(("harm", "words"), HARM.values(), ids=HARM)
-def test_a_file_that_is_no_snapshot_is_one_sentence(tmp_path, harm, words):
+def test_another_file_is_one_sentence(tmp_path, harm, words):
     path = tmp_path / "network.safetensors"
     save_generator(generator_of(), path)
     harm(path)
@@ -183,19 +173,17 @@ def test_a_file_that_is_no_snapshot_is_one_sentence(tmp_path, harm, words):
 
 
 @pytest.mark.parametrize("name", ["missing.safetensors", "missing.pkl", "."])
-def test_what_is_no_file_is_one_sentence(tmp_path, name):
-    with pytest.raises(UserError, match=r"does not exist|is a folder|is a directory|no file"):
+def test_what_is_not_a_file_is_one_sentence(tmp_path, name):
+    with pytest.raises(UserError, match=r"does not exist|is not a file"):
         load_generator(tmp_path / name)
 
 
-def test_a_half_precision_copy_is_loaded_or_refused_but_not_mixed(tmp_path):
+def test_a_half_precision_copy_computes_in_float32(tmp_path):
     path = tmp_path / "network.safetensors"
     save_generator(generator_of(), path)
     rewrite(path, lambda tensors, _: tensors.update({n: t.half() for n, t in tensors.items()}))
-    try:
-        loaded = load_generator(path)
-    except UserError:
-        return
+    loaded = load_generator(path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert loaded(torch.randn(1, 8)).isfinite().all()
 
 
@@ -229,11 +217,6 @@ def test_when_the_disk_is_full_the_old_snapshot_stays_and_nothing_half_written(t
     assert done.returncode != 0
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-def test_the_format_is_named(tmp_path):
-    save_generator(generator_of(), tmp_path / "x.safetensors")
-    assert FORMAT.encode() in (tmp_path / "x.safetensors").read_bytes()[:4096]
 
 
 def test_how_a_generator_was_computed_is_not_saved(tmp_path):

@@ -44,12 +44,12 @@ def prepare(tiny, **settings):
 
 
 def batch_of(images, step: int, size: int):
-    pictures, labels = zip(*(images[(step * size + i) % len(images)] for i in range(size)), strict=True)
-    return torch.stack(pictures), torch.stack(labels)
+    real, labels = zip(*(images[(step * size + i) % len(images)] for i in range(size)), strict=True)
+    return torch.stack(real), torch.stack(labels)
 
 
 class Straightforward:
-    """The four phases of StyleGAN2-ADA with CREPS' schedule, without rounds, processes or statistics."""
+    """The four phases of StyleGAN2-ADA with CREPS' schedule, without micro-batches, processes or statistics."""
 
     def __init__(self, config, images, state):
         self.config, self.images = config, images
@@ -149,17 +149,22 @@ class Straightforward:
 
 
 SETTINGS = {
-    "plain": {},
-    "labels, mirror, fixed augmentation": {
+    "labels, mirror, fixed augmentation, micro-batches": {
         "data__cond": True,
         "data__mirror": True,
         "augment__mode": "fixed",
         "augment__p": 0.6,
+        "train__batch_gpu": 4,
     },
     "ada from a half": {"augment__mode": "ada", "augment__p": 0.5, "augment__kimg": 0.2, "augment__target": 0.0},
-    "ada down to nothing": {"augment__mode": "ada", "augment__p": 0.1, "augment__kimg": 0.1, "augment__target": 1.0},
-    "accumulated": {"train__batch_gpu": 4, "augment__mode": "fixed", "augment__p": 0.3},
-    "no lazy terms": {"loss__r1_gamma": 0.0, "loss__pl_weight": 0.0},
+    "ada down to nothing, no lazy phases": {
+        "augment__mode": "ada",
+        "augment__p": 0.1,
+        "augment__kimg": 0.1,
+        "augment__target": 1.0,
+        "loss__r1_gamma": 0.0,
+        "loss__pl_weight": 0.0,
+    },
     "other rates": {
         "optim__g_lr": 0.01,
         "optim__d_lr": 0.005,
@@ -230,7 +235,6 @@ def bytes_of(nest):
 
 BAD = {
     "a weight of G is NaN": lambda s: s.G.synthesis.lines.input.weight.data.fill_(math.nan),
-    "a weight of D is infinite": lambda s: s.D.epilogue.out.weight.data.fill_(math.inf),
     "a weight of D is NaN": lambda s: s.D.from_rgb.weight.data.fill_(math.nan),
 }
 
@@ -259,27 +263,20 @@ def test_gradients_that_are_not_finite_change_nothing_but_the_count(tiny, harm):
     assert 0 <= state.augment_p <= 1
 
 
-def test_after_a_finite_step_the_count_begins_again(tiny):
-    _, images, state, trainer = prepare(tiny)
-    good = state.D.epilogue.out.weight.data.clone()
-    state.D.epilogue.out.weight.data.fill_(math.nan)
-    trainer.step(*batch_of(images, 0, 8))
-    assert state.bad_steps["D loss"] > 0
-    state.D.epilogue.out.weight.data.copy_(good)
-    trainer.step(*batch_of(images, 1, 8))
-    assert state.bad_steps["G loss"] == state.bad_steps["D loss"] == 0
-
-
-def test_too_many_bad_steps_in_a_row_end_the_run_with_a_sentence(tiny):
+def test_too_many_bad_steps_in_a_row_end_the_run_and_a_good_one_begins_the_count_again(tiny):
     _, images, state, trainer = prepare(tiny, train__max_bad_steps=3, loss__pl_weight=0.0, loss__r1_gamma=0.0)
-    state.D.epilogue.out.weight.data.fill_(math.nan)
-    trainer.step(*batch_of(images, 0, 8))
-    trainer.step(*batch_of(images, 1, 8))
-    trainer.step(*batch_of(images, 2, 8))
+    good = state.D.epilogue.out.weight.data.clone()
+    for s in range(8):  # three steps in a row at the end of the second four, when they are looked at
+        state.D.epilogue.out.weight.data.copy_(good if s in (2, 4) else torch.full_like(good, math.nan))
+        if s < 7:
+            trainer.step(*batch_of(images, s, 8))
+        assert (state.bad_steps["G loss"] == 0) == (s in (2, 4))
+        if s in (2, 4):
+            good = state.D.epilogue.out.weight.data.clone()
     with pytest.raises(
-        UserError, match=r"gradients of G loss were not finite in 4 updates in a row.*step 4.*optim.g_lr"
+        UserError, match=r"gradients of G loss were not finite in 3 updates in a row.*step 8.*optim.g_lr"
     ):
-        trainer.step(*batch_of(images, 3, 8))
+        trainer.step(*batch_of(images, 7, 8))
 
 
 def test_a_huge_finite_gradient_does_not_stop_a_weight_for_ever(tiny):
@@ -339,7 +336,7 @@ def test_an_average_moves_by_the_share_it_does_not_keep_and_buffers_are_copied(k
     assert average.running_mean.tolist() == [7, 7]
 
 
-# --- words and pictures ----------------------------------------------------------------------------------------------
+# --- logs ----------------------------------------------------------------------------------------------
 
 
 def test_to_uint8_is_that_of_stylegan():
@@ -347,16 +344,13 @@ def test_to_uint8_is_that_of_stylegan():
     assert to_uint8(values).tolist() == [0, 0, 128, 255, 255, 1]
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [((8, 8), (8, 12)), ((256, 256), (4, 7)), ((512, 512), (3, 4)), ((1024, 1024), (3, 4)), ((128, 1024), (8, 4))],
-)
+@pytest.mark.parametrize(("size", "expected"), [((8, 8), (8, 12)), ((256, 256), (4, 7)), ((128, 1024), (8, 4))])
 def test_a_grid_fills_a_screen(size, expected):
     assert grid_shape(*size) == expected
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 3, 4]), st.integers(1, 4), st.integers(1, 4))
-def test_a_tile_of_a_grid_is_its_picture(rows, columns, channels, height, width):
+def test_a_tile_of_a_grid_is_its_image(rows, columns, channels, height, width):
     shape = (rows * columns, channels, height, width)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=make_rng(0, 0, "tiles"))
     grid = tile(images, rows)
@@ -367,17 +361,6 @@ def test_a_tile_of_a_grid_is_its_picture(rows, columns, channels, height, width)
         assert np.array_equal(window, image.permute(1, 2, 0).numpy())
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0s"),
-        (59.4, "59s"),
-        (59.6, "1m 00s"),
-        (185, "3m 05s"),
-        (3599.9, "1h 00m"),
-        (3720, "1h 02m"),
-        (183600, "2d 03h"),
-    ],
-)
-def test_durations_are_written_as_people_write_them(seconds, text):
-    assert duration(seconds) == text
+def test_durations_are_rounded_to_two_units():
+    seconds = {0: "0s", 59.4: "59s", 59.6: "1m 00s", 185: "3m 05s", 3599.9: "1h 00m", 3720: "1h 02m", 183600: "2d 03h"}
+    assert [duration(s) for s in seconds] == list(seconds.values())

@@ -1,13 +1,12 @@
-"""Adaptive discriminator augmentation: pictures moved and recoloured at random before the discriminator sees them.
+"""Adaptive discriminator augmentation: images are transformed at random before the discriminator sees them.
 
-After Karras et al., "Training Generative Adversarial Networks with Limited Data" (NeurIPS 2020): the transformations
-and their magnitudes are those of Appendix B, pipeline `bgc`; the controller of the probability is that of Section 3.
+Karras et al., "Training Generative Adversarial Networks with Limited Data" (NeurIPS 2020): transformations and
+magnitudes from Appendix B, pipeline `bgc`; the control of the probability from Section 3.
 
-Everything random happens in `sample`, which folds the moves of each picture into one matrix and its colour changes into
-another. `augment` then only applies matrices: it is a linear map of the pictures plus a constant, so that a generator
-can be trained through it and R1 can be taken behind it.
+Everything random happens in `sample`, which combines the geometric transformations of each image into one matrix and
+its colour changes into another. `augment` is affine in the images, so G can be trained and R1 computed through it.
 
-Legend: N pictures, C channels, H × W pixels; p the probability of each transformation.
+Legend: N images, C channels, H × W pixels; p the probability of each transformation.
 """
 
 import math
@@ -21,7 +20,7 @@ from dnnlib.config import Config, setting
 from dnnlib.console import UserError
 
 # The twelve taps of the symlet with six vanishing moments (Daubechies, "Ten Lectures on Wavelets", 1992, table 6.3).
-# They are orthonormal to their even shifts: a picture doubled and halved again with the same taps is unchanged.
+# They are orthonormal to their even shifts: doubling and halving an image with the same taps leaves it unchanged.
 SYM6 = (
     0.015404109327027373,
     0.0034907120842174702,
@@ -36,14 +35,14 @@ SYM6 = (
     0.0017677118642428036,
     -0.007800708325034148,
 )
-# Where the filter is centred. Its mean lies at 5.098 taps: what is left over is 0.05 pixels of the picture.
+# The centre of the filter: its mean is at 5.098 taps, so the error is 0.05 pixels of the image.
 CENTRE = 5
-# Pixels that the filter reads beyond an edge; mirroring that many needs one more to mirror about.
+# Pixels that the filter reads beyond an edge; mirroring that many takes images of one more.
 MARGIN = 3
 
 
 class AugmentConfig(Config):
-    """Which transformations are in use: pixel blitting (b), general geometry (g), colour (c), or several of them."""
+    """The transformations in use: pixel blitting (b), general geometry (g), colour (c), or several of them."""
 
     pipe: Literal["blit", "geom", "color", "bg", "bgc"] = setting(
         "bgc", flag="augpipe", description="which augmentations"
@@ -52,10 +51,10 @@ class AugmentConfig(Config):
 
 @dataclass(frozen=True)
 class Augmentations:
-    """What happens to each of N pictures. Slicing takes pictures: `augmentations[rank::world]` is one process's share.
+    """The transformation of each of N images; slicing selects images.
 
-    geometry: [N,3,3] float64 on the CPU, acts on (x, y, 1) in pixels from the centre of the picture, y pointing down;
-        it says where content goes: translation(5, 0) moves the picture 5 pixels to the right.
+    geometry: [N,3,3] float64 on the CPU, acts on (x, y, 1) in pixels from the centre of the image, y pointing down, and
+        maps content to its new place: translation(5, 0) moves it 5 pixels to the right.
     colour: [N,3,4] float64 on the CPU, acts on (r, g, b, 1) with colours in [-1, 1].
     """
 
@@ -65,17 +64,17 @@ class Augmentations:
     def __len__(self) -> int:
         return len(self.geometry)
 
-    def __getitem__(self, pictures: slice) -> "Augmentations":
-        return Augmentations(self.geometry[pictures], self.colour[pictures])
+    def __getitem__(self, part: slice) -> "Augmentations":
+        return Augmentations(self.geometry[part], self.colour[part])
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         return augment(images, self)
 
 
 def adjust(p: float, sign_mean: float, *, images: int, target: float = 0.6, kimg: float = 500) -> float:
-    """The next probability of augmentation, in [0, 1] (Section 3, r_t).
+    """Return the next probability of augmentation, in [0, 1] (Section 3, r_t).
 
-    `sign_mean`, in [-1, 1], is the mean sign of D(real) over the `images` real pictures since the last call. Above
+    `sign_mean`, in [-1, 1], is the mean sign of D(real) over the `images` real images since the last call. Above
     `target` the discriminator overfits and p grows; below it p shrinks. From 0 to 1 takes `kimg` thousand images.
     """
     direction = (sign_mean > target) - (sign_mean < target)
@@ -85,11 +84,10 @@ def adjust(p: float, sign_mean: float, *, images: int, target: float = 0.6, kimg
 def sample(
     config: AugmentConfig, n: int, p: float, *, image_shape: tuple[int, int], rng: torch.Generator
 ) -> Augmentations:
-    """Augmentations for `n` pictures of `image_shape` = (H, W), each transformation with probability `p` in [0, 1].
+    """Sample for `n` images of `image_shape` = (H, W), each transformation with probability `p` in [0, 1].
 
-    Row i is a function of the state of `rng` (on the CPU) and of i alone; neither the config nor p changes how
-    many numbers are consumed. Draw for the global batch with the same rng in every process, then take a slice.
-    Raises UserError when p is no probability. Magnitudes: Appendix B.
+    Row i is a function of the state of `rng` (on the CPU) and of i alone; neither the config nor p changes how many
+    numbers are consumed. Raises UserError when p is not a probability.
     """
     if not 0 <= p <= 1:
         raise UserError(f"p={p} is not a probability; augmentation needs a value from 0 to 1")
@@ -98,7 +96,7 @@ def sample(
     geom = p if config.pipe in ("geom", "bg", "bgc") else 0.0
     color = p if config.pipe in ("color", "bgc") else 0.0
 
-    # 13 decisions and 15 magnitudes, a row for each picture.
+    # 13 decisions and 15 magnitudes, a row for each image.
     numbers = iter(torch.rand(n, 28, generator=rng, dtype=torch.float64).unbind(1))
 
     def uniform(low, high):
@@ -112,14 +110,14 @@ def sample(
         return torch.floor(count * next(numbers))
 
     def sometimes(probability, value):
-        """`value` with `probability`, else 0: which, for each of the quantities below, means no change at all."""
+        """Return `value` with `probability`, else 0, which means no change for each of the quantities below."""
         return torch.where(next(numbers) < probability, value, 0.0)
 
-    # Pixel blitting. A flip is drawn from {no, yes} and a turn from four, so p = 1 flips one picture in two.
+    # Pixel blitting. A flip is sampled from {no, yes} and a turn from four, so p = 1 flips one image in two.
     flip = sometimes(blit, one_of(2))
     quarter_turns = sometimes(blit, one_of(4))
     whole = sometimes(blit, torch.stack([uniform(-0.125, 0.125) * width, uniform(-0.125, 0.125) * height]).round())
-    # General geometry. Either rotation takes place with p_rot, so that at least one does with 1 - (1 - p_rot)² = p.
+    # General geometry. Each rotation has probability p_rot, so that at least one has 1 - (1 - p_rot)² = p.
     p_rot = 1 - math.sqrt(1 - geom)
     zoom = sometimes(geom, normal(0.2 * math.log(2))).exp()
     before = sometimes(p_rot, uniform(-math.pi, math.pi))
@@ -133,7 +131,7 @@ def sample(
     hue = sometimes(color, uniform(-math.pi, math.pi))
     saturation = sometimes(color, normal(math.log(2))).exp()
 
-    # The rightmost comes first.
+    # The rightmost is applied first.
     geometry = (
         translation(*fraction)
         @ rotation(after)
@@ -174,10 +172,9 @@ def recolouring(
 ) -> torch.Tensor:
     """Five [N] vectors -> [N,3,4]: add brightness, multiply by contrast, flip luma, rotate hue, multiply saturation.
 
-    Brightness is an offset to r, g and b; luma_flip is 0 or 1; hue an angle in radians; 1 is the neutral contrast and
-    saturation. Luma is the direction v = (1, 1, 1) / √3, and every step maps luma to luma and the plane across it,
-    which holds hue and saturation, to itself. So the five need no product of matrices: one factor acts on luma, and a
-    scaled rotation on the plane.
+    Brightness is an offset to r, g and b; luma_flip is 0 or 1; hue is an angle in radians; 1 is neutral contrast and
+    saturation. Luma is the direction v = (1, 1, 1) / √3. Each of the five maps luma to luma, and the plane orthogonal
+    to it (hue and saturation) to itself, so their product is a factor on luma and a scaled rotation in the plane.
     """
     luma = torch.full((3, 3), 1 / 3, dtype=torch.float64)  # v vᵀ
     plane = torch.eye(3, dtype=torch.float64) - luma
@@ -196,19 +193,18 @@ def recolouring(
 def augment(images: torch.Tensor, augmentations: Augmentations) -> torch.Tensor:
     """Apply `augmentations` to `images` [N,C,H,W] in [-1, 1]: same shape, type and device; colours may leave [-1, 1].
 
-    C is 1 (grey: r = g = b, whose hue and saturation do nothing), 3, or 4 (RGBA: alpha moves with the picture and keeps
-    its values). Pictures that are no squares turn rigidly about their centre too. Beyond the edges lies the mirror
-    image, any number of times. Differentiable any number of times with respect to images. Computes in at least float32,
-    also inside autocast. A picture whose draw is the identity comes back bit for bit; a shift by whole pixels is exact
-    to rounding; a flip or a quarter turn differs from the ideal because sym6 is not quite symmetric (by 0.02 to
-    0.03 rms on a sharp 64×64 photograph, by less on a larger one).
-    Raises UserError when C is another number, when there is not one draw for each picture, or when H or W is below 4.
+    C is 1 (grey: r = g = b, hue and saturation have no effect), 3, or 4 (RGBA: alpha moves with the image and keeps its
+    values). Rotations are rigid in rectangles too. Edges are mirrored. Differentiable any number of times in `images`.
+    Computes in at least float32, also inside autocast. The identity returns an image bit for bit; a shift by whole
+    pixels is exact to rounding; a flip or a quarter turn is not, because sym6 is not quite symmetric (0.02 to 0.03 rms
+    on a sharp 64×64 image, less on larger ones).
+    Raises UserError for another C, for another number of augmentations than images, and when H or W is below 4.
     """
     n, channels, height, width = images.shape
     if channels not in (1, 3, 4):
         raise UserError(f"cannot augment images with {channels} channels; use 1 (grey), 3 (RGB) or 4 (RGBA)")
     if len(augmentations) != n:
-        raise UserError(f"{len(augmentations)} draws do not fit {n} images; slice the draws as the batch is sliced")
+        raise UserError(f"{len(augmentations)} augmentations for {n} images; slice both in the same way")
     if min(height, width) <= MARGIN:
         raise UserError(f"cannot augment images of {height}x{width} pixels; at least 4x4 are needed")
 
@@ -220,7 +216,7 @@ def augment(images: torch.Tensor, augmentations: Augmentations) -> torch.Tensor:
 
 
 def _change(transform, images, matrices, identity):
-    """`transform(images, matrices)`, spent only on the pictures whose matrix is not the identity."""
+    """Return transform(images, matrices), computed only for the images whose matrix is not the identity."""
     changed = (matrices != identity).flatten(1).any(1).nonzero().squeeze(1)
     if len(changed) == 0:
         return images
@@ -229,17 +225,17 @@ def _change(transform, images, matrices, identity):
 
 
 def _move(images, geometry):
-    """[N,C,H,W] moved by [N,3,3]: doubled, sampled at where each pixel of the doubled result comes from, halved."""
+    """[N,C,H,W], [N,3,3] -> [N,C,H,W]: double, sample each pixel of the doubled result from its source, halve."""
     height, width = images.shape[2:]
     source = torch.linalg.inv(geometry)
 
-    # Positions in pixels from the centre. `_halve` reads 2H + 10 samples, half a pixel apart, the first CENTRE samples
+    # Positions in pixels from the centre. `_halve` reads 2H + 10 samples half a pixel apart, beginning CENTRE samples
     # before the first pixel.
     def positions(size):
         return (torch.arange(2 * size + len(SYM6) - 2, dtype=torch.float64) - CENTRE) / 2 - (size - 1) / 2
 
-    # For grid_sample, -1 and 1 are the centres of the first and the last pixel. The sources along one row and along one
-    # column are exact to float64; only their sum is as wide as the picture and takes the type of the images.
+    # For grid_sample, -1 and 1 are the centres of the first and last pixel. The sources along a row and a column are
+    # computed in float64; only their sum, which has the size of the image, has the type of the images.
     unit = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
     across = positions(width)[:, None] * source[:, None, :2, 0] / unit  # [N,2W+10,2]
     down = (positions(height)[:, None] * source[:, None, :2, 1] + source[:, None, :2, 2]) / unit  # [N,2H+10,2]
@@ -250,8 +246,8 @@ def _move(images, geometry):
 def _double(images):
     """[N,C,H,W] -> [N,C,2H-1,2W-1]: a sample at each pixel and one halfway to the next.
 
-    The first and the last sample lie on the outermost pixels, about which grid_sample mirrors. Where cuDNN runs float32
-    convolutions in TF32, they round to 2⁻¹¹: a sixteenth of a grey level of 8 bits.
+    The first and last samples are the outermost pixels, about which grid_sample mirrors. Where cuDNN runs float32
+    convolutions in TF32, they round to 2⁻¹¹: a sixteenth of an 8-bit level.
     """
     n, channels, height, width = images.shape
     taps = math.sqrt(2) * torch.tensor(SYM6, dtype=images.dtype, device=images.device)
@@ -264,7 +260,7 @@ def _double(images):
 
 
 def _halve(images):
-    """[N,C,2H+10,2W+10] -> [N,C,H,W]: filtered, then every other sample; undoes `_double` when nothing moved."""
+    """[N,C,2H+10,2W+10] -> [N,C,H,W]: filter and keep every other sample; the inverse of `_double`."""
     n, channels, height, width = images.shape
     taps = torch.tensor(SYM6, dtype=images.dtype, device=images.device) / math.sqrt(2)
     planes = images.reshape(n * channels, 1, height, width)
@@ -278,10 +274,10 @@ def _bilinear(images, grid):
 
 
 class _Sample(torch.autograd.Function):
-    """Bilinear sampling [N,C,H,W] at [N,h,w,2] -> [N,C,h,w]. For a fixed grid it is a linear map of the images.
+    """Sample [N,C,H,W] bilinearly at [N,h,w,2] -> [N,C,h,w], linear in the images for a fixed grid.
 
-    grid_sample itself has no second derivative. A linear map's gradient is its transpose, and the gradient of the
-    transpose is the map again: this pair of functions is closed under differentiation.
+    grid_sample has no second derivative. The gradient of a linear map is its transpose, and the gradient of the
+    transpose is the map again, so these two functions are closed under differentiation.
     """
 
     @staticmethod
@@ -297,7 +293,7 @@ class _Sample(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """The transpose of `_Sample`: [N,C,h,w] spread with the bilinear weights over [N,C,H,W] (`shape`)."""
+    """Spread [N,C,h,w] with the bilinear weights over [N,C,H,W] (`shape`): the transpose of `_Sample`."""
 
     @staticmethod
     def forward(ctx, samples, grid, shape):
@@ -314,13 +310,13 @@ class _Spread(torch.autograd.Function):
 
 
 def _recolour(images, colour):
-    """[N,C,H,W] recoloured by [N,3,4]."""
+    """[N,C,H,W], [N,3,4] -> [N,C,H,W]."""
     if images.shape[1] == 1:
-        # Each row acts on r = g = b; the three rows then agree, and the first one stands for all.
+        # Each row acts on r = g = b; the three rows agree, and the first stands for all.
         colour = torch.cat([colour[:, :1, :3].sum(2, keepdim=True), colour[:, :1, 3:]], dim=2)
     colour = colour.to(images)
     colours, alpha = images[:, :3], images[:, 3:]
-    # Products and sums one by one: an einsum would round to TF32 wherever that is on for matrix products.
+    # Products and sums one by one: an einsum would round to TF32 where that is on for matrix products.
     mixed = sum(colour[:, :, i, None, None] * colours[:, i, None] for i in range(colours.shape[1]))
     return torch.cat([mixed + colour[:, :, -1, None, None], alpha], dim=1)
 

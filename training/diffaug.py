@@ -1,6 +1,6 @@
-"""DiffAugment: every image the discriminator sees, real or generated, is moved, cut and recoloured, always.
+"""DiffAugment: every real or generated image is translated, cut and recoloured before the discriminator sees it.
 
-Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training" (NeurIPS 2020), with their magnitudes.
+Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training" (NeurIPS 2020), with its magnitudes.
 
 Legend: N images, C channels, H×W pixels.
 """
@@ -19,7 +19,7 @@ CUTOUT = 1 / 2  # side of the square that is zeroed, in sides of the image
 
 @dataclass(frozen=True)
 class Augmentations:
-    """What happens to each of N images. Slicing takes images: `augmentations[rank::world]` is one process's share.
+    """The transformation of each of N images; slicing selects images.
 
     colour: float32 [N,3], brightness added, saturation and contrast multiplied; (0, 1, 1) changes nothing.
     shift: int64 [N,2], pixels down and to the right.
@@ -37,9 +37,9 @@ class Augmentations:
         return Augmentations(*(getattr(self, field.name)[part] for field in fields(self)))
 
     def apply(self, images: Tensor) -> Tensor:
-        """Apply to images [N,C,H,W] in [-1,1], grey, RGB or RGBA, whose alpha keeps its values.
+        """Transform images [N,C,H,W] in [-1,1], grey, RGB or RGBA (alpha is moved and cut, not recoloured).
 
-        What moves in from beyond an edge is 0, as is the square that is cut.
+        What moves in from beyond an edge is 0, and so is the square that is cut.
         """
         images = recolour(images, self.colour)
         moved = [
@@ -54,7 +54,7 @@ class Augmentations:
 
 
 def sample(policy: Policy, count: int, image_shape: tuple[int, int], rng: torch.Generator) -> Augmentations:
-    """Draw for `count` images of `image_shape` (H, W). The same numbers are consumed whatever the policy is."""
+    """Sample for `count` images of `image_shape` (H, W). The same numbers are consumed whatever the policy is."""
     height, width = image_shape
     numbers = torch.rand(count, 7, generator=rng)
     colour = numbers[:, :3] * torch.tensor([1.0, 2.0, 1.0]) + torch.tensor([-0.5, 0.0, 0.5])
@@ -74,7 +74,7 @@ def sample(policy: Policy, count: int, image_shape: tuple[int, int], rng: torch.
 
 
 def recolour(images: Tensor, colour: Tensor) -> Tensor:
-    """Add brightness, multiply saturation about each pixel's grey and contrast about each image's mean: [N,C,H,W]."""
+    """[N,C,H,W], [N,3] -> [N,C,H,W]: add brightness, scale saturation about a pixel's grey, contrast about the mean."""
     if torch.equal(colour, colour.new_tensor([0.0, 1.0, 1.0]).expand_as(colour)):
         return images
     brightness, saturation, contrast = colour.to(images).T[..., None, None, None]

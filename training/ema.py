@@ -1,13 +1,13 @@
-"""The moving average of the generator, which is what a run delivers."""
+"""The exponential moving average (EMA) of the generator's weights, which snapshots hold."""
 
 import torch
 from torch import nn
 
 
 def decay(batch: int, images: int, kimg: float, rampup: float | None = 0.05) -> float:
-    """The share of the old average that one step of `batch` images keeps: the half-life is `kimg` thousand images.
+    """Return the share of the old average that a step of `batch` images keeps: the half-life is `kimg` thousand images.
 
-    `images` seen so far: the half-life is at most `rampup` of them, so that an early average forgets the first noise.
+    The half-life is at most `rampup` of the `images` seen so far, so that an early average forgets the first weights.
     """
     half_life = kimg * 1000
     if rampup is not None:

@@ -1,11 +1,13 @@
 """The memory that a training step takes, and the largest micro-batch that fits."""
 
 import contextlib
+import functools
 import gc
 import os
 import re
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,47 +42,47 @@ def available_bytes() -> int:
     return min(found)
 
 
-def decide_micro_batch(config: RunConfig, images: ImageArchive, procs: Processes) -> RunConfig:
-    """Replace `batch_gpu: auto` by the largest micro-batch that fits, so that a resumed run computes the same.
-
-    Every rank calls it. Raises UserError when a GPU does not hold the smallest.
-    """
-    if config.train.batch_gpu != "auto":
-        return config
+def largest_micro_batch(config: RunConfig, images: ImageArchive, procs: Processes) -> int:
+    """Return the largest micro-batch that fits into memory on every rank. Every rank calls it. Raises UserError."""
     sizes = config.micro_batches(procs.world)
-    largest = largest_by_trying if procs.device.type == "cuda" else largest_by_measuring
-    micro = largest(config, images, procs, sizes) if len(sizes) > 1 else sizes[0]
-    return config.with_train(batch_gpu=micro)
-
-
-def largest_by_trying(config: RunConfig, images: ImageArchive, procs: Processes, sizes: list[int]) -> int:
-    """Return the largest of `sizes` whose step no rank runs out of GPU memory in."""
-    torch.cuda.set_per_process_memory_fraction(USABLE, procs.device)
+    if len(sizes) == 1:
+        return sizes[0]
+    run = functools.partial(try_step, config, images, procs.device)
+    fits = _fits_by_trying(run, procs) if procs.device.type == "cuda" else _fits_by_measuring(run, procs, *sizes[:2])
     for micro in reversed(sizes):
+        if not procs.any(not fits(micro)):
+            return micro
+    raise UserError(f"a GPU does not hold a step of {sizes[0]} images; set train.recompute=all, or smaller networks")
+
+
+def _fits_by_trying(run: Callable[[int], None], procs: Processes) -> Callable[[int], bool]:
+    """Return a function that tells whether `run` of so many images fits into the memory of the GPU."""
+
+    def fits(micro: int) -> bool:
+        torch.cuda.set_per_process_memory_fraction(USABLE, procs.device)
         try:
-            try_step(config, images, procs.device, micro)
+            run(micro)
             full = False
         except torch.OutOfMemoryError:
             full = True
         gc.collect()
         torch.cuda.empty_cache()
-        if not procs.any(full):
-            torch.cuda.set_per_process_memory_fraction(1.0, procs.device)
-            torch.cuda.reset_peak_memory_stats(procs.device)
-            return micro
-    raise UserError(f"the GPU does not hold a step of {sizes[0]} images; try train.recompute=all, or smaller networks")
+        torch.cuda.reset_peak_memory_stats(procs.device)
+        torch.cuda.set_per_process_memory_fraction(1.0, procs.device)
+        return not full
+
+    return fits
 
 
-def largest_by_measuring(config: RunConfig, images: ImageArchive, procs: Processes, sizes: list[int]) -> int:
-    """Return the largest of `sizes` that fits into the memory of the machine, by what one image takes."""
+def _fits_by_measuring(run: Callable[[int], None], procs: Processes, few: int, more: int) -> Callable[[int], bool]:
+    """Return a function that tells the same of a CPU, by the memory that `few` and `more` images take."""
     available = USABLE * available_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", procs.world))
     peaks = [peak_bytes(procs.device)]
-    for micro in sizes[:2]:
-        try_step(config, images, procs.device, micro)
+    for micro in (few, more):
+        run(micro)
         peaks.append(peak_bytes(procs.device))
-    per_image = (peaks[2] - peaks[1]) / (sizes[1] - sizes[0])
-    fitting = [n for n in sizes if peaks[1] - peaks[0] + per_image * (n - sizes[0]) <= available]
-    return procs.broadcast(max(fitting, default=sizes[0]))
+    fixed, per_image = peaks[1] - peaks[0], (peaks[2] - peaks[1]) / (more - few)
+    return lambda micro: micro == few or fixed + per_image * (micro - few) <= available
 
 
 def try_step(config: RunConfig, images: ImageArchive, device: torch.device, micro: int) -> None:

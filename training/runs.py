@@ -23,13 +23,13 @@ from metrics.registry import Metric, parse
 from torch_utils import checkpoint
 from torch_utils.command import command
 from torch_utils.distributed import Processes, processes
+from torch_utils.precision import multiplies_bfloat16_fast
 from training.config import RunConfig
 from training.data import ImageArchive
 from training.loop import Loop
-from training.memory import decide_micro_batch
+from training.memory import largest_micro_batch
 from training.report import duration
 from training.state import TrainState, initialise, new_state
-from training.trainer import decide_precision
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,12 @@ def run(task: NewRun | ResumedRun, procs: Processes) -> int:
     """Begin or resume a run and train to its end. Every rank calls it. Returns the exit code."""
     say = functools.partial(print, flush=True) if procs.is_first else lambda line: None
     config, images = task.config, open_images(task.config.model_dump())
-    if isinstance(task, NewRun):
-        config = decide_precision(config, procs.device)
-    config = decide_micro_batch(config, images, procs)
+    if config.train.precision == "auto":  # decided once, so that a resumed run computes the same
+        # Older runs that say auto computed in float32 on every CPU.
+        half = multiplies_bfloat16_fast(procs.device) and (isinstance(task, NewRun) or procs.device.type == "cuda")
+        config = config.with_train(precision="bfloat16" if half else "float32")
+    if config.train.batch_gpu == "auto":
+        config = config.with_train(batch_gpu=largest_micro_batch(config, images, procs))
     state = new_state(config, procs.device)
     evaluate = snapshot_evaluation(config, images, state, procs, say)
     if isinstance(task, NewRun):

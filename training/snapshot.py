@@ -16,28 +16,28 @@ from training.networks import Generator, GeneratorConfig
 from training.networks.released import load_released
 
 FORMAT = "creps-generator-1"
-MODELS = Path(__file__).parents[1] / "models"  # NAME.safetensors of each network that comes along, its card NAME.md
+MODELS = Path(__file__).parents[1] / "models"  # NAME.safetensors of each included network, with its card NAME.md
 
 
 def network_names() -> list[str]:
-    """Lists the networks in models/: emoji-people first, the others in alphabetical order."""
+    """List the networks in models/: emoji-people first, the others in alphabetical order."""
     return sorted((path.stem for path in MODELS.glob("*.safetensors")), key=lambda name: (name != "emoji-people", name))
 
 
 def find_network(network: str | os.PathLike) -> Path:
-    """Returns the file that `network` means: the path of a file, or else a name in models/. Raises UserError."""
+    """Return the file of a network: a path, or a name in models/. Raises UserError."""
     path, names = Path(network), network_names()
     if path.is_file():
         return path
     if str(network) in names:
         return MODELS / f"{network}.safetensors"
-    what = "is no file" if path.exists() else "does not exist"
+    what = "is not a file" if path.exists() else "does not exist"
     known = f", or one of the networks in models/; {nearest(str(network), names)}" if names else ""
     raise UserError(f"{path} {what}; give a network-snapshot-*.safetensors of a training run or a released .pkl{known}")
 
 
 def snapshot_name(kimg: float) -> str:
-    """Return the name of the file of a snapshot that has seen so many thousand images."""
+    """Return the name of a snapshot's file, by the thousand images seen."""
     return f"network-snapshot-{int(kimg):06d}.safetensors"
 
 
@@ -53,16 +53,15 @@ def save_generator(G: Generator, path: str | os.PathLike, **trained: float) -> N
     """
     tensors = {name: t.detach().contiguous().cpu() for name, t in G.state_dict().items()}
     with atomic_write(path) as temporary:
-        # One entry: safetensors writes several in random order, and equal generators shall give equal files.
+        # One entry: safetensors writes several in random order, and equal generators should give equal files.
         save_file(tensors, temporary, {FORMAT: json.dumps(G.config.model_dump() | {"trained": trained})})
 
 
 def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:
-    """The generator in `path`, in eval mode and without gradients: of a `.pkl` that the authors released, its G_ema.
+    """Load the generator in `path`, or of a name in models/, in eval mode and without gradients.
 
-    A name in models/ does as well: load_generator("emoji-people").
-
-    Raises UserError when the file is missing, broken, or neither that nor a generator written by `save_generator`.
+    Reads files of `save_generator`, and the G_ema of a `.pkl` that the authors released. Raises UserError when the file
+    is missing, broken or something else.
     """
     path = find_network(path)
     if path.suffix == ".pkl":
@@ -91,14 +90,14 @@ def read_trained(path: Path) -> dict[str, float]:
 
 
 def _read(path: Path, tensors: Callable[[safe_open], dict] = lambda file: {}) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Return what the header says, and `tensors` of the open file."""
+    """Return the header, and `tensors` of the open file."""
     try:
         with safe_open(path, "pt", device="cpu") as file:
             metadata, found = file.metadata() or {}, tensors(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not an intact safetensors file ({error}); copy or download it again") from error
     if FORMAT not in metadata:
-        raise UserError(f"{path} holds tensors, but no CREPS generator (its header has no {FORMAT})")
+        raise UserError(f"{path} does not hold a CREPS generator (its header has no {FORMAT})")
     try:
         header = json.loads(metadata[FORMAT])
     except ValueError as error:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dnnlib.console import UserError
 from torch_utils.distributed import Processes
-from torch_utils.precision import multiplies_bfloat16_fast
 from torch_utils.randomness import make_rng
 from training import augment, diffaug, ema, losses
 from training.config import RunConfig
@@ -41,7 +40,6 @@ class Trainer:
         self.phases = phases(config.loss)
         self.dtype = next(state.G.parameters()).dtype
         self.adversarial = losses.ADVERSARIAL[config.loss.kind]
-        self.half = half_precision(config, procs.device)
         self._moves: list[tuple[Tensor, Tensor]] = []
 
     def step(self, real: Tensor, c: Tensor) -> None:
@@ -152,19 +150,4 @@ class Trainer:
             return self.state.G.synthesis(ws)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.procs.device.type, dtype=self.half or torch.bfloat16, enabled=self.half is not None)
-
-
-def half_precision(config: RunConfig, device: torch.device) -> torch.dtype | None:
-    """Return the type that autocast mixes with float32 on `device`, or None."""
-    precision = config.train.precision
-    if precision == "auto":  # of a run begun before new runs decided it: float32 on every CPU
-        precision = "bfloat16" if device.type == "cuda" and multiplies_bfloat16_fast(device) else "float32"
-    return torch.bfloat16 if precision == "bfloat16" else None
-
-
-def decide_precision(config: RunConfig, device: torch.device) -> RunConfig:
-    """Replace `precision: auto` by what is fast on `device`, so that a resumed run computes the same."""
-    if config.train.precision != "auto":
-        return config
-    return config.with_train(precision="bfloat16" if multiplies_bfloat16_fast(device) else "float32")
+        return torch.autocast(self.procs.device.type, torch.bfloat16, self.config.train.precision == "bfloat16")
