@@ -130,7 +130,7 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
         if init_from:
             settings = merge(nested("augment.kimg", 100.0), settings)
             init_from = find_network(init_from)
-        config = resolve(settings, open_images(settings), f"--cfg={cfg}")
+        config = resolve(settings, open_images(settings), f"recipe {cfg}")
         task = NewRun(config, Path(outdir), cfg, desc, init_from)
 
     under_torchrun = launched()
@@ -139,10 +139,13 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
         raise UserError(f"--gpus={gpus}, but torchrun started {world} processes; leave --gpus out under torchrun")
     task.config.micro_batch(world)
     snapshot_metrics(task.config)
-    if not dry_run:
-        sys.exit(work(task) if under_torchrun or world == 1 else launch(world, task))
-    if not under_torchrun or os.environ["RANK"] == "0":
-        click.echo(to_yaml(task.config))
+    if dry_run:
+        if not under_torchrun or os.environ["RANK"] == "0":
+            click.echo(to_yaml(task.config))
+    elif under_torchrun or world == 1:
+        work(task)
+    else:
+        sys.exit(launch(world, task))
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def test_walks_lead_from_seed_to_seed(models, tmp_path):
         ([], "a new card needs --data, --licence, --weaknesses"),
         ([*WORDS, "--name=../noise"], "--name=../noise"),
         ([*WORDS, "--trunc=nan"], "--trunc=nan"),
-        ([*WORDS, "--by=is1k"], "no distance"),
+        ([*WORDS, "--by=is1k"], "not a distance"),
         ([*WORDS, "--by=kid1k_full"], "no snapshot with kid1k_full"),
         ([*WORDS, "--run=none"], "none/options.yaml"),
     ],

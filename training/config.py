@@ -1,4 +1,4 @@
-"""Everything that decides what a training run computes, as one frozen value. Its YAML lies in the run directory."""
+"""The settings of a training run as one frozen value, written to options.yaml in the run directory."""
 
 import functools
 from pathlib import Path
@@ -17,7 +17,7 @@ from training.networks import AnyDiscriminatorConfig, GeneratorConfig
 class DataConfig(Config):
     path: str = setting(may_change=True, description="ZIP or folder of images")
     cond: bool = setting(False, flag="cond", description="train on the archive's labels")
-    mirror: bool = setting(False, flag="mirror", description="show every image flipped left to right as well")
+    mirror: bool = setting(False, flag="mirror", description="train on every image flipped left to right as well")
     workers: int = setting(
         3, ge=0, flag="workers", may_change=True, description="reading processes per training process"
     )
@@ -25,21 +25,21 @@ class DataConfig(Config):
 
 class AugmentSettings(AugmentConfig):
     mode: Literal["none", "ada", "fixed", "diffaug"] = setting(
-        "ada", description="no augmentation, adaptive, of fixed strength p, or DiffAugment"
+        "ada", description="none, adaptive, at fixed strength p, or DiffAugment"
     )
-    policy: Policy = Field(("translation", "cutout"), description="what diffaug does; also color")
-    p: float = setting(0.0, ge=0, le=1, flag="p", description="strength: where ada begins, or what fixed keeps")
-    target: float = setting(0.6, ge=-1, le=1, flag="target", description="the mean sign of D(real) that ada steers to")
-    kimg: float = Field(500.0, gt=0, description="thousand images in which ada can move p by one")
+    policy: Policy = Field(("translation", "cutout"), description="parts of diffaug; also color")
+    p: float = setting(0.0, ge=0, le=1, flag="p", description="strength: the first of ada, or that of fixed")
+    target: float = setting(0.6, ge=-1, le=1, flag="target", description="mean sign of D(real) that ada aims at")
+    kimg: float = Field(500.0, gt=0, description="thousand images in which ada can change p by 1")
 
 
 class LossConfig(Config):
     kind: Literal["logistic", "hinge"] = "logistic"
     r1_gamma: float = setting(ge=0, flag="gamma", description="weight γ of R1: γ/2 · ‖gradient‖²")
     r1_interval: int = Field(16, ge=1, description="steps between R1 terms; each is multiplied by this")
-    pl_weight: float = Field(2.0, ge=0, description="weight of the path-length penalty; 0 leaves it out")
+    pl_weight: float = Field(2.0, ge=0, description="weight of the path-length penalty; 0 turns it off")
     pl_interval: int = Field(4, ge=1, description="steps between path-length terms; each is multiplied by this")
-    pl_decay: float = Field(0.01, gt=0, le=1, description="how fast the running mean of the path lengths follows")
+    pl_decay: float = Field(0.01, gt=0, le=1, description="rate of the running mean of the path lengths")
 
 
 class OptimConfig(Config):
@@ -67,14 +67,14 @@ class TrainConfig(Config):
         description="bfloat16 mixes with float32; auto does so where it is fast: GPUs and CPUs with bfloat16",
     )
     impl: Literal["auto", "reference"] = setting(
-        "auto", may_change=True, description="of operations: the fastest that works on the device, or plain PyTorch"
+        "auto", may_change=True, description="implementation of operations: the fastest on the device, or plain PyTorch"
     )
     recompute: Literal["none", "pixels", "all"] = setting(
-        "pixels", may_change=True, description="what backward passes compute again instead of keeping it in memory"
+        "pixels", may_change=True, description="what backward passes recompute instead of storing"
     )
-    ema_kimg: float = Field(ge=0, description="half-life of the average of G, in thousand images")
+    ema_kimg: float = Field(ge=0, description="half-life of the EMA of G, in thousand images")
     ema_rampup: float | None = Field(0.05, gt=0, description="half-life at most this share of the images seen")
-    w_avg_decay: float = Field(0.998, ge=0, le=1, description="share of the average style that a step keeps")
+    w_avg_decay: float = Field(0.998, ge=0, le=1, description="share of w_avg that a step keeps")
     max_bad_steps: int = Field(20, ge=1, description="steps in a row with non-finite gradients that end the run")
 
     @field_validator("batch_gpu", mode="plain")
@@ -99,7 +99,7 @@ class RunConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _read_older(cls, settings: object) -> object:
-        """Read run directories from before D had kinds, and from when G and D said how they are computed."""
+        """Read older run directories: D without a kind, and impl and recompute in G and D."""
         groups = [settings.get(name) for name in ("G", "D", "train")] if isinstance(settings, dict) else [None]
         if not all(isinstance(group, dict) for group in groups):
             return settings
@@ -155,13 +155,13 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def read_recipe(name: str, *over: Path) -> dict:
-    """Read a recipe: a name in configs/, or a YAML file. `base` in it names another one, whose settings it changes.
+    """Read a recipe: a name in configs/, or a YAML file, and its `base`, another recipe. Raises UserError.
 
-    `over`: the recipes whose base this is. Raises UserError.
+    over: the recipes based on this one.
     """
     is_file = name.endswith((".yaml", ".yml"))
     path = (over[0].parent if over else Path()) / name if is_file else CONFIGS / f"{name}.yaml"
-    where = f"base: {name} in {over[0]}" if over else f"--cfg={name}"
+    where = f"base: {name} in {over[0]}" if over else f"recipe {name}"
     if not path.is_file():
         hint = "" if is_file else f"; {nearest(name, sorted(p.stem for p in CONFIGS.glob('*.yaml')))}"
         raise UserError(f"{where}: {path} does not exist{hint}")
@@ -186,9 +186,9 @@ def gather(recipe: str | None, *changes: dict) -> dict:
 
 
 def default_gamma(pixels: int, batch: int) -> float:
-    """R1's γ: the power law through the published 128² (batch 128, γ 0.5) and 1024² (batch 8, γ 32).
+    """Return R1's γ by the power law through the published 128² (batch 128, γ 0.5) and 1024² (batch 8, γ 32).
 
-    It gives 6 for 512² with batch 32, published with γ 10.
+    It gives 6 for 512² with batch 32; the published γ is 10.
     """
     return 0.5 * (pixels / batch / 128) ** 0.6
 
@@ -198,9 +198,9 @@ def default_ema_kimg(batch: int) -> float:
 
 
 def resolve(settings: dict, images: ImageArchive, where: str) -> RunConfig:
-    """The run config from nested `settings`, completed by what the images decide. Raises UserError.
+    """Build the config from nested `settings` and the images. Raises UserError, which begins with `where`.
 
-    Size, channels and label length come from the images; γ and the EMA half-life, where not set, from size and batch.
+    Size, channels and label length come from the images; γ and the EMA half-life, if not set, from size and batch.
     """
     channels, height, width = images.shape
     path = settings["data"]["path"]
@@ -216,7 +216,7 @@ def resolve(settings: dict, images: ImageArchive, where: str) -> RunConfig:
         found = {"img_shape": (height, width), "img_channels": channels, "c_dim": images.label_dim}
         settings[network] = found | settings[network]
     batch = settings.get("train", {}).get("batch")
-    batch = batch if isinstance(batch, int | float) and batch >= 1 else 1  # a wrong one is refused below
+    batch = batch if isinstance(batch, int | float) and batch >= 1 else 1  # build refuses a wrong one
     settings = merge(nested("loss.r1_gamma", default_gamma(height * width, batch)), settings)
     settings = merge(nested("train.ema_kimg", default_ema_kimg(batch)), settings)
     return build(RunConfig, settings, where)

@@ -1,6 +1,8 @@
 """The phases of a training step, as in StyleGAN2-ADA: each is a term of the loss with its own update of one network.
 
 A loss yields one scalar per micro-batch, and their gradients add up to those of the batch.
+
+Legend: t the trainer, z latents, c labels, ws styles.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ def phases(config: LossConfig) -> list[Phase]:
     return [Phase("G", "loss", 1, generator_loss), *path_length, Phase("D", "loss", 1, discriminator_loss), *r1]
 
 
-def generator_loss(trainer: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
+def generator_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
     """Yield the adversarial loss of G. w_avg tracks the mean style of the batch."""
-    t, G, D = trainer, trainer.state.G, trainer.state.D
+    G, D = t.state.G, t.state.D
     z, labels = t.sample_latents("generator", t.batch)
     augmentations = t.sample_augmentations("generator")
     average = 0
@@ -57,9 +59,9 @@ def generator_loss(trainer: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor
     t.move(w_avg, w_avg.lerp(t.procs.mean_(average), 1 - t.config.train.w_avg_decay))
 
 
-def path_length_loss(trainer: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
+def path_length_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
     """Yield the path length penalty on half a batch, as in the released code (StyleGAN2, section 3.2)."""
-    t, s, config = trainer, trainer.state, trainer.config.loss
+    s, config = t.state, t.config.loss
     count = max(t.batch // 2, t.procs.world)
     parts = [part for part in t.parts if range(count)[part]]  # half of an odd batch leaves the last ones empty
     z, labels = t.sample_latents("path", count)
@@ -85,9 +87,9 @@ def path_length_loss(trainer: Trainer, real: Tensor, c: Tensor) -> Iterator[Tens
     t.move(s.pl_mean, mean)
 
 
-def discriminator_loss(trainer: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
+def discriminator_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
     """Yield the adversarial loss of D. Reports what it says of real and generated images."""
-    t, s = trainer, trainer.state
+    s = t.state
     z, labels = t.sample_latents("critic", t.batch)
     of_fake, of_real = t.sample_augmentations("critic"), t.sample_augmentations("critic real")
     for part, (x, x_c) in zip(t.parts, t.split(real, c), strict=True):
@@ -108,9 +110,9 @@ def discriminator_loss(trainer: Trainer, real: Tensor, c: Tensor) -> Iterator[Te
         yield loss.mean() / len(t.parts)
 
 
-def r1_loss(trainer: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
+def r1_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
     """Yield γ/2 · R1 of real images, times its interval."""
-    t, config = trainer, trainer.config.loss
+    config = t.config.loss
     augmentations = t.sample_augmentations("r1")
     for part, (x, x_c) in zip(t.parts, t.split(real, c), strict=True):
 

@@ -91,18 +91,12 @@ def _belongs(line: str, step: int) -> bool:
 class SilentLog:
     """Takes the place of RunLog on the other ranks, and writes nothing."""
 
-    def print(self, line: str) -> None: ...
+    def print(self, *_) -> None: ...
 
-    def stats(self, record: dict, step: int) -> None: ...
-
-    def metric(self, record: dict, step: int) -> None: ...
-
-    def image(self, name: str, grid: np.ndarray, step: int) -> None: ...
+    stats = metric = image = close = print
 
     def written(self) -> dict[str, int]:
         return {}
-
-    def close(self) -> None: ...
 
 
 def duration(seconds: float) -> str:

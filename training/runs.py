@@ -137,7 +137,7 @@ def launch(world: int, task: NewRun | ResumedRun) -> int:
         start_method="spawn",
     )
     try:
-        elastic_launch(config, work_and_exit)(task)
+        elastic_launch(config, work)(task)
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     except SignalException as error:
@@ -145,17 +145,13 @@ def launch(world: int, task: NewRun | ResumedRun) -> int:
     return 0
 
 
-def work_and_exit(task: NewRun | ResumedRun) -> None:
-    """Exit with the code of `work`: elastic_launch hangs if a worker returns after a signal."""
-    if code := work(task):
-        sys.exit(code)
-
-
-def work(task: NewRun | ResumedRun) -> int:
-    """Run one process of `task`. Returns 0 at the end of the schedule and 128 + signal after an interruption."""
+def work(task: NewRun | ResumedRun) -> None:
+    """Run one process of `task`, and exit with 128 + signal if it was interrupted."""
     memory = f"set train.batch_gpu, now {task.config.train.batch_gpu or 'all'}, to fewer images or to auto"
     with command(memory=memory, interrupted="no step was taken."), processes() as procs:
-        return run(task, procs)
+        code = run(task, procs)
+    if code:
+        sys.exit(code)  # elastic_launch hangs if a worker returns after a signal
 
 
 def run(task: NewRun | ResumedRun, procs: Processes) -> int:
