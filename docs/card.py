@@ -18,7 +18,7 @@ from benchmarks.machine import describe
 from dnnlib.config import build, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
-from metrics.registry import FAMILIES, parse
+from metrics.registry import parse
 from rendering.styles import Styles
 from torch_utils.command import command
 from training import snapshot
@@ -50,7 +50,7 @@ def choose(run: Path, measured: list[dict], by: str) -> tuple[Path, str]:
     if by == "newest":
         return list(files.values())[-1], "the last one"
     (metric,) = parse(by)
-    if not FAMILIES[metric.family].reals or metric.family == "pr":
+    if not metric.family.reals or metric.name.startswith("pr"):
         raise UserError(f"{by} is not a distance from the data; choose the snapshot by another metric with --by")
     values = {name: value for name, value in trained(measured, metric.name).items() if name in files}
     if not values:
