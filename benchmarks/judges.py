@@ -30,7 +30,7 @@ from dnnlib.console import UserError, progress
 from dnnlib.files import atomic_write, check_writable
 from metrics.cache import Statistics, cache_key, cached, content_digest
 from metrics.distances import frechet_distance
-from metrics.features import Detector, load
+from metrics.features import Detector
 from metrics.generated import Generated
 from metrics.images import cut
 from metrics.moments import Moments
@@ -213,7 +213,7 @@ class Judges:
         self.images, self.seed, self.trunc = images, seed, trunc
         batches = [(small(pictures), labels) for pictures, labels in stacks(images)]
         self.small, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
-        self.detector = load("lite0", device=device)
+        self.detector = Detector("lite0", device=device)
         self.deep = lite0_of(images, self.detector).to(device)
         self.classifier, self.facts = None, None
         if not images.label_dim:

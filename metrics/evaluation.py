@@ -26,7 +26,8 @@ from metrics import cache
 from metrics.estimate import Estimate
 from metrics.generated import Generated
 from metrics.images import Batch, cut
-from metrics.needs import Inputs, RealNeed, Settings, Statistics, Task, empty, features_of
+from metrics.moments import Moments, Table
+from metrics.needs import EMPTY, Inputs, RealNeed, Settings, Task, features_of
 from metrics.reals import Files, Given
 from metrics.registry import Metric
 from torch_utils.distributed import Processes
@@ -41,7 +42,7 @@ class Collector(NamedTuple):
 
     limit: int
     look: Callable[[Batch], Tensor]
-    statistics: Statistics
+    statistics: Moments | Table
 
     def feed(self, batch: Batch) -> None:
         if batch.numbers[0] < self.limit:
@@ -104,11 +105,13 @@ class Evaluation:
 
     def collectors(self, tasks: Sequence[Task]) -> dict[object, Collector]:
         needs = {task.need.key: task.need for task in tasks}
-        return {key: Collector(need.limit, need.look, need.empty()) for key, need in needs.items()}
+        return {key: self.collector(need.kind, need.limit, need.width, need.look) for key, need in needs.items()}
 
     def real_collector(self, need: RealNeed) -> Collector:
-        statistics = empty(need.kind, need.tool, need.limit, self.procs.device)
-        return Collector(need.limit, features_of(need.tool), statistics)
+        return self.collector(need.kind, need.limit, need.tool.num_features, features_of(need.tool))
+
+    def collector(self, kind: str, limit: int, width: int, look: Callable[[Batch], Tensor]) -> Collector:
+        return Collector(limit, look, EMPTY[kind](limit, width, self.procs.device))
 
     def collect(
         self,
@@ -131,7 +134,7 @@ class Evaluation:
                     collector.feed(batch)
         return [collector.statistics.gather(procs) for collector in collectors]
 
-    def real_statistics(self, tasks: Sequence[Task], stop: Callable[[], bool]) -> dict[RealNeed, Statistics]:
+    def real_statistics(self, tasks: Sequence[Task], stop: Callable[[], bool]) -> dict[RealNeed, Moments | Tensor]:
         """Find the statistics of real images: those on disk, and the others in one pass over each set."""
         found = {}
         for images, needs in by_set(tasks).items():

@@ -1,6 +1,6 @@
 """Detectors: networks that turn images into features.
 
-detector = load("inception", device="cuda")
+detector = Detector("inception", device="cuda")
 features, logits = detector(images)
 
 Legend: N images, C channels, H×W pixels, F features, K classes.
@@ -34,10 +34,20 @@ class Detector:
     num_classes             K, or 0
     """
 
-    def __init__(self, kind: str, path: str | os.PathLike, device: str | torch.device = "cpu", batch: int = 64):
-        """Build DETECTORS[kind] with the weights in the file `path`. Raises UserError when it holds others."""
+    def __init__(
+        self,
+        kind: str,
+        weights_dir: str | os.PathLike | None = None,
+        device: str | torch.device = "cpu",
+        batch: int = 64,
+    ):
+        """Build DETECTORS[kind]: find its weights in the cache or in `weights_dir`, or download them; those of "lite0"
+        are in its package. `batch` images pass at once. Raises UserError.
+        """
+        if kind not in DETECTORS:
+            raise UserError(f"there is no detector {kind!r}; {nearest(kind, DETECTORS)}")
         entry = DETECTORS[kind]
-        weights = Weights(path, entry.weights, kind, entry.published)
+        weights = Weights(entry.find(entry.weights, weights_dir), entry.weights, kind, entry.published)
         self.name, self.digest, self.standard = weights.name, weights.digest, weights.standard
         self.device, self.batch = torch.device(device), batch
         self.module = weights.build(entry.build).eval().requires_grad_(False).to(self.device)
@@ -45,12 +55,10 @@ class Detector:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Activations:
-        """uint8 [N,C,H,W] in 0..255, C = 1 (grey, repeated) or 3 (RGB), any size -> float32, on the detector's device.
+        """Return float32, on the detector's device, for uint8 [N,C,H,W], C = 1 (grey, repeated) or 3 (RGB), any size.
 
-        `batch` images pass at once. Raises UserError for an alpha channel, ValueError for tensors of another kind.
+        Raises UserError for an alpha channel and for features that are not finite.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3, 4):
-            raise ValueError(f"images must be uint8 [N,1 or 3,H,W], not {images.dtype} {list(images.shape)}")
         if images.shape[1] == 4:
             raise UserError(f"{self.name} looks at RGB or grey images, and these have an alpha channel; remove it")
         parts = [self.module(part.to(self.device).expand(-1, 3, -1, -1)) for part in images.split(self.batch)]
@@ -58,24 +66,6 @@ class Detector:
         if not all(x is None or x.isfinite().all() for x in activations):
             raise UserError(f"{self.name} gives features that are not finite; its weights are broken")
         return activations
-
-
-def load(
-    kind: str,
-    *,
-    weights_dir: str | os.PathLike | None = None,
-    device: str | torch.device = "cpu",
-    batch: int = 64,
-) -> Detector:
-    """Load the detector "inception" or "dinov2", with the weights found in the cache, in `weights_dir`, or downloaded;
-    or "lite0", with those of its package.
-
-    Raises UserError when there is no such detector, or its weights can be neither found, downloaded nor read.
-    """
-    if kind not in DETECTORS:
-        raise UserError(f"there is no detector {kind!r}; {nearest(kind, DETECTORS)}")
-    entry = DETECTORS[kind]
-    return Detector(kind, entry.find(entry.weights, weights_dir), device, batch)
 
 
 # --- Inception -------------------------------------------------------------------------------------------------------

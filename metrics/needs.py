@@ -17,8 +17,6 @@ from metrics.images import Batch, Size
 from metrics.moments import Moments, Table
 from metrics.reals import Files, Fitted, Given, Windowed
 
-Statistics = Moments | Table
-
 
 class Settings(NamedTuple):
     scales: tuple[Size, ...] = ()  # of scale_*: the first is compared with each other one; () is (R, 2R)
@@ -43,21 +41,30 @@ class Inputs:
 
 
 class Need(NamedTuple):
-    """Statistics of the generated images 0 … limit − 1."""
+    """Statistics of the generated images 0 … limit − 1: a key of EMPTY, of the numbers that `look` returns."""
 
     key: Hashable  # equal needs have equal keys
+    kind: str
     limit: int
-    look: Callable[[Batch], Tensor]  # -> [N,F]
-    empty: Callable[[], Statistics]
+    width: int
+    look: Callable[[Batch], Tensor]  # -> [N,width]
 
 
 class RealNeed(NamedTuple):
-    """Statistics of the features of the first `limit` of real images; they are kept on disk."""
+    """Statistics of the features of the first `limit` real images; they are kept on disk."""
 
     images: Fitted | Windowed
     kind: str  # "moments" or "features"
     tool: object
     limit: int
+
+
+# kind -> function(limit, width, device) -> statistics of no image yet
+EMPTY = {
+    "moments": lambda limit, width, device: Moments(width, device),
+    "features": lambda limit, width, device: Table(limit, width),
+    "values": lambda limit, width, device: Table(limit, width, torch.float64),
+}
 
 
 class Task(NamedTuple):
@@ -79,11 +86,6 @@ class Task(NamedTuple):
     def named(self, ending: str = "") -> str:
         """Return "fid50k_full", or with all that is unusual "fid50k_full@512x512@inception-custom-1a2b3c4d"."""
         return "@".join((self.name + ending, *self.variant))
-
-
-def empty(kind: str, tool, limit: int, device: torch.device) -> Statistics:
-    """Return what gathers the features of `limit` images: Moments, or a Table of "features"."""
-    return Moments(tool.num_features, device) if kind == "moments" else Table(limit, tool.num_features)
 
 
 def features_of(tool) -> Callable[[Batch], Tensor]:

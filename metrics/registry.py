@@ -24,8 +24,7 @@ from metrics.estimate import Estimate, mean
 from metrics.generated import GeneratedBatch
 from metrics.images import Batch, Size
 from metrics.lines import LineShare, line_ratio
-from metrics.moments import Table
-from metrics.needs import Inputs, Need, RealNeed, Task, empty, features_of
+from metrics.needs import Inputs, Need, RealNeed, Task, features_of
 from metrics.path_length import trimmed
 from metrics.reals import Windowed, Windows
 from metrics.resize import resize
@@ -38,7 +37,6 @@ class Family(NamedTuple):
     """Metrics that differ in their numbers alone."""
 
     pattern: str  # of the name; # is the number, [_#] is left out where it is the default, _? is _ unless after a k
-    what: str
     tasks: Callable[["Metric", Inputs], list[Task]]  # raises UserError when the inputs do not suffice
     tool: Callable | None = None  # (device, folder of weights) -> the network that looks at the images
     reals: bool = False  # compares with real images: all when the name ends in _full, else as many as the number
@@ -117,57 +115,27 @@ def compare(kind: str, distance: Callable) -> Callable:
             limit = min(limit, MOST_FEATURES)
         if limit < metric.family.least:
             raise UserError(f"{metric.name} takes {metric.family.least} real images or more, and data has {limit}")
+        need = Need((kind, tool.name, metric.num), kind, metric.num, tool.num_features, features_of(tool))
+        real = RealNeed(inputs.fitted, kind, tool, limit)
         filter = inputs.fitted.filter
         resized = None if files.size == inputs.images.size else f"centre crop, {filter}"
-        return [
-            task(
-                metric,
-                inputs,
-                distance,
-                Need(
-                    (kind, tool.name, metric.num),
-                    metric.num,
-                    features_of(tool),
-                    lambda: empty(kind, tool, metric.num, inputs.device),
-                ),
-                RealNeed(inputs.fitted, kind, tool, limit),
-                (filter,) if resized and filter != "lanczos" else (),
-                {"num_real": limit, "real_size": list(files.size), "resize": resized, "mirror": files.facts["mirror"]},
-            )
-        ]
+        variant = (filter,) if resized and filter != "lanczos" else ()
+        facts = {"num_real": limit, "real_size": list(files.size), "resize": resized, "mirror": files.facts["mirror"]}
+        return [task(metric, inputs, distance, need, real, variant, facts)]
 
     return tasks
 
 
-def per_image(
-    look: Callable[[Batch, object, int], Tensor],
-    summarise: Callable[[Tensor], Estimate | dict[str, Estimate]],
-    width: Callable[[object], int] = lambda tool: 1,
-    dtype: torch.dtype = torch.float64,
-    facts: Callable[[object], dict] = lambda images: {},
-) -> Callable:
-    """Summarise look(batch, tool, seed), [N,width], of all generated images, [num,width]."""
+def inception_scores(metric: Metric, inputs: Inputs) -> list[Task]:
+    tool = inputs.tools[metric.family.tool]
 
-    def tasks(metric: Metric, inputs: Inputs) -> list[Task]:
-        tool = inputs.tools.get(metric.family.tool)
-        need = Need(
-            metric,
-            metric.num,
-            lambda batch: look(batch, tool, inputs.settings.seed),
-            lambda: Table(metric.num, width(tool), dtype),
-        )
-        return [task(metric, inputs, summarise, need, facts=facts(inputs.images))]
+    def look(batch: Batch) -> Tensor:
+        return batch.activations(tool).logits
 
-    return tasks
+    return [task(metric, inputs, inception_score, Need(metric, "features", metric.num, tool.num_classes, look))]
 
 
-def moved(batch: GeneratedBatch, seed: int, move: Callable) -> Tensor:
-    """Return the errors [N,2] of equivariance; each image has a transform of its own, whatever batch it is in."""
-    numbers = enumerate(batch.numbers.tolist())
-    return torch.cat([errors(partial(batch.moved, i), move, seed, number) for i, number in numbers])
-
-
-def patches(metric: Metric, inputs: Inputs) -> list[Task]:
+def windows(metric: Metric, inputs: Inputs) -> list[Task]:
     """Compare windows of large generated images with windows of large real ones."""
     images, tool = inputs.images, inputs.tools[metric.family.tool]
     (large, width), (size, other) = images.size, images.native
@@ -181,20 +149,39 @@ def patches(metric: Metric, inputs: Inputs) -> list[Task]:
     if inputs.large is None:
         raise UserError(f"{metric.name} compares with large real images; give them as data")
     filter = inputs.settings.filter or "lanczos"
-    windows = Windows(size, large, filter, inputs.settings.seed)
+    boxes = Windows(size, large, filter, inputs.settings.seed)
     limit = max(metric.num, inputs.large.num) if metric.full else metric.num
 
     def look(batch: GeneratedBatch) -> Tensor:
-        boxes = [windows.box("fake", number) for number in batch.numbers.tolist()]
-        return tool(batch.windows(boxes)).features
+        return tool(batch.windows([boxes.box("fake", number) for number in batch.numbers.tolist()])).features
 
-    need = Need(("windows", metric.num), metric.num, look, lambda: empty("moments", tool, metric.num, inputs.device))
-    real = RealNeed(Windowed(inputs.large, windows, limit, inputs.device), "moments", tool, limit)
+    need = Need(metric, "moments", metric.num, tool.num_features, look)
+    real = RealNeed(Windowed(inputs.large, boxes, limit, inputs.device), "moments", tool, limit)
     facts = {"num_real": limit, "num_photographs": inputs.large.num, "window": size, "resize": filter}
     return [task(metric, inputs, frechet_distance, need, real, (filter,) if filter != "lanczos" else (), facts)]
 
 
-def consistent(distance_of: Callable[[object], Distance]) -> Callable:
+def path_length(metric: Metric, inputs: Inputs) -> list[Task]:
+    tool = inputs.tools[metric.family.tool]
+    need = Need(metric, "values", metric.num, 1, lambda batch: batch.path_lengths(tool)[:, None])
+    return [task(metric, inputs, lambda lengths: mean(trimmed(lengths.flatten())), need)]
+
+
+def equivariance(move: Callable) -> Callable:
+    """Compare images of moved scenes with moved images; each has a transform of its own, whatever batch it is in."""
+
+    def tasks(metric: Metric, inputs: Inputs) -> list[Task]:
+        def look(batch: GeneratedBatch) -> Tensor:
+            numbers = enumerate(batch.numbers.tolist())
+            return torch.cat([errors(partial(batch.moved, i), move, inputs.settings.seed, n) for i, n in numbers])
+
+        facts = {"points": inputs.images.points} if move is eqr else {}
+        return [task(metric, inputs, decibels, Need(metric, "values", metric.num, 2, look), facts=facts)]
+
+    return tasks
+
+
+def consistency(distance_of: Callable[[object], Distance]) -> Callable:
     """Compare images with the same ones at another size, the larger downsampled."""
 
     def tasks(metric: Metric, inputs: Inputs) -> list[Task]:
@@ -206,7 +193,7 @@ def consistent(distance_of: Callable[[object], Distance]) -> Callable:
         for other in others:
             if first[0] * other[1] != first[1] * other[0]:
                 raise UserError(
-                    f"scales {side(first)} and {side(other)} have different shapes, so they show different parts"
+                    f"scales {side(first)} and {side(other)} have different shapes, so they show other parts"
                 )
             small, large = sorted((first, other))
 
@@ -214,10 +201,10 @@ def consistent(distance_of: Callable[[object], Distance]) -> Callable:
                 shrunk = batch.once((large, small), lambda: resize(batch.images(large), small, filter))
                 return distance(batch.images(small), shrunk)[:, None]
 
-            need = Need((metric, small, large), metric.num, look, lambda: Table(metric.num, 1, torch.float64))
             variant = () if (small, large) == doubled else (f"{side(small)}-{side(large)}",)
             variant += () if filter == "box" else (filter,)
             facts = {"scales": [list(first), list(other)], "filter": filter}
+            need = Need((metric, small, large), "values", metric.num, 1, look)
             found.append(task(metric, inputs, listed_mean, need, None, variant, facts, (first, other)))
         return found
 
@@ -226,8 +213,7 @@ def consistent(distance_of: Callable[[object], Distance]) -> Callable:
 
 def listed_mean(values: Tensor) -> Estimate:
     """Return the mean of [N,1], with the values."""
-    values = values.flatten()
-    return mean(values)._replace(values=values)
+    return mean(values.flatten())._replace(values=values.flatten())
 
 
 def side(size: Size) -> str:
@@ -240,9 +226,9 @@ def side(size: Size) -> str:
 
 def detector(kind: str) -> Callable:
     def load(device, weights_dir):
-        from metrics import features  # torch-fidelity takes seconds to import
+        from metrics.features import Detector  # torch-fidelity takes seconds to import
 
-        return features.load(kind, weights_dir=weights_dir, device=device)
+        return Detector(kind, weights_dir, device)
 
     return load
 
@@ -262,103 +248,21 @@ INCEPTION = detector("inception")
 # --- the table -------------------------------------------------------------------------------------------------------
 
 FAMILIES = [
-    Family(
-        "fid#", "Fréchet distance of Inception's features", compare("moments", frechet_distance), INCEPTION, reals=True
-    ),
-    Family(
-        "kid#", "kernel distance of Inception's features", compare("features", kernel_distance), INCEPTION, reals=True
-    ),
-    Family(
-        "pr#_?3",
-        "improved precision and recall, k = 3",
-        compare("features", precision_recall),
-        INCEPTION,
-        reals=True,
-        least=4,
-    ),
-    Family(
-        "is#",
-        "Inception score",
-        per_image(
-            lambda batch, tool, seed: batch.activations(tool).logits,
-            inception_score,
-            lambda tool: tool.num_classes,
-            torch.float32,
-        ),
-        INCEPTION,
-        least=10,
-    ),
-    Family(
-        "fd_dinov2_#",
-        "Fréchet distance of DINOv2's features",
-        compare("moments", frechet_distance),
-        detector("dinov2"),
-        reals=True,
-    ),
-    Family(
-        "fd_lite0_#",
-        "Fréchet distance of EfficientNet-Lite0's features",
-        compare("moments", frechet_distance),
-        detector("lite0"),
-        reals=True,
-    ),
-    Family(
-        "lines#",
-        "line artefacts",
-        compare("moments", line_ratio),
-        lambda device, weights_dir: LineShare(),
-        reals=True,
-        side=16,
-        default=1000,
-    ),
-    Family("pfid#", "patch FID: windows of large images", patches, INCEPTION, windows=True, renders=True),
-    Family(
-        "ppl2_wend[_#]",
-        "path length in W",
-        per_image(lambda batch, tool, seed: batch.path_lengths(tool)[:, None], lambda x: mean(trimmed(x.flatten()))),
-        lpips("vgg"),
-        renders=True,
-        side=16,
-    ),
-    Family(
-        "eqt#_int",
-        "equivariance to whole pixels of translation, dB",
-        per_image(lambda batch, tool, seed: moved(batch, seed, eqt_int), decibels, lambda tool: 2),
-        renders=True,
-        side=32,
-    ),
-    Family(
-        "eqt#_frac",
-        "equivariance to any translation, dB",
-        per_image(lambda batch, tool, seed: moved(batch, seed, eqt_frac), decibels, lambda tool: 2),
-        renders=True,
-        side=32,
-    ),
-    Family(
-        "eqr#",
-        "equivariance to rotation, dB",
-        per_image(
-            lambda batch, tool, seed: moved(batch, seed, eqr),
-            decibels,
-            lambda tool: 2,
-            facts=lambda images: {"points": images.points},
-        ),
-        renders=True,
-        side=32,
-    ),
-    Family("scale_psnr[_#]", "scale consistency, dB", consistent(lambda tool: psnr), renders=True, default=1000),
-    Family(
-        "scale_ssim[_#]", "scale consistency, SSIM", consistent(lambda tool: ssim), renders=True, side=11, default=1000
-    ),
-    Family(
-        "scale_lpips[_#]",
-        "scale consistency, LPIPS",
-        consistent(on_uint8),
-        lpips("alex"),
-        renders=True,
-        side=31,
-        default=1000,
-    ),
+    Family("fid#", compare("moments", frechet_distance), INCEPTION, reals=True),
+    Family("kid#", compare("features", kernel_distance), INCEPTION, reals=True),
+    Family("pr#_?3", compare("features", precision_recall), INCEPTION, reals=True, least=4),
+    Family("is#", inception_scores, INCEPTION, least=10),
+    Family("fd_dinov2_#", compare("moments", frechet_distance), detector("dinov2"), reals=True),
+    Family("fd_lite0_#", compare("moments", frechet_distance), detector("lite0"), reals=True),
+    Family("lines#", compare("moments", line_ratio), lambda *_: LineShare(), reals=True, side=16, default=1000),
+    Family("pfid#", windows, INCEPTION, windows=True, renders=True),
+    Family("ppl2_wend[_#]", path_length, lpips("vgg"), renders=True, side=16),
+    Family("eqt#_int", equivariance(eqt_int), renders=True, side=32),
+    Family("eqt#_frac", equivariance(eqt_frac), renders=True, side=32),
+    Family("eqr#", equivariance(eqr), renders=True, side=32),
+    Family("scale_psnr[_#]", consistency(lambda tool: psnr), renders=True, default=1000),
+    Family("scale_ssim[_#]", consistency(lambda tool: ssim), renders=True, side=11, default=1000),
+    Family("scale_lpips[_#]", consistency(on_uint8), lpips("alex"), renders=True, side=31, default=1000),
 ]
 
 

@@ -261,7 +261,7 @@ def test_lite0_gives_the_frechet_distance_of_its_means_without_any_download(benc
     options = {"network": None, "weights": None, "outdir": bench.folder, "metrics": "fd_lite0_50k_full"}
     (record,) = bench.measure(images=other, **options).values()
     assert list(record["results"]) == ["fd_lite0_9_full"]
-    detector = features.load("lite0")
+    detector = features.Detector("lite0")
     both = [
         detector(torch.stack([images[i][0] for i in range(len(images))])).features.double().numpy()
         for images in (ImageArchive(other), ImageArchive(bench.data))

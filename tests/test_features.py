@@ -28,7 +28,7 @@ from dnnlib.files import RemoteFile, locate, sha256
 from metrics import cache as statistics
 from metrics.cache import Statistics, cache_key, cached, content_digest
 from metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
-from metrics.features import DETECTORS, SIZE, Detector, DINOv2, inception, load, resize_positions
+from metrics.features import DETECTORS, SIZE, Detector, DINOv2, inception, resize_positions
 from metrics.moments import Moments
 from torch_utils.lite0 import Lite0
 
@@ -116,7 +116,7 @@ def test_photographs_give_the_numbers_of_torch_fidelity(inception_file):
         feature_extractor_weights_path=str(inception_file),
         **{"cuda": False, "batch_size": 5, "cache": False, "save_cpu_ram": True, "verbose": False},
     )
-    detector = Detector("inception", inception_file, batch=7)
+    detector = Detector("inception", inception_file.parent, batch=7)
     assert detector.name == f"inception-custom-{sha256(inception_file)[:8]}"
     (fake_features, logits), (real_features, _) = detector(fake), detector(real)
     assert fake_features.shape == (10, detector.num_features)
@@ -133,7 +133,7 @@ def test_photographs_give_the_numbers_of_torch_fidelity(inception_file):
 
 @pytest.mark.parametrize("damage", ["noise", "blur"])
 def test_every_step_of_damage_adds_to_the_distance(dino_file, damage):
-    detector = Detector("dinov2", dino_file)
+    detector = Detector("dinov2", dino_file.parent)
     clean = crops("astronaut", 32)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     distances = []
@@ -153,41 +153,42 @@ def test_every_step_of_damage_adds_to_the_distance(dino_file, damage):
 # --- detectors -------------------------------------------------------------------------------------------------------
 
 
-def test_grey_is_repeated_and_the_batch_changes_nothing(dino_file):
-    pictures = crops("astronaut", 5, (40, 70))
-    one, two = (Detector("dinov2", dino_file, batch=batch) for batch in (1, 2))
-    torch.testing.assert_close(one(pictures).features, two(pictures).features, rtol=1e-4, atol=1e-5)
-    grey = pictures[:, :1]
+def test_grey_is_repeated_the_batch_changes_nothing_and_alpha_is_refused(dino_file):
+    images = crops("astronaut", 5, (40, 70))
+    one, two = (Detector("dinov2", dino_file.parent, batch=batch) for batch in (1, 2))
+    torch.testing.assert_close(one(images).features, two(images).features, rtol=1e-4, atol=1e-5)
+    grey = images[:, :1]
     assert torch.equal(one(grey).features, one(grey.repeat(1, 3, 1, 1)).features)
     assert one(grey).features.shape == (5, one.num_features)
     assert one(grey).logits is None
-
-
-def test_pictures_of_another_kind_are_refused(dino_file):
-    detector = Detector("dinov2", dino_file)
     with pytest.raises(UserError, match="alpha channel"):
-        detector(torch.zeros(1, 4, 8, 8, dtype=torch.uint8))
-    for wrong in (torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="must be uint8"):
-            detector(wrong)
+        one(torch.zeros(1, 4, 8, 8, dtype=torch.uint8))
 
 
-def test_only_the_standard_weights_have_the_standard_name(dino_file, monkeypatch):
-    detector = Detector("dinov2", dino_file)
+def test_features_that_are_not_finite_end_in_a_sentence(tmp_path):
+    torch.save(dino_state() | {"norm.bias": torch.full([128], torch.nan)}, tmp_path / DINO.name)
+    with pytest.raises(UserError, match="not finite"):
+        Detector("dinov2", tmp_path)(crops("astronaut", 1))
+
+
+def test_only_the_published_weights_have_the_published_name(dino_file, monkeypatch):
+    detector = Detector("dinov2", dino_file.parent)
     assert (detector.digest, detector.standard) == (sha256(dino_file), False)
     assert detector.name == f"dinov2-custom-{detector.digest[:8]}"
-    family = DETECTORS["dinov2"]
+    entry = DETECTORS["dinov2"]
     for digest, standard in ((detector.digest[:8], True), ("00000000", False)):
-        monkeypatch.setitem(DETECTORS, "dinov2", family._replace(weights=family.weights._replace(digest=digest)))
-        again = Detector("dinov2", dino_file)
+        monkeypatch.setitem(DETECTORS, "dinov2", entry._replace(weights=entry.weights._replace(digest=digest)))
+        again = Detector("dinov2", dino_file.parent)
         assert again.standard is standard
         assert (again.name == "dinov2-vitl14") is standard
+    assert INCEPTION == ("weights-inception-2015-12-05-6726825d.pth", URL_INCEPTION_V3, "6726825d")
 
 
-def test_inception_leaves_the_random_numbers_of_others_alone():
+def test_building_a_network_leaves_the_random_numbers_of_others_alone():
     state = random_weights()
     before = torch.get_rng_state()
     inception(state)
+    DINOv2(dino_state())
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -217,19 +218,19 @@ def test_dinov2_equals_the_transformer_of_torchvision():
     twin = VisionTransformer(224, 14, 2, num_heads=2, hidden_dim=128, mlp_dim=512, norm_layer=norm).eval()
     twin.heads = nn.Identity()
     twin.load_state_dict(theirs)
-    pictures = crops("astronaut", 2, (224, 224))
+    images = crops("astronaut", 2, (224, 224))
     with torch.no_grad():
-        expected = twin(normalize(pictures / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        (found,) = DINOv2(state).eval()(pictures)
+        expected = twin(normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        (found,) = DINOv2(state).eval()(images)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(64, 80), (300, 260)], ids=["up", "down"])
 def test_dinov2_resizes_as_pillow_does(size):
-    (picture,) = crops("astronaut", 1, size)
-    pillow = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    (image,) = crops("astronaut", 1, size)
+    pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
     expected = np.asarray(pillow.resize((224, 224), Image.Resampling.BICUBIC))
-    found = DINOv2.resize(picture[None])[0].permute(1, 2, 0).numpy()
+    found = DINOv2.resize(image[None])[0].permute(1, 2, 0).numpy()
     error = np.abs(found - expected)
     assert error.max() <= 3
     assert (error > 1).mean() < 1e-3  # of the values; PyTorch's weights differ a little when shrinking
@@ -249,15 +250,13 @@ def test_dinov2_samples_its_positions_where_the_released_code_does():
 
 
 def test_lite0_needs_no_download_and_shows_the_means_of_its_four_features(cache, offline):
-    detector = load("lite0", batch=2)
+    detector = Detector("lite0", batch=2)
     assert (detector.name, detector.standard, detector.num_features) == ("efficientnet-lite0", True, 496)
-    pictures = crops("astronaut", 3, (64, 48))
-    net = Lite0()
-    for given, shown in ((pictures, pictures), (pictures[:, :1], pictures[:, :1].expand(-1, 3, -1, -1))):
-        with torch.no_grad():
-            parts = net(resize(shown.float(), [224, 224], antialias=True) / 127.5 - 1)
-        expected = [part.mean((2, 3)) / part.shape[1] ** 0.5 for part in parts]
-        torch.testing.assert_close(detector(given).features, torch.cat(expected, 1), rtol=1e-4, atol=1e-5)
+    images = crops("astronaut", 3, (64, 48))
+    with torch.no_grad():
+        parts = Lite0()(resize(images.float(), [224, 224], antialias=True) / 127.5 - 1)
+    expected = [part.mean((2, 3)) / part.shape[1] ** 0.5 for part in parts]
+    torch.testing.assert_close(detector(images).features, torch.cat(expected, 1), rtol=1e-4, atol=1e-5)
     assert not cache.exists()
 
 
@@ -265,45 +264,36 @@ def test_lite0_needs_no_download_and_shows_the_means_of_its_four_features(cache,
 
 
 def test_weights_are_looked_for_in_the_cache_and_then_in_the_folder(cache, dino_file, offline):
-    assert load("dinov2", weights_dir=dino_file.parent).digest == sha256(dino_file)
+    assert Detector("dinov2", dino_file.parent).digest == sha256(dino_file)
     cache.mkdir()
     torch.save(dino_state(seed=1), cache / DINO.name)
-    assert load("dinov2", weights_dir=dino_file.parent).digest == sha256(cache / DINO.name) != sha256(dino_file)
+    assert Detector("dinov2", dino_file.parent).digest == sha256(cache / DINO.name) != sha256(dino_file)
 
 
 @pytest.mark.parametrize("kind", ["inception", "dinov2"])
-def test_offline_one_sentence_says_which_file_from_where_must_lie_where(cache, tmp_path, offline, kind):
+def test_offline_one_sentence_says_which_file_from_where_must_be_where(cache, tmp_path, offline, kind):
     file = DETECTORS[kind].weights
     with pytest.raises(UserError) as caught:
-        load(kind, weights_dir=tmp_path / "weights")
+        Detector(kind, tmp_path / "weights")
     for words in (file.name, file.url, str(cache / file.name), str(tmp_path / "weights" / file.name)):
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not cache.exists()
 
 
-def test_the_inception_file_is_the_one_of_torch_fidelity():
-    assert INCEPTION == ("weights-inception-2015-12-05-6726825d.pth", URL_INCEPTION_V3, "6726825d")
-
-
-def test_a_download_is_kept(cache, tmp_path):
+def test_a_download_is_kept_unless_its_digest_is_wrong(cache, tmp_path):
     source = tmp_path / "source.bin"
     source.write_bytes(os.urandom(3 * 2**20 + 5))
+    with pytest.raises(UserError, match="begins with 00000000") as caught:
+        locate(RemoteFile("a.bin", source.as_uri(), "00000000"))
+    assert source.as_uri() in str(caught.value)
+    assert list(cache.iterdir()) == []
     file = RemoteFile("a.bin", source.as_uri(), sha256(source)[:8])
     path = locate(file)
     assert path == cache / "a.bin"
     assert path.read_bytes() == source.read_bytes()
     source.unlink()
     assert locate(file) == path
-
-
-def test_a_download_with_another_digest_is_refused_and_not_kept(cache, tmp_path):
-    source = tmp_path / "source.bin"
-    source.write_bytes(b"not what was promised")
-    with pytest.raises(UserError, match="begins with 00000000") as caught:
-        locate(RemoteFile("a.bin", source.as_uri(), "00000000"))
-    assert source.as_uri() in str(caught.value)
-    assert list(cache.iterdir()) == []
 
 
 def test_a_download_that_breaks_off_leaves_nothing(cache, monkeypatch):
@@ -330,27 +320,38 @@ class Bomb:
 
 
 def test_nothing_in_a_file_of_weights_is_executed(tmp_path):
-    torch.save({"fc.weight": Bomb(str(tmp_path / "exploded"))}, tmp_path / "bomb.pth")
+    torch.save({"fc.weight": Bomb(str(tmp_path / "exploded"))}, tmp_path / INCEPTION.name)
     with pytest.raises(UserError, match="holds no weights"):
-        Detector("inception", tmp_path / "bomb.pth")
+        Detector("inception", tmp_path)
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("kind", ["inception", "dinov2"])
 @pytest.mark.parametrize(
-    "content", [b"", b"nonsense", [1], {"a": 1}, {"a": torch.zeros(2)}, {1: torch.zeros(2)}], ids=str
+    ("kind", "content"),
+    [
+        ("inception", b""),
+        ("dinov2", b"nonsense"),
+        ("inception", [1]),
+        ("dinov2", {"a": 1}),
+        ("inception", {1: torch.zeros(2)}),
+        ("inception", {"a": torch.zeros(2)}),
+        ("dinov2", {"a": torch.zeros(2)}),
+        ("dinov2", dino_state() | {"more": torch.zeros(1)}),
+        ("dinov2", {name: t for name, t in dino_state().items() if name != "norm.bias"}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 def test_a_file_without_the_weights_is_a_sentence(tmp_path, kind, content):
-    path = tmp_path / "weights.pth"
+    path = tmp_path / DETECTORS[kind].weights.name
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(UserError, match=r"weights\.pth holds") as caught:
-        Detector(kind, path)
+    with pytest.raises(UserError, match=r"\.pth holds .*; replace it with https://") as caught:
+        Detector(kind, tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_misspelt_detector_is_a_sentence():
     with pytest.raises(UserError, match="did you mean inception"):
-        load("inceptoin")
+        Detector("inceptoin")
 
 
 # --- cached statistics -----------------------------------------------------------------------------------------------
@@ -359,58 +360,35 @@ FEATURES = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
 KEY = cache_key("content", detector="detector")
 
 
-class Computation:
-    """Computes, and counts how often."""
-
-    def __init__(self, value):
-        self.value, self.calls = value, 0
-
-    def __call__(self):
-        self.calls += 1
-        return self.value
-
-
-def cached_features(key, num_features, compute):
-    return cached([Statistics("features", key, num_features)], lambda missing: [compute() for _ in missing])[0]
-
-
-def cached_moments(key, num_features, compute):
-    return cached([Statistics("moments", key, num_features)], lambda missing: [compute() for _ in missing])[0]
+def cached_one(kind, value, key=KEY):
+    """The statistics, and whether they were computed."""
+    calls = []
+    (found,) = cached([Statistics(kind, key, 3)], lambda missing: calls.append(1) or [value])
+    return found, bool(calls)
 
 
 def test_statistics_are_computed_once(cache):
-    rows, sums = Computation(FEATURES), Computation(moments(FEATURES))
-    for _ in range(3):
-        assert torch.equal(cached_features(KEY, 3, rows), FEATURES)
-        found = cached_moments(KEY, 3, sums)
-        assert (found.count, rows.calls, sums.calls) == (9, 1, 1)
-        assert torch.equal(found.mean, sums.value.mean)
-        assert torch.equal(found.scatter, sums.value.scatter)
+    sums = moments(FEATURES)
+    for computed in (True, False, False):
+        found, called = cached_one("features", FEATURES)
+        assert (torch.equal(found, FEATURES), called) == (True, computed)
+        found, called = cached_one("moments", sums)
+        assert (found.count, called) == (9, computed)
+        assert torch.equal(found.mean, sums.mean)
+        assert torch.equal(found.scatter, sums.scatter)
     assert len(list((cache / "statistics").iterdir())) == 2
 
 
 def test_the_key_is_made_of_the_content_its_order_and_all_facts():
     pixels = torch.arange(12, dtype=torch.uint8)
-    contents = [
-        [b"ab", b"c"],
-        [b"c", b"ab"],
-        [b"a", b"bc"],
-        [b"abc"],
-        [],
-        [pixels.view(3, 2, 2)],
-        [pixels.view(1, 3, 4)],
-        [pixels.numpy().tobytes()],
-    ]
-    digests = [content_digest(pictures) for pictures in contents]
+    contents = [[b"ab", b"c"], [b"c", b"ab"], [b"a", b"bc"], [b"abc"], []]
+    contents += [[pixels.view(3, 2, 2)], [pixels.view(1, 3, 4)], [pixels.numpy().tobytes()]]
+    digests = [content_digest(images) for images in contents]
     assert len(set(digests)) == len(contents)
-    assert digests == [content_digest(iter(pictures)) for pictures in contents]
+    assert digests == [content_digest(iter(images)) for images in contents]
     keys = [cache_key(*c, **f) for c in (["a"], ["b"]) for f in ({}, {"size": [8, 8]}, {"size": [8, 9]}, {"num": 8})]
     assert len(set(keys)) == len(keys)
     assert cache_key("a", size=(8, 8), filter="box") == cache_key("a", filter="box", size=[8, 8])
-
-
-def cut(path):
-    os.truncate(path, path.stat().st_size // 2)
 
 
 def flip_a_bit(path):
@@ -421,24 +399,20 @@ def flip_a_bit(path):
 
 def put_another(path):
     other = cache_key("other content", detector="detector")
-    cached_features(other, 3, Computation(FEATURES + 1))
+    cached_one("features", FEATURES + 1, other)
     shutil.move(path.with_name(f"features-{other}.safetensors"), path)
 
 
 def put_tensors(tensors):
-    def put(path):
-        save_file(tensors, path, {statistics.FORMAT: statistics._header(path.stem, tensors)})
-
-    return put
+    return lambda path: save_file(tensors, path, {statistics.FORMAT: statistics._header(path.stem, tensors)})
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        cut,
+        lambda path: os.truncate(path, path.stat().st_size // 2),
         flip_a_bit,
         put_another,
-        lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"nonsense" * 100),
         lambda path: save_file({"features": FEATURES}, path),
         put_tensors({"features": FEATURES * torch.nan}),
@@ -446,21 +420,20 @@ def put_tensors(tensors):
         put_tensors({"features": FEATURES.double()}),
         put_tensors({"other": FEATURES}),
     ],
-    ids=["cut", "bit", "another", "empty", "nonsense", "no header", "nan", "shape", "type", "name"],
+    ids=["cut", "bit", "another", "nonsense", "no header", "nan", "shape", "type", "name"],
 )
-def test_a_damaged_cache_is_computed_again_and_mended(cache, capsys, damage):
-    compute = Computation(FEATURES)
-    cached_features(KEY, 3, compute)
+def test_a_damaged_cache_is_computed_again_and_replaced(cache, capsys, damage):
+    cached_one("features", FEATURES)
     (path,) = (cache / "statistics").iterdir()
     damage(path)
-    for _ in range(2):
-        assert torch.equal(cached_features(KEY, 3, compute), FEATURES)
-        assert compute.calls == 2
+    for computed in (True, False):
+        found, called = cached_one("features", FEATURES)
+        assert (torch.equal(found, FEATURES), called) == (True, computed)
     assert capsys.readouterr().err.count("is damaged") == 1
 
 
 def test_a_cache_that_cannot_be_written_costs_no_result(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "file"))
-    assert torch.equal(cached_features(KEY, 3, Computation(FEATURES)), FEATURES)
+    assert torch.equal(cached_one("features", FEATURES)[0], FEATURES)
     assert "not kept" in capsys.readouterr().err
