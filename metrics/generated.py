@@ -10,10 +10,9 @@ import rendering
 from dnnlib.console import UserError
 from metrics.images import Batch, Size
 from metrics.path_length import path_lengths
-from rendering import Shot
+from rendering.grid import Shot, View
 from torch_utils.images import to_uint8
 from torch_utils.randomness import make_rng
-from training.networks import COORDS
 
 EXACT = 64 * 64  # pixels up to which rotated images are computed exactly, at some hundred times the cost
 
@@ -88,8 +87,10 @@ class GeneratedBatch(Batch):
         generated = self.generated
         if matrix is None:
             return self.colours(generated.size)[index : index + 1]
+        height, width = generated.native
+        view = View.of(generated.G.config, Shot(generated.size))
         sides = matrix.clone()
-        sides[:2, 2] /= COORDS[generated.G.config.coords].steps(max(generated.size))  # from pixels to longer sides
+        sides[:2, 2] *= (view.cols if width >= height else view.rows).step  # from pixels to the longer side trained at
         shot = Shot(generated.size, transform=sides, exact=generated.points == "exact")
         return generated.render(self.ws[index : index + 1], shot)
 
