@@ -1,8 +1,8 @@
-"""The operations against their references: python -m benchmarks.ops --help
+"""Times of the operations against their references: python -m benchmarks.ops --help
 
 Shapes are those of the paper's 512² network. For each of them the methods take turns; times are medians. Two floors are
-measured in the same run: no operation is faster than its bytes at the bandwidth of a copy, nor than its FLOPs at the
-rate of a large matrix product. A share of the floor can pass 1 where tensors stay in the cache.
+measured in the same run: the bytes of an operation at the bandwidth of a copy, and its FLOPs at the rate of a large
+matrix product. The share of the floor can exceed 1 where tensors stay in the cache.
 """
 
 import functools
@@ -39,7 +39,7 @@ class Case(NamedTuple):
     inputs: Callable[[torch.device, torch.dtype], list[Tensor]]  # the first is large, in this dtype; the rest float32
     call: Callable[..., Tensor]  # (*inputs, impl=…)
     impls: tuple[str, ...]
-    bytes: dict[str, float]  # that must move, in numbers of the dtype, by kind of run
+    bytes: dict[str, float]  # moved at least, in numbers of the dtype, by kind of run
     flops: dict[str, float]
 
 
@@ -75,12 +75,12 @@ def modulated_case(n: int, p: int, i: int, o: int) -> Case:
     )
 
 
-# Tiles and warps of the kernel of pixel_path that are tried beside its own.
+# Tiles and warps of the Triton kernel that are measured beside the default.
 TILES = {"8×16, 4 warps": ((8, 16), 4), "8×16, 8 warps": ((8, 16), 8), "16×16, 8 warps": ((16, 16), 8)}
 
 
 def pixel_path_case(side: int) -> Case:
-    """A picture from its lines. Its products are of the dtype; lines and colours are float32."""
+    """An image from its lines. Products are in the dtype; lines and colours are float32."""
     config = GeneratorConfig()
 
     @functools.cache
@@ -114,7 +114,7 @@ def pixel_path_case(side: int) -> Case:
 
 
 def cases(share: int) -> list[Case]:
-    """The paper's layers; `share`: by what their positions are divided."""
+    """Return the paper's layers, with the number of positions divided by `share`."""
     lines, pixels, side = LINES // share, PIXELS // share, 512 // math.isqrt(share)
     found = [pixel_path_case(side), pixel_path_case(2 * side)]
     for i, o in ((1024, 1024), (512, 512), (256, 256), (1024, 32)):
@@ -137,7 +137,7 @@ class Clock(NamedTuple):
             torch.cuda.synchronize()
 
     def seconds(self, tasks: dict[str, Callable]) -> dict[str, list[float]]:
-        """Of each task in each round. Short ones are repeated until they take 2 ms, so that waiting does not count."""
+        """Time each task in each round. Short ones are repeated for 2 ms, so that synchronising does not count."""
         for task in tasks.values():  # compiles, and grows the memory pool
             task()
         repeats = {}
@@ -174,7 +174,7 @@ def compiled(call: Callable) -> Callable:
 
 
 def tasks(case: Case, kind: str, methods: dict[str, Callable], inputs: list[Tensor]) -> dict[str, Callable]:
-    """What is timed: forward, without a graph; gradient, by the first input; training, forward and all gradients."""
+    """Return what is timed: forward without a graph, the gradient of the first input, or training: all of both."""
     if kind == "forward":
         return {name: torch.no_grad()(lambda m=method: m(*inputs)) for name, method in methods.items()}
     leaves = [t.detach().requires_grad_(kind == "training" or t is inputs[0]) for t in inputs]
@@ -235,11 +235,11 @@ def measure(case: Case, dtype: str, clock: Clock, rates: dict, compile: bool) ->
     return runs
 
 
-# --- telling ----------------------------------------------------------------------------------------------------------
+# --- report ----------------------------------------------------------------------------------------------------------
 
 
 def table(result: dict) -> str:
-    """Markdown: milliseconds, and for "auto" its share of the floor and how many times faster than eager it is."""
+    """Return Markdown: milliseconds, and for "auto" its share of the floor and its speed relative to eager."""
     machine, names = result["machine"], list(dict.fromkeys(name for run in result["runs"] for name in run["median"]))
     rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in result["matmul FLOP/s"].items())
     lines = [
@@ -261,7 +261,7 @@ def table(result: dict) -> str:
         mean = statistics.geometric_mean(gains)
         lines.append(f"\n{op} in {dtype}: auto is {mean:.2f} × as fast as eager (geometric mean).")
     if result["left out"]:
-        lines.append(f"\nLeft out, for lack of time if nothing else is said: {'; '.join(result['left out'])}.")
+        lines.append(f"\nLeft out, for lack of time unless another reason is given: {'; '.join(result['left out'])}.")
     return "\n".join(lines) + "\n"
 
 
@@ -272,20 +272,20 @@ def table(result: dict) -> str:
 @click.option("--ops", "wanted", default="bias_act,modulated_linear,pixel_path", show_default=True)
 @click.option("--share", type=click.IntRange(1), default=1, help="Divide the positions by this square. [default: 1]")
 @click.option("--rounds", type=click.IntRange(1), default=11, show_default=True)
-@click.option("--minutes", type=click.FloatRange(0), default=5, show_default=True, help="Start no case after so many.")
+@click.option(
+    "--minutes", type=click.FloatRange(0), default=5, show_default=True, help="Start no case after this time."
+)
 @click.option("--compile/--no-compile", default=True, show_default=True, help="Also measure torch.compile.")
 @command()
 def main(out, kind, dtypes, wanted, share, rounds, minutes, compile):
-    """Times of each operation, and its share of the floor; writes ops-<device>.json and a table beside it."""
+    """Time each operation, and compare it with its floor. Writes ops-<device>.json and a table beside it."""
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device to measure; use --device=cpu --share=64")
     start, clock = time.monotonic(), Clock(torch.device(kind, 0) if kind == "cuda" else torch.device(kind), rounds)
     names = (dtypes or ("bf16,fp32" if kind == "cuda" else "fp32")).split(",")
     result = {"machine": describe(), **floors(clock, names), "runs": [], "left out": []}
     for module in (bias_act, modulated_linear) if kind == "cuda" else ():
-        choose(
-            "cuda", module.IMPLS, module.SOURCE, torch.empty(0, device=clock.device)
-        )  # raises where it cannot be built
+        choose("cuda", module.IMPLS, module.SOURCE, torch.empty(0, device=clock.device))  # raises if unavailable
     for dtype in names:
         for case in (case for case in cases(share) if case.op in wanted.split(",")):
             if time.monotonic() - start > 60 * minutes:

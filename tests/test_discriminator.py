@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.signal
 import torch
+from helpers import error, noise
 from pydantic import ValidationError
 
 from training import losses
@@ -26,12 +27,8 @@ VARIANTS = {
 }
 
 
-def noise(*shape, seed=1, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def fresh(dtype=torch.float64, seed=0, **changes):
-    """No bias left at zero."""
+    """Make a discriminator whose biases are not zero."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         D = Discriminator(DiscriminatorConfig(**TINY | changes))
@@ -48,14 +45,10 @@ def frozen(dtype=torch.float64, **changes):
 
 
 def judged(D, n, seed=1):
-    """Images, and labels where D wants them."""
+    """Return images, and labels where D takes them."""
     dtype, c = D.from_rgb.weight.dtype, D.config
     img = noise(n, c.img_channels, *c.img_shape, seed=seed, dtype=dtype)
     return img, noise(n, c.c_dim, seed=seed + 1, dtype=dtype) if c.c_dim else None
-
-
-def error(got, expected):
-    return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
 # --- The same arithmetic, written a second time -------------------------------------------------------------------
@@ -146,9 +139,9 @@ def test_the_logits_are_the_published_arithmetic(variant):
     assert error(got, torch.from_numpy(expected)) <= 1e-10
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("halve", [False, True])
-@pytest.mark.parametrize("size", [(8, 8), (4, 10)])
+@pytest.mark.parametrize(
+    ("kernel", "halve", "size"), [(1, False, (8, 8)), (1, True, (4, 10)), (3, False, (4, 10)), (3, True, (8, 8))]
+)
 def test_a_convolution_is_scipys(kernel, halve, size):
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -175,7 +168,7 @@ def test_both_paths_of_a_block_carry_half_the_variance_and_only_the_main_one_a_c
 # --- Minibatch standard deviation ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("count", "group"), [(1, 4), (3, 4), (4, 4), (8, 4), (12, 4), (6, 2), (4, 1), (5, 9)])
+@pytest.mark.parametrize(("count", "group"), [(1, 4), (4, 4), (12, 4), (4, 1), (5, 9)])
 def test_the_minibatch_deviation_is_its_closed_form(count, group):
     x = noise(count, 3, 2, 5)
     got = minibatch_std(x, group)
@@ -198,33 +191,25 @@ def test_equal_images_deviate_by_the_root_of_epsilon():
     assert torch.allclose(minibatch_std(x, 4)[:, 3], torch.full((4, 4, 4), 1e-4).double(), rtol=1e-9)
 
 
-def test_a_batch_equals_its_groups_one_by_one():
-    for variant in ("plain", "conditional"):
-        D = frozen(**VARIANTS[variant])
-        img, c = judged(D, 12)
-        logits = D(img, c)
-        for first in range(3):
-            members = slice(first, None, 3)
-            alone = D(img[members], None if c is None else c[members])
-            assert error(alone, logits[members]) <= 1e-12
+@pytest.mark.parametrize(("variant", "group"), [("plain", 4), ("conditional", 4), ("plain", 1)])
+def test_a_batch_equals_its_groups_one_by_one(variant, group):
+    D = frozen(**VARIANTS[variant], mbstd_group=group)
+    img, c = judged(D, 3 * group)
+    logits = D(img, c)
+    for first in range(3):
+        members = slice(first, None, 3)
+        alone = D(img[members], None if c is None else c[members])
+        assert error(alone, logits[members]) <= 1e-12
 
 
-def test_processes_that_deal_out_a_batch_see_whole_groups():
-    """Image i to process i mod P, as in dealing cards: 2 or 3 processes of 4 equal one of 8 or 12."""
+def test_ranks_that_split_a_batch_see_whole_groups():
+    """Image i goes to rank i mod P: 2 or 3 ranks of 4 equal one of 8 or 12."""
     D = frozen()
-    for processes in (2, 3):
-        img, _ = judged(D, 4 * processes)
+    for ranks in (2, 3):
+        img, _ = judged(D, 4 * ranks)
         logits = D(img)
-        for rank in range(processes):
-            assert error(D(img[rank::processes]), logits[rank::processes]) <= 1e-12
-
-
-def test_with_groups_of_one_a_batch_equals_its_images_one_by_one():
-    D = frozen(mbstd_group=1)
-    img, _ = judged(D, 3)
-    logits = D(img)
-    for n in range(3):
-        assert error(D(img[n : n + 1]), logits[n : n + 1]) <= 1e-12
+        for rank in range(ranks):
+            assert error(D(img[rank::ranks]), logits[rank::ranks]) <= 1e-12
 
 
 def test_an_image_is_judged_with_its_group_and_no_other():
@@ -259,7 +244,7 @@ def test_the_label_projects_the_features():
 # --- Learning -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["plain", "conditional", "label without mapping", "20x28"])
 def test_every_parameter_receives_a_gradient(variant):
     D = fresh(**VARIANTS[variant])
     (real, c), (fake, _) = judged(D, 4), judged(D, 4, seed=9)
@@ -268,7 +253,7 @@ def test_every_parameter_receives_a_gradient(variant):
     assert still == set()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["plain", "conditional", "label without mapping", "20x28"])
 def test_r1_moves_every_parameter_but_the_biases_after_the_deviation(variant):
     """Leaky ReLUs are linear in pieces, so a bias bends the gradient only through the minibatch deviation."""
     D = fresh(**VARIANTS[variant])
@@ -279,7 +264,7 @@ def test_r1_moves_every_parameter_but_the_biases_after_the_deviation(variant):
 
 
 @pytest.mark.parametrize("variant", ["plain", "conditional"])
-def test_the_gradient_of_the_picture_is_that_of_finite_differences(variant):
+def test_the_gradient_of_the_image_is_that_of_finite_differences(variant):
     D = frozen(**VARIANTS[variant])
     img, c = judged(D, 2)
     img.requires_grad_()
@@ -322,16 +307,8 @@ def test_settings_are_frozen():
         ({"img_shape": (4, 4)}, ["4x4", "8x8 or more"]),
         ({"img_shape": (90, 90)}, ["90x90", "multiples of 16", "--resolution=80x80"]),
         ({"img_shape": (64, 100)}, ["100x64", "multiples of 16", "--resolution=96x64"]),
-        ({"img_shape": (-16, -16)}, ["img_shape", "greater than or equal to 1"]),
-        ({"img_shape": ("large", "large")}, ["img_shape", "integer"]),
         ({"img_shape": (128, 128)}, ["channel_base=64", "no channel at resolution 128", "128 or more"]),
-        ({"channel_base": 0}, ["channel_base", "greater than or equal to 1"]),
-        ({"channel_max": 0}, ["channel_max", "greater than or equal to 1"]),
-        ({"img_channels": 0}, ["img_channels", "greater than or equal to 1"]),
-        ({"c_dim": -1}, ["c_dim", "greater than or equal to 0"]),
         ({"mbstd_group": 0}, ["mbstd_group", "greater than or equal to 1"]),
-        ({"mbstd_group": 2.5}, ["mbstd_group", "integer"]),
-        ({"mapping_layers": -1}, ["mapping_layers", "greater than or equal to 0"]),
         ({"architecture": "resnet"}, ["architecture", "not permitted"]),
     ],
     ids=str,
@@ -351,12 +328,8 @@ def some(*shape):
     ("call", "words"),
     [
         (lambda D, _: D(some(2, 3, 8, 8)), ["img must be [N,3,16,16]", "[2, 3, 8, 8]"]),
-        (lambda D, _: D(some(2, 1, 16, 16)), ["img must be [N,3,16,16]", "[2, 1, 16, 16]"]),
-        (lambda D, _: D(some(3, 16, 16)), ["img must be [N,3,16,16]", "[3, 16, 16]"]),
         (lambda D, _: D(some(6, 3, 16, 16)), ["6 images", "groups of 4"]),
         (lambda _, C: C(some(2, 3, 16, 16)), ["conditional", "c must be [N,3]", "None"]),
-        (lambda _, C: C(some(2, 3, 16, 16), some(2, 5)), ["c must be [N,3]", "[2, 5]"]),
-        (lambda _, C: C(some(4, 3, 16, 16), some(1, 3)), ["c ", "4", "1"]),
         (lambda _, C: C(some(1, 3, 16, 16), some(4, 3)), ["c ", "4", "1"]),
         (lambda D, _: D(some(2, 3, 16, 16), some(2, 3)), ["unconditional"]),
         (lambda D, _: D(some(0, 3, 16, 16)), ["img", "empty"]),

@@ -8,14 +8,15 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import error, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from training import losses
 from training.networks import COORDS, Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, Lines
+from training.networks.layers import EqualLinear, Head, SynthesisLayer
 from training.networks.mapping import normalise
-from training.networks.pixels import fuse
 
 TINY = {
     "img_shape": (16, 16),
@@ -47,20 +48,16 @@ def positions(count, coords, dtype=torch.float32):
     return COORDS[coords].positions(count, dtype)
 
 
-def noise(*shape, dtype=torch.float64, seed=1):
-    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
-
-
 def shaken(module, seed=5):
-    """No weight left at a special value, such as the zeros and ones that biases start from."""
-    draw = seeded(seed)
+    """Move every weight from special values, such as the zeros and ones of new biases."""
+    rng = seeded(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
             # lr_mult 0.01 makes the mapping's biases count a hundredth
             scale = 30 if re.search(r"mapping\.layers\.\d+\.bias", name) else 0.3
-            p += scale * torch.randn(p.shape, generator=draw, dtype=p.dtype)
+            p += scale * torch.randn(p.shape, generator=rng, dtype=p.dtype)
         if hasattr(module, "mapping") and hasattr(module.mapping, "w_avg"):
-            module.mapping.w_avg.copy_(torch.randn(module.mapping.w_avg.shape, generator=draw))
+            module.mapping.w_avg.copy_(torch.randn(module.mapping.w_avg.shape, generator=rng))
     return module
 
 
@@ -76,7 +73,7 @@ def frozen(dtype=torch.float64, **changes):
 
 
 def styles(G, n, seed=2):
-    """ws with another entry for every layer: a layer that reads the wrong one shows."""
+    """Return ws that differ between layers, so that a layer that reads the wrong one shows."""
     dtype = G.mapping.w_avg.dtype
     return noise(n, G.config.num_ws, G.config.w_dim, dtype=dtype, seed=seed)
 
@@ -85,16 +82,12 @@ def labels(G, n):
     return noise(n, G.config.c_dim, dtype=G.mapping.w_avg.dtype, seed=4) if G.config.c_dim else None
 
 
-def error(got, expected):
-    return ((got - expected).abs().max() / expected.abs().max()).item()
-
-
-# --- A picture is a function of position --------------------------------------------------------------------------
+# --- An image is a function of position --------------------------------------------------------------------------
 
 
 @functools.cache
 def whole(coords, dtype):
-    """A picture that is not square, its positions and its lines."""
+    """Return an image that is not square, its positions and its lines."""
     G = frozen(dtype, coords=coords)
     rows, cols = positions(11, coords, dtype), positions(14, coords, dtype)
     ws = styles(G, 2)
@@ -103,47 +96,45 @@ def whole(coords, dtype):
 
 some_rows = st.lists(st.integers(0, 10), min_size=1, max_size=6)
 some_cols = st.lists(st.integers(0, 13), min_size=1, max_size=6)
-each_grid = pytest.mark.parametrize("coords", ["endpoints", "centers"])
-each_dtype = pytest.mark.parametrize("dtype", TIGHT)
+each_grid = pytest.mark.parametrize("coords", COORDS)
+each_kind = pytest.mark.parametrize(("coords", "dtype"), [("endpoints", torch.float64), ("centers", torch.float32)])
 
 
-@each_grid
-@each_dtype
+@each_kind
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(i=some_rows, j=some_cols)
-def test_any_rows_by_any_columns_are_that_part_of_the_picture(coords, dtype, i, j):
-    G, ws, rows, cols, picture, _ = whole(coords, dtype)
+def test_any_rows_by_any_columns_are_that_part_of_the_image(coords, dtype, i, j):
+    G, ws, rows, cols, image, _ = whole(coords, dtype)
     part = G.synthesis(ws, rows=rows[i], cols=cols[j])
     assert part.shape == (2, 3, len(i), len(j))
     assert part.dtype == dtype
-    assert error(part, picture[:, :, i][..., j]) <= TIGHT[dtype]
+    assert error(part, image[:, :, i][..., j]) <= TIGHT[dtype]
 
 
-@each_grid
-@each_dtype
+@each_kind
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(top=st.integers(0, 10), left=st.integers(0, 13), height=st.integers(1, 11), width=st.integers(1, 14))
-def test_a_window_of_the_picture_equals_the_picture_of_the_window(coords, dtype, top, left, height, width):
-    G, ws, _, _, picture, lines = whole(coords, dtype)
+def test_a_window_of_the_image_equals_the_image_of_the_window(coords, dtype, top, left, height, width):
+    G, ws, _, _, image, lines = whole(coords, dtype)
     window = slice(top, top + height), slice(left, left + width)
     part = G.synthesis.pixels(lines.window(*window), ws[:, -1])
-    assert error(part, picture[:, :, window[0], window[1]]) <= TIGHT[dtype]
+    assert error(part, image[:, :, window[0], window[1]]) <= TIGHT[dtype]
 
 
-def test_tiles_in_any_order_make_the_picture():
-    G, ws, _, _, picture, lines = whole("endpoints", torch.float64)
+def test_tiles_in_any_order_make_the_image():
+    G, ws, _, _, image, lines = whole("endpoints", torch.float64)
     tiles = [(slice(y, y + 4), slice(x, x + 5)) for y in range(0, 11, 4) for x in range(0, 14, 5)]
-    canvas = torch.full_like(picture, math.nan)
+    canvas = torch.full_like(image, math.nan)
     for k in torch.randperm(len(tiles), generator=seeded()):
         rows, cols = tiles[k]
         canvas[:, :, rows, cols] = G.synthesis.pixels(lines.window(rows, cols), ws[:, -1])
-    assert error(canvas, picture) <= 1e-12
+    assert error(canvas, image) <= 1e-12
 
 
 def test_every_pixel_can_be_rendered_alone():
-    G, ws, rows, cols, picture, _ = whole("centers", torch.float64)
+    G, ws, rows, cols, image, _ = whole("centers", torch.float64)
     for i, j in [(0, 0), (10, 13), (0, 13), (5, 7)]:
-        assert error(G.synthesis(ws, rows[i : i + 1], cols[j : j + 1])[..., 0, 0], picture[:, :, i, j]) <= 1e-12
+        assert error(G.synthesis(ws, rows[i : i + 1], cols[j : j + 1])[..., 0, 0], image[:, :, i, j]) <= 1e-12
 
 
 @each_grid
@@ -156,48 +147,46 @@ def test_the_default_grid_is_the_one_trained_at(coords):
     assert error(G(z, rows=t[2:5], cols=t[4:5]), G(z)[:, :, 2:5, 4:5]) <= 1e-12
 
 
-def test_the_picture_goes_on_beyond_its_edges():
-    G, ws, rows, cols, picture, _ = whole("endpoints", torch.float64)
+def test_the_image_continues_beyond_its_edges():
+    G, ws, rows, cols, image, _ = whole("endpoints", torch.float64)
     wider = torch.cat([torch.tensor([-0.7, -0.1]).double(), rows, torch.tensor([1.2]).double()])
     more = G.synthesis(ws, wider, cols)
     assert more.isfinite().all()
-    assert error(more[:, :, 2:-1], picture) <= 1e-12
-    assert (more[:, :, 0] - picture[:, :, 0]).abs().max() > 1e-3
+    assert error(more[:, :, 2:-1], image) <= 1e-12
+    assert (more[:, :, 0] - image[:, :, 0]).abs().max() > 1e-3
 
 
 def test_rows_and_columns_are_not_exchanged():
-    """Two rows at one position are equal, and so are columns; the transposed picture is another one."""
-    G, ws, rows, cols, picture, _ = whole("endpoints", torch.float64)
+    """Two rows at one position are equal, and so are columns; the transposed image is another one."""
+    G, ws, rows, cols, image, _ = whole("endpoints", torch.float64)
     flat = G.synthesis(ws, rows[:1].repeat(3), cols)
     assert error(flat, flat[:, :, :1].expand_as(flat)) <= 1e-12
     upright = G.synthesis(ws, rows, cols[:1].repeat(3))
     assert error(upright, upright[..., :1].expand_as(upright)) <= 1e-12
     assert error(flat[..., 1:], flat[..., :-1]) > 0.1
     assert error(upright[:, :, 1:], upright[:, :, :-1]) > 0.1
-    assert error(G.synthesis(ws, cols, rows).mT, picture) > 0.1
+    assert error(G.synthesis(ws, cols, rows).mT, image) > 0.1
 
 
-@pytest.mark.parametrize("side", [1, 2, 7, 16])
-def test_centres_of_a_doubled_grid_average_to_the_centres(side):
-    fine = positions(2 * side, "centers", torch.float64)
-    assert torch.allclose(fine.unflatten(0, (-1, 2)).mean(1), positions(side, "centers", torch.float64), atol=1e-15)
+@pytest.mark.parametrize("side", [2, 7])
+def test_a_refined_grid_agrees_with_the_coarse_one(side):
+    centres, ends = ((lambda n, c=c: positions(n, c, torch.float64)) for c in ("centers", "endpoints"))
+    assert torch.allclose(centres(2 * side).unflatten(0, (-1, 2)).mean(1), centres(side), atol=1e-15)
+    assert torch.allclose(ends(2 * side - 1)[::2], ends(side), atol=1e-15)
 
 
-@pytest.mark.parametrize("side", [2, 7, 16])
-def test_endpoints_of_a_refined_grid_hold_the_coarse_ones(side):
-    fine = positions(2 * side - 1, "endpoints", torch.float64)
-    assert torch.allclose(fine[::2], positions(side, "endpoints", torch.float64), atol=1e-15)
-
-
-def test_positions_cover_the_picture():
+def test_positions_cover_the_image():
     assert positions(5, "endpoints").tolist() == [0, 0.25, 0.5, 0.75, 1]
     assert positions(4, "centers").tolist() == [0.125, 0.375, 0.625, 0.875]
     assert positions(3, "centers").dtype == torch.float32
 
 
-def test_a_misspelt_grid_is_refused():
-    with pytest.raises((ValueError, KeyError), match="centres"):
-        positions(4, "centres")
+@each_grid
+def test_a_convention_is_evenly_spaced_about_the_middle(coords):
+    for count in (1, 2, 9):
+        t = positions(count, coords, torch.float64)
+        assert t.diff().tolist() == pytest.approx([1 / COORDS[coords].steps(count)] * (count - 1), abs=1e-15)
+        assert count == 1 or t.mean().item() == pytest.approx(0.5)
 
 
 # --- A batch equals its images one by one -------------------------------------------------------------------------
@@ -207,25 +196,28 @@ def test_a_misspelt_grid_is_refused():
 def test_a_batch_equals_its_images_one_by_one(variant):
     G = frozen(**VARIANTS[variant])
     z, c = noise(3, 10), labels(G, 3)
-    ws, picture = G.mapping(z, c), G(z, c)
-    assert picture.shape == (3, G.config.img_channels, *G.config.img_shape)
+    ws, image = G.mapping(z, c), G(z, c)
+    assert image.shape == (3, G.config.img_channels, *G.config.img_shape)
     for n in range(3):
         one = slice(n, n + 1)
         label = None if c is None else c[one]
         assert error(G.mapping(z[one], label), ws[one]) <= 1e-12
-        assert error(G(z[one], label), picture[one]) <= 1e-11
+        assert error(G(z[one], label), image[one]) <= 1e-11
     mixed = styles(G, 3)
     assert error(G.synthesis(mixed)[1:2], G.synthesis(mixed[1:2])) <= 1e-12
 
 
-def test_an_empty_batch_is_an_empty_picture():
+def test_an_empty_batch_is_an_empty_image():
     assert frozen()(noise(0, 10)).shape == (0, 3, 16, 16)
 
 
 # --- Every parameter learns ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+each_topology = pytest.mark.parametrize("variant", ["skip", "no decoders", "orig", "conditional"])
+
+
+@each_topology
 def test_every_parameter_receives_a_gradient(variant):
     G = fresh(**VARIANTS[variant])
     c = labels(G, 2)
@@ -234,8 +226,8 @@ def test_every_parameter_receives_a_gradient(variant):
     assert still == []
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_path_lengths_move_every_parameter_but_what_is_only_added_to_the_picture(variant):
+@each_topology
+def test_path_lengths_move_every_parameter_but_what_is_only_added_to_the_image(variant):
     G = fresh(**VARIANTS[variant])
     ws = G.mapping(noise(2, 10), labels(G, 2))
     image = noise(2, G.config.img_channels, *G.config.img_shape)
@@ -329,7 +321,7 @@ class Dense:
             x = self.linear(f"synthesis.pixels.{name}.{i}", x, act=True)
         return x
 
-    def picture(self, ws, rows, cols):
+    def image(self, ws, rows, cols):
         feature = None
         for k, (r, c) in enumerate(self.lines(ws, rows, cols)):
             fusion = np.einsum("ncid,ncjd->ncij", r * math.sqrt(0.5), c * math.sqrt(0.5))
@@ -344,7 +336,7 @@ class Dense:
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "no decoders"])
-def test_the_picture_is_the_published_arithmetic(variant):
+def test_the_image_is_the_published_arithmetic(variant):
     G = frozen(**VARIANTS[variant])
     dense, ws = Dense(G), styles(G, 2)
     rows, cols = noise(5, seed=7).sigmoid(), noise(4, seed=8).sigmoid()
@@ -353,12 +345,14 @@ def test_the_picture_is_the_published_arithmetic(variant):
     ):
         assert error(got_r.movedim(-1, 1), torch.from_numpy(r)) <= 1e-10
         assert error(got_c.movedim(-1, 1), torch.from_numpy(c)) <= 1e-10
-    expected = dense.picture(ws.numpy(), rows.numpy(), cols.numpy())
+    expected = dense.image(ws.numpy(), rows.numpy(), cols.numpy())
     assert error(G.synthesis(ws, rows, cols), torch.from_numpy(expected)) <= 1e-10
 
 
-@pytest.mark.parametrize("variant", ["skip", "conditional"])
-@pytest.mark.parametrize(("psi", "cutoff"), [(1, None), (0.7, None), (0.5, 3), (0, 2), (-1, None)])
+@pytest.mark.parametrize(
+    ("variant", "psi", "cutoff"),
+    [("skip", 1, None), ("conditional", 0.7, None), ("conditional", 0.5, 3), ("skip", -1, 2)],
+)
 def test_the_mapping_is_the_published_arithmetic(variant, psi, cutoff):
     G = frozen(**VARIANTS[variant])
     z, c = noise(3, 10), labels(G, 3)
@@ -378,11 +372,18 @@ def test_without_decoders_the_fusions_are_added():
     assert error(torch.cat(seen), expected) <= 1e-12
 
 
-def test_a_fusion_is_the_dot_product_over_the_thickness():
-    rows, cols = noise(2, 3, 4, 5), noise(2, 6, 4, 5, seed=3)
-    got = fuse(rows, cols).unflatten(1, (3, 6))
-    for n, i, j, c in [(0, 0, 0, 0), (1, 2, 5, 4), (1, 0, 3, 2)]:
-        assert got[n, i, j, c].item() == pytest.approx(sum(rows[n, i, d, c] * cols[n, j, d, c] for d in range(4)))
+@pytest.mark.parametrize(
+    "layer",
+    [SynthesisLayer(5, 7, 4), Head(5, 3, 4), EqualLinear(5, 6, act="lrelu", lr_mult=0.1)],
+    ids=lambda m: type(m),
+)
+def test_a_layer_folded_for_a_style_is_the_layer(layer):
+    layer = shaken(layer).double()
+    x, w = noise(2, 9, 5), noise(2, 4, seed=1)
+    for n in range(2):
+        folded = layer.folded(w[n])
+        expected = layer(x[n]) if isinstance(layer, EqualLinear) else layer(x[n : n + 1], w[n : n + 1])[0]
+        assert error(folded.activate(x[n] @ folded.weight.mT + folded.bias), expected) <= 1e-12
 
 
 def test_a_normalised_latent_has_a_mean_square_of_one():
@@ -447,25 +448,26 @@ def test_truncation_is_linear_in_psi():
 
 
 def signal_to_noise(got, expected):
-    """Decibels between the deviation of the picture and that of the error."""
+    """Decibels between the deviation of the image and that of the error."""
     return 20 * math.log10(expected.std().item() / (got.double() - expected).square().mean().sqrt().item())
 
 
-# Measured over 8 seeds and two sizes: float16 50 … 61 dB, bfloat16 34 … 42: three bits less, 18 dB. An 8-bit picture
+# Measured over 8 seeds and two sizes: float16 50 … 61 dB, bfloat16 34 … 42: three bits less, 18 dB. An 8-bit image
 # whose deviation is a quarter of the range has 47 dB of rounding of its own.
-@pytest.mark.parametrize(("dtype", "decibels"), [(torch.float32, 95), (torch.float16, 47), (torch.bfloat16, 30)])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_autocast_gives_nearly_the_float64_picture_in_float32(dtype, decibels, seed):
+@pytest.mark.parametrize(
+    ("dtype", "decibels", "seed"), [(torch.float32, 95, 0), (torch.float16, 47, 1), (torch.bfloat16, 30, 0)]
+)
+def test_autocast_gives_nearly_the_float64_image_in_float32(dtype, decibels, seed):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         G = Generator(GeneratorConfig(**TINY)).requires_grad_(False)
     z = noise(2, 10, dtype=torch.float32)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        ws, picture = G.mapping(z), G(z)
-    assert ws.dtype == picture.dtype == torch.float32
-    assert picture.isfinite().all()
+        ws, image = G.mapping(z), G(z)
+    assert ws.dtype == image.dtype == torch.float32
+    assert image.isfinite().all()
     expected = G.double()(z.double())
-    assert signal_to_noise(picture, expected) >= decibels
+    assert signal_to_noise(image, expected) >= decibels
     assert error(ws.double(), G.mapping(z.double())) <= 1e-5
 
 
@@ -485,12 +487,12 @@ def test_huge_weights_stay_finite_in_float16(part):
         for p in touched:
             p *= 1e4
         with torch.autocast("cpu", torch.float16):
-            picture = G(noise(2, 10, dtype=torch.float32))
-    assert picture.dtype == torch.float32
-    assert picture.isfinite().all()
+            image = G(noise(2, 10, dtype=torch.float32))
+    assert image.dtype == torch.float32
+    assert image.isfinite().all()
 
 
-def test_layers_of_any_scale_give_one_picture():
+def test_layers_of_any_scale_give_one_image():
     """Demodulation divides the scale of a weight out, so its float16 copy must not care either."""
     G = frozen(torch.float32)
     big = fresh(torch.float32)
@@ -577,27 +579,11 @@ def test_settings_are_frozen():
     [
         ({"thicknes": 3}, ["thicknes", "not permitted"]),
         ({"img_shape": (4, 4)}, ["img_shape=(4, 4)", "too small", "depth"]),
-        ({"img_shape": (0, 0)}, ["img_shape", "greater than or equal to 1"]),
-        ({"img_shape": (16.5, 16.5)}, ["img_shape", "integer"]),
-        ({"img_shape": ("big", "big")}, ["img_shape", "integer"]),
-        ({"img_shape": (None, None)}, ["img_shape", "integer"]),
+        ({"img_shape": (16.5, 16)}, ["img_shape", "integer"]),
         ({"img_channels": 0}, ["img_channels", "greater than or equal to 1"]),
-        ({"depth": 1}, ["depth", "greater than or equal to 2"]),
         ({"depth": 20}, ["empty last block", "larger channel_base"]),
-        ({"z_dim": 0}, ["z_dim", "greater than or equal to 1"]),
-        ({"c_dim": -1}, ["c_dim", "greater than or equal to 0"]),
-        ({"w_dim": -5}, ["w_dim", "greater than or equal to 1"]),
-        ({"mapping_layers": 0}, ["mapping_layers", "greater than or equal to 1"]),
         ({"channel_max": 7}, ["channel_max=7", "odd first block", "even channel_max"]),
-        ({"channel_max": 1}, ["channel_max", "greater than or equal to 2"]),
-        ({"channel_base": 64, "img_shape": (512, 512)}, ["channel_base=64", "empty last block"]),
-        ({"biline_channels": 0}, ["biline_channels", "greater than or equal to 1"]),
-        ({"thickness": 0}, ["thickness", "greater than or equal to 1"]),
-        ({"bandwidth": 0}, ["bandwidth", "greater than 0"]),
         ({"bandwidth": math.nan}, ["bandwidth"]),
-        ({"bandwidth": math.inf}, ["bandwidth", "finite"]),
-        ({"architecture": "resnet"}, ["architecture", "'skip' or 'orig'"]),
-        ({"decoders": "perhaps"}, ["decoders", "boolean"]),
         ({"coords": "centres"}, ["coords", "'endpoints' or 'centers'"]),
     ],
     ids=str,
@@ -607,6 +593,25 @@ def test_nonsense_settings_are_refused_in_a_sentence(change, words):
         GeneratorConfig(**TINY | change)
     for word in words:
         assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "img_channels",
+        "depth",
+        "z_dim",
+        "w_dim",
+        "mapping_layers",
+        "channel_max",
+        "biline_channels",
+        "thickness",
+        "bandwidth",
+    ],
+)
+def test_every_size_has_a_least_value(name):
+    with pytest.raises(ValidationError, match=name):
+        GeneratorConfig(**TINY | {name: 0})
 
 
 # --- Bad input ----------------------------------------------------------------------------------------------------
@@ -620,21 +625,14 @@ def some(*shape):
     ("call", "words"),
     [
         (lambda G, _: G.synthesis(some(2, 6, 12)), ["ws must be [N,7,12]", "[2, 6, 12]"]),
-        (lambda G, _: G.synthesis(some(2, 7, 13)), ["ws must be [N,7,12]", "[2, 7, 13]"]),
-        (lambda G, _: G.synthesis(some(2, 12)), ["ws must be [N,7,12]", "[2, 12]"]),
         (lambda G, _: G.synthesis(some(2, 7, 12), rows=some(4, 1)), ["rows", "one-dimensional", "[4, 1]"]),
-        (lambda G, _: G.synthesis(some(2, 7, 12), cols=some()), ["cols", "one-dimensional", "[]"]),
         (lambda G, _: G.synthesis(some(2, 7, 12), cols=some(0)), ["cols", "[0]"]),
+        (lambda G, _: G.synthesis(some(2, 7, 12), rows=torch.arange(4)), ["rows", "float"]),
         (lambda G, _: G(some(2, 11)), ["z must be [N,10]", "[2, 11]"]),
-        (lambda G, _: G(some(10)), ["z must be [N,10]", "[10]"]),
-        (lambda G, _: G(None), ["z must be [N,10]", "None"]),
         (lambda _, C: C(some(2, 10)), ["conditional", "c must be [N,3]", "None"]),
-        (lambda _, C: C(some(2, 10), some(2, 4)), ["conditional", "c must be [N,3]", "[2, 4]"]),
         (lambda _, C: C(some(2, 10), some(3)), ["conditional", "c must be [N,3]", "[3]"]),
-        # The next ones are accepted, or fail with PyTorch's words, unless the code looks for them.
         (lambda G, _: G(some(2, 10), some(2, 3)), ["unconditional"]),
         (lambda _, C: C(some(2, 10), some(3, 3)), ["c ", "2", "3"]),
-        (lambda G, _: G.synthesis(some(2, 7, 12), rows=torch.arange(4)), ["rows", "float"]),
     ],
 )
 def test_a_wrong_shape_is_refused_in_a_sentence(call, words):
@@ -647,7 +645,7 @@ def test_a_wrong_shape_is_refused_in_a_sentence(call, words):
 # --- State --------------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_generator_gives_the_same_picture():
+def test_a_saved_generator_gives_the_same_image():
     G, file = fresh(c_dim=3), io.BytesIO()
     torch.save(G.state_dict(), file)
     file.seek(0)
@@ -658,23 +656,17 @@ def test_a_saved_generator_gives_the_same_picture():
     assert torch.equal(other(z, c, truncation_psi=0.5), G(z, c, truncation_psi=0.5))
 
 
-def test_the_state_holds_everything_that_is_drawn():
-    """Two seeds share no drawn tensor, so none of them is missing from the state; all of them are finite."""
-    first, second = (fresh(seed=s).state_dict() for s in (0, 1))
+def test_the_state_holds_everything_that_a_seed_samples():
+    """Two seeds share no sampled tensor, so none is missing from the state; one seed gives equal tensors."""
+    first, again, second = (fresh(seed=s).state_dict() for s in (0, 0, 1))
     assert {"synthesis.lines.input.freqs", "mapping.w_avg"} <= set(first)
     for name in first:
-        assert first[name].isfinite().all()
+        assert torch.equal(first[name], again[name])
         if name.endswith(("weight", "freqs")):
             assert not torch.equal(first[name], second[name])
 
 
-def test_a_seed_gives_one_generator():
-    first, second = (fresh(seed=3).state_dict() for _ in range(2))
-    assert list(first) == list(second)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_weights_are_drawn_as_published():
+def test_weights_are_sampled_as_published():
     """Mean 0, deviation 1 (100 in the mapping, 10 for the frequencies); affine biases 1, every other bias 0."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

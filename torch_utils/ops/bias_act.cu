@@ -1,4 +1,4 @@
-// bias_act on a GPU (bias_act.py says what it computes): it moves bytes, and does so 16 at a time.
+// bias_act on a GPU (see bias_act.py). It is bound by memory, so it loads and stores 16 bytes at a time.
 
 #include "bias_act.h"
 
@@ -26,7 +26,7 @@ __device__ void store(T *y, int64_t first, int64_t count, const Pack<T> &pack) {
         if (first + j < count) y[first + j] = pack.at[j];
 }
 
-// Where an element lies in [A,C,B]: its channel c and its place b behind it.
+// The position of an element in [A,C,B]: its channel c and its index b.
 struct Place {
     int64_t channel, inner;
 };
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(THREADS) value(const T *x, const Wide<T> *bias
     }
 }
 
-// y = g · the derivative that the codes tell.
+// y = g · the derivative in the codes.
 template <typename T>
 __global__ void __launch_bounds__(THREADS) gradient(const T *g, const uint16_t *codes, T *y, int64_t count,
                                                     Formula<Wide<T>> formula) {

@@ -1,4 +1,4 @@
-// What the CUDA sources share: numbers 16 bytes at a time, the formula of bias_act for one element, and launching.
+// Shared by the CUDA sources: loads of 16 bytes, the formula of bias_act for one element, and kernel launches.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// What arithmetic on T is done in.
+// The type of arithmetic on T.
 template <typename T>
 struct WideOf {
     using type = float;
@@ -40,8 +40,8 @@ template <typename A>
 struct Formula {
     A slope, gain, clamp;
 
-    // clamp(gain · (v > 0 ? v : slope · v), ±clamp). NaN passes. Element j of a pack sets two bits of its code, which
-    // are all that derivatives need: whether v > 0, and whether the clamp held it.
+    // clamp(gain · (v > 0 ? v : slope · v), ±clamp). NaN propagates. Element j of a pack sets two bits of its code,
+    // which suffice for derivatives: whether v > 0, and whether it was clamped.
     __device__ A value(A v, int j, unsigned &code) const {
         code |= unsigned(v > 0) << 2 * j;
         v = (v > 0 ? v : v * slope) * gain;
@@ -74,18 +74,18 @@ const char *dispatch(int64_t dtype, F f) {
     }
 }
 
-static const char *told(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+static const char *message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-// Whether the device could run the kernel: the driver may be too old for this library. Returns as `launch`.
+// Checks that the device can run the kernel: the driver may be too old for this library. Returns as `launch`.
 template <typename... P>
 const char *examine(int64_t device, void (*kernel)(P...)) {
     cudaFuncAttributes attributes;
     cudaError_t error = cudaSetDevice(int(device));
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
-    return told(error);
+    return message(error);
 }
 
-// Starts the kernel. Returns nullptr, or what is wrong.
+// Launches the kernel. Returns nullptr or an error message.
 template <typename... P, typename... A>
 const char *launch(int64_t device, cudaStream_t stream, int64_t blocks, int threads, void (*kernel)(P...),
                    A... arguments) {
@@ -95,8 +95,8 @@ const char *launch(int64_t device, cudaStream_t stream, int64_t blocks, int thre
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = dim3(unsigned(threads));
     config.stream = stream;
-    // This library has a CUDA runtime of its own, which must look at the device that PyTorch's looks at.
+    // This library has its own CUDA runtime, which must use the device that PyTorch's uses.
     cudaError_t error = cudaSetDevice(int(device));
     if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
-    return told(error);
+    return message(error);
 }

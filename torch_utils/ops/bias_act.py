@@ -16,6 +16,8 @@ SOURCE = Path(__file__).with_suffix(".cu")
 
 
 class Activation(NamedTuple):
+    """A leaky ReLU. Every implementation takes the slope as an argument, so another one is another entry."""
+
     slope: float  # of negative inputs
     gain: float  # the default: keeps the second moment of normal inputs about 1
 
@@ -33,13 +35,14 @@ def bias_act(
     dim: int = -1,
     impl: str = "auto",
 ) -> Tensor:
-    """clamp(gain · act(x + bias), ±clamp) in the dtype of x; `bias` [C] lies along axis `dim` of x.
+    """Compute clamp(gain · act(x + bias), ±clamp) in the dtype of x, with `bias` [C] along axis `dim` of x.
 
-    `act` is a key of ACTIVATIONS, which also holds its default gain. No clamp by default.
-    `impl`: "reference" is PyTorch; "cuda" (bias_act.cu) and "cpp" (bias_act.cpp, float32 and bfloat16 on CPUs) round
-    once, where the reference rounds after each step, and keep two bits (cpp: eight) of each element for the gradient;
-    "auto" as in `torch_utils.build.choose`.
-    Differentiable twice. Raises ValueError when bias has another shape, UserError when the named one is unavailable.
+    act: a key of ACTIVATIONS, which also has the default gain.
+    impl: "reference" is PyTorch; "cuda" (bias_act.cu) and "cpp" (bias_act.cpp, float32 and bfloat16 on CPUs) round
+        once, where the reference rounds after each step, and keep two bits (cpp: eight) per element for the gradient;
+        "auto" as in `torch_utils.build.choose`.
+    Differentiable twice. Raises ValueError when bias has another shape, UserError when the requested implementation is
+    unavailable.
     """
     activation = ACTIVATIONS[act]
     gain = activation.gain if gain is None else gain
@@ -62,7 +65,7 @@ def bias_act(
 
 
 def fused(kernels: Kernels, x: Tensor, bias: Tensor | None, formula: tuple[float, float, float], dim: int) -> Tensor:
-    """`formula`: slope, gain, clamp. The result lies in memory as x does."""
+    """Compute bias_act by a kernel. `formula`: slope, gain, clamp. The result has the memory layout of x."""
     if not x.is_contiguous():
         order = sorted(range(x.ndim), key=x.stride, reverse=True)
         y = fused(kernels, x.permute(order).contiguous(), bias, formula, order.index(dim))
@@ -76,21 +79,18 @@ def fused(kernels: Kernels, x: Tensor, bias: Tensor | None, formula: tuple[float
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """In which the kernels do arithmetic on numbers of this type."""
+    """Return the type in which the kernels do arithmetic on numbers of `dtype`."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x, contiguous and at a multiple of 16 bytes."""
+    """Return x, or a copy that is contiguous and starts at a multiple of 16 bytes."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 
 
 def codes_for(x: Tensor, count: int, kernels: Kernels) -> Tensor:
-    """Room for the codes of `count` elements in the dtype of x.
-
-    On a GPU one for 16 bytes, two bits in it for an element; on a CPU a byte for an element.
-    """
+    """Allocate the codes of `count` elements in the dtype of x: on a GPU two bits per element, on a CPU a byte."""
     if not kernels.capability:
         return torch.empty(count, dtype=torch.int8)
     return torch.empty(-(-count * x.element_size() // 16), dtype=torch.int16, device=x.device)
@@ -105,7 +105,7 @@ def value(x: Tensor, bias: Tensor | None, codes: Tensor | None, dim: int, kernel
 
 
 class BiasAct(Function):
-    """(x, bias): the value, in one pass; the gradient needs neither x nor y."""
+    """The value, in one pass over x. The gradient needs neither x nor y."""
 
     @staticmethod
     def forward(ctx, x, bias, dim, kernels, formula):
@@ -121,14 +121,14 @@ class BiasAct(Function):
         gx = Gradient.apply(gy, *ctx.saved_tensors, ctx.kernels, ctx.formula)
         gb = None
         if ctx.needs_input_grad[1]:
-            # On a CPU `dtype=` writes all of gx in float32 first; without it, too, bfloat16 is summed in float32.
+            # On a CPU `dtype=` copies all of gx to float32 first; bfloat16 is summed in float32 without it too.
             dtype = None if gx.device.type == "cpu" else ctx.bias_dtype
             gb = (gx.sum(ctx.others, dtype=dtype) if ctx.others else gx).to(ctx.bias_dtype)
         return gx, gb, None, None, None
 
 
 class Gradient(Function):
-    """g times the derivative that the codes tell. It is linear in g and its own adjoint."""
+    """g times the derivative in the codes. It is linear in g and its own adjoint."""
 
     @staticmethod
     def forward(ctx, g, codes, kernels, formula):

@@ -1,4 +1,4 @@
-// The kernels of modulated_linear (modulated_linear.py says what it computes).
+// The kernels of modulated_linear (see modulated_linear.py).
 //
 // Legend: N images, P positions, I inputs, O outputs.
 
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(THREADS) rows(const A *weight, const A *style,
 // --- the product on tensor cores -------------------------------------------------------------------------------------
 
 // A block makes ROWS positions × COLS outputs, DEPTH inputs at a time; its 2 × 2 warps make 64 × 32 each, as 4 × 2
-// fragments of 16 × 16. While it multiplies one stage, the next one is on its way.
+// fragments of 16 × 16. While it multiplies one stage, it fetches the next.
 constexpr int ROWS = 128, COLS = 64, DEPTH = 32, WARPS = 4;
 constexpr int PITCH = DEPTH + 8;  // 8 rows of 80 bytes begin in different banks
 
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(32 * WARPS, 4) product(const T *x, const T *we
     const int64_t col = int64_t(blockIdx.x % across) * COLS, row = int64_t(blockIdx.x / across % down) * ROWS;
     const int64_t n = blockIdx.x / across / down;
 
-    // A thread fetches 16 bytes of every STRIDEth line, or of the last one where there is none: nobody stores its sums.
+    // A thread fetches 16 bytes of every STRIDEth line, or of the last one where there is none: its sums are not stored.
     constexpr int STRIDE = 32 * WARPS * 8 / DEPTH;
     const int line = threadIdx.x / (DEPTH / 8), input = threadIdx.x % (DEPTH / 8) * 8;
     const T *from[(ROWS + COLS) / STRIDE];
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(32 * WARPS, 4) product(const T *x, const T *we
         } else {
             __pipeline_wait_prior(0);
         }
-        __syncthreads();  // what all threads have fetched is there
+        __syncthreads();  // the fetches of all threads are complete
         for (int k = 0; k < DEPTH; k += 16) {
             const T *stage = stages[present].at + k;
             fragment<matrix_a, 16, 16, 16, T, row_major> a[4];
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(32 * WARPS, 4) product(const T *x, const T *we
             for (int i = 0; i < 4; i++)
                 for (int j = 0; j < 2; j++) mma_sync(sums[i][j], a[i], b[j], sums[i][j]);
         }
-        __syncthreads();  // nobody reads this stage any more
+        __syncthreads();  // all threads have read this stage
     }
 
     constexpr int STRIP = 32 + 4;  // 16 rows of sums, which begin in different banks, lie where the stages were

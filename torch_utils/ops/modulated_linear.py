@@ -18,9 +18,9 @@ from torch_utils.precision import full_precision
 
 IMPLS = ("auto", "reference", "cuda", "cublas")
 SOURCE = Path(__file__).with_suffix(".cu")
-EPSILON = 1e-8
-# Up to so many inputs "auto" takes the own product. Beyond, the library gains more by multiplying faster than it loses
-# by another pass over the outputs: with 600 and 250 TFLOP/s and 3 TB/s, assumed for an H100, from 285 on. Not measured.
+EPSILON = 1e-8  # added to the squared length by which demodulation divides
+# "auto" takes the own product up to this many inputs. Beyond, the library's faster product gains more than another pass
+# over the outputs costs: with 600 and 250 TFLOP/s and 3 TB/s, assumed for an H100, from 285 on. Not measured.
 NARROW = 256
 
 
@@ -35,16 +35,16 @@ def modulated_linear(
     clamp: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """bias_act(w' x, bias) with w'[n,o,i] = weight[o,i] · style[n,i], scaled to length 1 over i if demodulated.
+    """Compute bias_act(w' x, bias) with w'[n,o,i] = weight[o,i] · style[n,i], of length 1 over i if demodulated.
 
     x [N,P,I], weight [O,I], style [N,I], bias [O] -> [N,P,O]. `act` and `clamp` as in `bias_act`. Differentiable twice.
     Source: StyleGAN2 (Karras et al., CVPR 2020, equations 1 and 3).
 
-    `impl`: "reference" is PyTorch; "cublas" makes w' in one kernel, then PyTorch's product, then the kernel of
-    `bias_act`; "cuda", for half types on devices from 8.0 with I and O multiples of 8, makes w' and then all the rest
-    in a product of its own on tensor cores; "auto" chooses "cuda" up to NARROW inputs where it can be had, "cublas"
-    elsewhere on CUDA devices, and otherwise as in `torch_utils.build.choose`.
-    Raises ValueError when shapes do not fit, UserError when the one that is asked for is unavailable.
+    impl: "reference" is PyTorch; "cublas" computes w' in one kernel, then PyTorch's product, then the kernel of
+        `bias_act`; "cuda", for half types on devices from 8.0 with I and O multiples of 8, computes w' and then the
+        rest in its own product on tensor cores; "auto" chooses "cuda" up to NARROW inputs where it is available,
+        "cublas" elsewhere on CUDA devices, and otherwise as in `torch_utils.build.choose`.
+    Raises ValueError when shapes do not match, UserError when the requested implementation is unavailable.
     """
     (n, _, i), (o, _) = x.shape, weight.shape
     if weight.shape != (o, i) or style.shape != (n, i) or bias.shape != (o,):
@@ -64,7 +64,7 @@ def modulated_linear(
 
 
 def modulated(weight: Tensor, style: Tensor, demodulate: bool = True, gain: float = 1.0) -> Tensor:
-    """weight [O,I], style […,I] -> gain · w' […,O,I]."""
+    """weight [O,I], style […,I] -> gain · w' […,O,I], as in `modulated_linear`."""
     product = weight * style[..., None, :]
     if demodulate:
         return product * (gain * (style.square() @ weight.square().mT + EPSILON).rsqrt())[..., None]
@@ -103,7 +103,7 @@ def fused(
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The type in which autocast, if it is on, would multiply x."""
+    """Return the dtype in which x is multiplied: that of autocast if it is enabled."""
     device = x.device.type
     if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -111,7 +111,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def why_not(kernels: Kernels, dtype: torch.dtype, outputs: int, inputs: int) -> str:
-    """Why the own product cannot serve; empty if it can."""
+    """Return why the own product is unavailable, or an empty string."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"is for half types, not {dtype}"
     if inputs % 8 or outputs % 8 or not inputs:
@@ -136,7 +136,7 @@ class Modulate(Function):
 
     @staticmethod
     def backward(ctx, g):
-        """Written in PyTorch, which differentiates it again.
+        """Compute the gradients in PyTorch, which differentiates them again.
 
         With m = weight · style and d = (Σ_i m² + ε)^-½, w' = d m and ∂w'/∂m = d (1 − w' w'ᵀ). So with h = d g and
         q = d² Σ_i h m, the gradient by m is h − q m, and q m needs no tensor of N·O·I.

@@ -1,4 +1,4 @@
-// Work shared among threads that end with it: unlike OpenMP's, they never spin while a neighbour has the processor.
+// Work for threads that end with it. Unlike OpenMP's, they never spin while another process has the processor.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-constexpr int64_t SHARE = 1 << 18;  // elements that are worth the start of a thread, some 15 µs
+constexpr int64_t CHUNK = 1 << 18;  // elements per thread that justify its start, about 15 µs
 
 // f(i) for i in 0 … count - 1, in any order, on at most `threads` threads.
 template <typename F>

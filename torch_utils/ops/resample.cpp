@@ -1,4 +1,4 @@
-// lowpass on a CPU (resample.py says what it computes), with channels last: both axes in one pass over memory.
+// lowpass on a CPU (see resample.py), with channels last: both axes in one pass over memory.
 
 #include "bfloat.h"
 #include "parallel.h"
@@ -42,7 +42,7 @@ static void gather(const Axis::Output &output, const T *x, int64_t step, U *__re
 template <typename T>
 static void lowpass(int64_t threads, const T *x, T *y, int64_t images, int64_t channels, const Axis &rows,
                     const Axis &cols, int64_t height, int64_t width) {
-    const int64_t line = width * channels, high = rows.outputs.size(), group = std::max<int64_t>(1, SHARE / line);
+    const int64_t line = width * channels, high = rows.outputs.size(), group = std::max<int64_t>(1, CHUNK / line);
     parallel((images * high + group - 1) / group, threads, [=, &rows, &cols](int64_t part) {
         std::vector<float> filtered(line);
         for (int64_t row = part * group; row < std::min(images * high, (part + 1) * group); row++) {
