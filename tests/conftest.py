@@ -1,4 +1,4 @@
-"""What several test files share: processes, and tiny training runs on two dozen 8×8 images."""
+"""Fixtures that several test files share: processes, and tiny training runs on 24 images of 8×8."""
 
 import contextlib
 import json
@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from PIL import Image
+from helpers import encode, noise_image, write_folder
 
 import train
 from torch_utils import build
@@ -43,7 +42,7 @@ RECIPE = {
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c() -> Iterator[None]:
-    """Lets SIGINT interrupt this process and all that it starts: a shell ignores it in what runs in the background."""
+    """Let SIGINT interrupt this process and its children: background jobs of a shell inherit it as ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -51,7 +50,7 @@ def ctrl_c() -> Iterator[None]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Returns subprocess.Popen with a process group for each process; none of the processes outlives the test."""
+    """Return subprocess.Popen with a process group for each process; none of the processes outlives the test."""
     started = []
 
     def start(command: list, **options) -> subprocess.Popen:
@@ -85,29 +84,23 @@ class Tiny:
         self.labelled = self.images("labelled", labels=True)
 
     def images(self, name: str, size: tuple[int, int] = (8, 8), count: int = 24, labels: bool = False) -> Path:
-        """A folder of `count` random images, `size` = (width, height)."""
-        folder = self.folder / name
-        folder.mkdir()
-        random = np.random.default_rng(0)
-        names = [f"{i:03}.png" for i in range(count)]
-        for file in names:
-            Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / file)
+        """Write a folder of `count` random images, `size` = (width, height)."""
+        files = {f"{i:03}.png": encode(noise_image(i, *size[::-1])) for i in range(count)}
         if labels:
-            table = {"labels": [[file, i % 3] for i, file in enumerate(names)]}
-            (folder / "dataset.json").write_text(json.dumps(table))
-        return folder
+            files["dataset.json"] = json.dumps({"labels": [[file, i % 3] for i, file in enumerate(files)]}).encode()
+        return write_folder(self.folder / name, files)
 
     def new(self, *arguments: object, outdir: str = "runs", data: Path | None = None) -> list[str]:
-        """The arguments of train.py for a new run."""
+        """Return the arguments of train.py for a new run."""
         start = ("--outdir", self.folder / outdir, "--cfg", self.recipe, "--data", data or self.archive)
         return [str(a) for a in (*start, *arguments)]
 
     def call(self, *arguments: object) -> Result:
-        """train.py with these arguments, in this process."""
+        """Call train.py with these arguments, in this process."""
         return CliRunner().invoke(train.main, [str(a) for a in arguments])
 
     def run(self, *arguments: object, outdir: str = "runs", data: Path | None = None) -> Path:
-        """A new run to its end. Returns its directory."""
+        """Train a new run to its end; return its directory."""
         before = self.runs(outdir)
         result = self.call(*self.new(*arguments, outdir=outdir, data=data))
         assert result.exit_code == 0, (result.output, result.exception)
@@ -118,7 +111,7 @@ class Tiny:
         return set((self.folder / outdir).glob("*"))
 
     def process(self, *arguments: object, launcher: tuple[str, ...] = (), **options) -> subprocess.Popen:
-        """train.py in a process group of its own, its output as text."""
+        """Start train.py in its own process group, with its output as text."""
         command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
@@ -127,7 +120,7 @@ class Tiny:
 
 @pytest.fixture
 def fresh_cache(tmp_path, monkeypatch) -> Iterator[Path]:
-    """Returns the empty cache directory of a process that has not built any C++ or CUDA code yet."""
+    """Return the empty cache directory of a process that has built no C++ or CUDA code yet."""
     monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "cache"))
     for function in (build.kernels, build.say_once):
         function.cache_clear()
@@ -138,7 +131,7 @@ def fresh_cache(tmp_path, monkeypatch) -> Iterator[Path]:
 
 @pytest.fixture
 def fresh_gpu(fresh_cache, monkeypatch) -> Path:
-    """Returns the same for a machine with a GPU of compute capability 9.0."""
+    """Return the same for a machine with a GPU of compute capability 9.0."""
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return fresh_cache
@@ -146,7 +139,7 @@ def fresh_gpu(fresh_cache, monkeypatch) -> Path:
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
-    """An empty folder for the networks that come along."""
+    """Return an empty folder in place of models/."""
     folder = tmp_path / "models"
     folder.mkdir()
     monkeypatch.setattr(snapshot, "MODELS", folder)

@@ -128,7 +128,7 @@ def test_a_failing_nvcc_shows_its_first_error_and_the_fix(fresh_gpu, monkeypatch
     assert line.startswith("bias_act continues in plain PyTorch, which is slower: ")
     assert "no such thing" in line
     assert "more" not in line
-    assert "choose another CUDA toolkit by the variable CUDA_HOME" in line
+    assert "set CUDA_HOME to another CUDA toolkit" in line
     with pytest.raises(UserError, match=r"impl='cuda' of bias_act is unavailable: .*no such thing"):
         build.choose("cuda", IMPLS, SOURCE, GPU_TENSOR)
     assert [path for path in fresh_gpu.rglob("*") if path.is_file()] == []

@@ -82,7 +82,7 @@ def test_a_library_that_the_driver_refuses_is_not_used(fresh_gpu, emulated, monk
     assert line.startswith(
         f"{source.stem} continues in plain PyTorch, which is slower: the CUDA function probe failed: "
     )
-    assert "update the NVIDIA driver, or choose an older CUDA toolkit by the variable CUDA_HOME" in line
+    assert "update the NVIDIA driver, or set CUDA_HOME to an older CUDA toolkit" in line
     with pytest.raises(UserError, match=f"impl='cuda' of {source.stem} is unavailable: .* invalid device ordinal;"):
         build.choose("cuda", bias_act_module.IMPLS, source, GPU_TENSOR)
 

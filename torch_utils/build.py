@@ -60,7 +60,7 @@ def cuda_compiler() -> list[str]:
 
 def version(compiler: list[str]) -> str:
     """Return what the compiler prints about its version. Raises UserError when it cannot be run."""
-    return _run([*compiler, "--version"], "name another compiler by the variable CXX or CUDA_HOME")
+    return _run([*compiler, "--version"], "set CXX or CUDA_HOME to another compiler")
 
 
 # --- libraries --------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def library(source: Path) -> ctypes.CDLL:
     Raises UserError, with the reason and the fix, when there is no compiler or it fails.
     """
     command = [*cpp_compiler(), *FLAGS]
-    fix = "name another compiler by the variable CXX"
+    fix = "set CXX to another compiler"
     # The predefined macros hold the compiler's version and the processor's features.
     return _library(source, command, _run([*command, "-dM", "-E", "-x", "c++", os.devnull], fix), fix)
 
@@ -82,7 +82,7 @@ def library(source: Path) -> ctypes.CDLL:
 def cuda_library(source: Path, capability: int) -> ctypes.CDLL:
     """Build and load the library of a CUDA `source` for a compute capability (90 is 9.0); otherwise as `library`."""
     compiler = cuda_compiler()
-    fix = "choose another CUDA toolkit by the variable CUDA_HOME"
+    fix = "set CUDA_HOME to another CUDA toolkit"
     return _library(source, [*compiler, *CUDA_FLAGS, f"-arch=sm_{capability}"], version(compiler), fix)
 
 
@@ -121,21 +121,21 @@ def _run(command: list[str], fix: str) -> str:
 
 
 class Kernels(NamedTuple):
-    """The functions of a CUDA source, built for one device."""
+    """The functions of a source, built for one device."""
 
     functions: ctypes.CDLL
     device: torch.device
     capability: int  # 90 is 9.0; 0 on a CPU
 
     def constant(self, name: str) -> int:
+        """Return a global int64_t of the source."""
         return ctypes.c_int64.in_dll(self.functions, name).value
 
     def call(self, name: str, *arguments: Tensor | ctypes.Array | int | float | None) -> None:
-        """name(device, stream, …) on PyTorch's current stream; on a CPU, name(threads, nullptr, …).
+        """Call name(device, stream, …) on PyTorch's current stream; on a CPU, name(threads, nullptr, …).
 
-        Tensors, arrays and None become pointers.
-        The C function takes int64_t, double and pointers, and returns nullptr or what is wrong, which a RuntimeError
-        then says. Raises ValueError when a tensor lies on another device.
+        The C function takes int64_t, double and pointers; tensors, arrays and None become pointers. It returns nullptr
+        or an error message, which becomes a RuntimeError. Raises ValueError when a tensor is on another device.
         """
         if self.device.type == "cpu":
             self.invoke(name, torch.get_num_threads(), None, arguments)
@@ -171,10 +171,10 @@ def _in_c(value: Tensor | ctypes.Array | int | float | None):
 
 @functools.lru_cache
 def kernels(source: Path, device: torch.device, impl: str = "auto") -> tuple[Kernels | None, str]:
-    """The kernels of `source`, which has a function `probe`, for `device`; or None and the reason.
+    """Build the kernels of `source`, a .cu file with a function `probe`, for `device`; return None and the reason if
+    they are unavailable. The reason is empty where "auto" expects no kernels.
 
-    On a CPU, for impl "auto" and "cpp": those of the .cpp beside it, which has the same functions. The reason is empty
-    where "auto" has none to expect.
+    On a CPU, impl "auto" and "cpp" build the .cpp file beside it, which has the same functions.
     """
     native = source.with_suffix(".cpp")
     if device.type == "cpu" and impl in ("auto", "cpp") and native.exists():
@@ -192,7 +192,7 @@ def kernels(source: Path, device: torch.device, impl: str = "auto") -> tuple[Ker
     except UserError as error:
         return None, str(error)
     except RuntimeError as error:
-        return None, f"{error}; update the NVIDIA driver, or choose an older CUDA toolkit by the variable CUDA_HOME"
+        return None, f"{error}; update the NVIDIA driver, or set CUDA_HOME to an older CUDA toolkit"
     return found, ""
 
 
@@ -203,9 +203,9 @@ def choose(
     x: Tensor,
     cpu_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
 ) -> Kernels | None:
-    """The kernels of `source` for x, or None where the reference in PyTorch serves.
+    """Return the kernels of `source` for x, or None where the reference in PyTorch is to be used.
 
-    impl: "reference"; "auto": kernels where there are any for x, but not under torch.compile, which fuses the reference
+    impl: "reference"; "auto": kernels where there are any for x, except under torch.compile, which fuses the reference
     itself; when they cannot be built, one line on stderr says so, once. Any other of `impls` raises UserError where
     kernels are unavailable, as does a name that is not in `impls`.
     """
@@ -230,4 +230,5 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 
 
 @functools.lru_cache
 def say_once(line: str) -> None:
+    """Print a line on stderr the first time that it is given."""
     print(line, file=sys.stderr, flush=True)
