@@ -76,7 +76,7 @@ def train_classifier(images: Tensor, classes: Tensor, num_classes: int, seed: in
     """Trains on float [N,3,32,32] in [-1,1] and int64 [N]; on a CPU, the same arguments give the same weights.
 
     AdamW with a rate that falls from 2e-3 to 0 along a cosine, random shifts, half of the flat units dropped, and
-    labels smoothed by 0.1, without which the features of what was learned lie far from those of other images.
+    labels smoothed by 0.1, without which the features of what was learned are far from those of other images.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -169,8 +169,8 @@ def small(images: Tensor) -> Tensor:
 def stacks(images: ImageArchive) -> Iterator[tuple[Tensor, Tensor]]:
     """The archive in batches: uint8 [N,3,H,W] and labels [N,K]."""
     for numbers in progress(cut([len(images)], BATCH), desc=images.name, unit="batch"):
-        pictures, labels = zip(*(images[i] for i in numbers), strict=True)
-        yield torch.stack(pictures), torch.stack(labels)
+        pixels, labels = zip(*(images[i] for i in numbers), strict=True)
+        yield torch.stack(pixels), torch.stack(labels)
 
 
 def lite0_of(images: ImageArchive, detector: Detector) -> Tensor:
@@ -178,7 +178,7 @@ def lite0_of(images: ImageArchive, detector: Detector) -> Tensor:
     key = cache_key(content_digest(images.contents()), detector=detector.digest, shape=images.shape)
 
     def compute(missing: list[Statistics]) -> list[Tensor]:
-        return [torch.cat([detector(pictures).features.cpu() for pictures, _ in stacks(images)])]
+        return [torch.cat([detector(pixels).features.cpu() for pixels, _ in stacks(images)])]
 
     (features,) = cached([Statistics("features", key, detector.num_features)], compute)
     return features
@@ -211,7 +211,7 @@ class Judges:
 
     def __init__(self, images: ImageArchive, seed: int, trunc: float, device: torch.device):
         self.images, self.seed, self.trunc = images, seed, trunc
-        batches = [(small(pictures), labels) for pictures, labels in stacks(images)]
+        batches = [(small(pixels), labels) for pixels, labels in stacks(images)]
         self.small, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
         self.detector = Detector("lite0", device=device)
         self.deep = lite0_of(images, self.detector).to(device)

@@ -1,1 +1,1 @@
-"""Measures of pictures. They know nothing of networks: the commands hand them pictures, by number."""
+"""Measures images. Metrics know nothing of training: the commands hand them images, by number."""

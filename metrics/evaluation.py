@@ -13,10 +13,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +26,8 @@ from metrics.estimate import Estimate
 from metrics.generated import Generated
 from metrics.images import Batch, cut
 from metrics.moments import Moments, Table
-from metrics.needs import EMPTY, Inputs, RealNeed, Settings, Task, features_of
-from metrics.reals import Files, Given
+from metrics.needs import EMPTY, Inputs, Need, Settings, Task
+from metrics.reals import Files, Fitted, Given, Windowed
 from metrics.registry import Metric
 from torch_utils.distributed import Processes
 
@@ -37,16 +36,7 @@ class Stopped(Exception):
     """The caller's `stop` became true."""
 
 
-class Collector(NamedTuple):
-    """Statistics of the images 0 … limit − 1, filled by whole batches."""
-
-    limit: int
-    look: Callable[[Batch], Tensor]
-    statistics: Moments | Table
-
-    def feed(self, batch: Batch) -> None:
-        if batch.numbers[0] < self.limit:
-            self.statistics.update(self.look(batch), batch.numbers)
+Kept = dict[Need, Moments | Table]  # filled batch by batch
 
 
 class Evaluation:
@@ -77,23 +67,22 @@ class Evaluation:
         """Return the lines for metric-<name>.jsonl, in every process; [] when `stop` became true in some process.
 
         It is asked at every batch. The statistics of real images are kept once all of them were seen. Raises UserError
-        when the images do not serve a metric.
+        when the images are unfit for a metric.
         """
         began = time.monotonic()
         tasks = self.tasks(images)
+        needs = [task.need for task in tasks]
         try:
-            reals = self.real_statistics(tasks, stop)
-            collectors = self.collectors(tasks)
-            lists = cut([collector.limit for collector in collectors.values()], self.batch)
-            values = self.collect(images.batches, lists, list(collectors.values()), "generated images", stop)
+            found = self.real_statistics(tasks, stop)
+            lists = cut([need.limit for need in needs], self.batch)
+            found |= self.collect(images.batches, lists, needs, "generated images", stop)
         except Stopped:
             return []
-        generated = dict(zip(collectors, values, strict=True))
         passed = time.monotonic() - began
         records = []
         for task in tasks if self.procs.is_first else ():
             began = time.monotonic()
-            statistics = [generated[task.need.key], *([reals[task.real]] if task.real else [])]
+            statistics = [found[need] for need in (task.need, task.real) if need]
             on_device = [x.to(self.procs.device) if isinstance(x, Tensor) else x for x in statistics]
             estimates = task.compute(*on_device)
             records.append(self.record(task, estimates, passed + time.monotonic() - began))
@@ -103,54 +92,42 @@ class Evaluation:
         inputs = Inputs(images, self.reals, self.large, self.tools, self.settings, self.procs.device)
         return [task for metric in self.metrics for task in metric.family.tasks(metric, inputs)]
 
-    def collectors(self, tasks: Sequence[Task]) -> dict[object, Collector]:
-        needs = {task.need.key: task.need for task in tasks}
-        return {key: self.collector(need.kind, need.limit, need.width, need.look) for key, need in needs.items()}
-
-    def real_collector(self, need: RealNeed) -> Collector:
-        return self.collector(need.kind, need.limit, need.tool.num_features, features_of(need.tool))
-
-    def collector(self, kind: str, limit: int, width: int, look: Callable[[Batch], Tensor]) -> Collector:
-        return Collector(limit, look, EMPTY[kind](limit, width, self.procs.device))
+    def empty(self, needs: Iterable[Need]) -> Kept:
+        return {need: EMPTY[need.kind](need.limit, need.width, self.procs.device) for need in needs}
 
     def collect(
         self,
         batches: Callable[[Sequence[Sequence[int]]], Iterator[Batch]],
         lists: Sequence[Sequence[int]],
-        collectors: Sequence[Collector],
+        needs: Iterable[Need],
         desc: str,
         stop: Callable[[], bool],
-    ) -> list:
-        """Feed the batches, which the processes take in turn, to every collector; return the statistics gathered."""
-        procs = self.procs
+    ) -> dict[Need, Moments | Tensor]:
+        """Compute what is needed of the batches, which the processes take in turn."""
+        procs, kept = self.procs, self.empty(needs)
         own = batches(lists[procs.rank :: procs.world])
         turns = range(0, len(lists), procs.world)
         for turn in progress(turns, desc=desc, unit="batch") if procs.is_first else turns:
             if procs.any(stop()):  # all take the same number of turns, so that they stop together
                 raise Stopped
             if turn + procs.rank < len(lists):
-                batch = next(own)
-                for collector in collectors:
-                    collector.feed(batch)
-        return [collector.statistics.gather(procs) for collector in collectors]
+                feed(kept, next(own))
+        return {need: statistics.gather(procs) for need, statistics in kept.items()}
 
-    def real_statistics(self, tasks: Sequence[Task], stop: Callable[[], bool]) -> dict[RealNeed, Moments | Tensor]:
+    def real_statistics(self, tasks: Sequence[Task], stop: Callable[[], bool]) -> dict[Need, Moments | Tensor]:
         """Find the statistics of real images: those on disk, and the others in one pass over each set."""
         found = {}
         for images, needs in by_set(tasks).items():
             content = self.procs.broadcast(images.files.digest if self.procs.is_first else None)
-            wanted = {}
-            for need in needs:
-                detector = need.tool.digest or need.tool.name
-                key = cache.cache_key(content, detector=detector, **images.facts(need.limit))
-                wanted[cache.Statistics(need.kind, key, need.tool.num_features)] = need
+            keys = [cache.cache_key(content, detector=need.key, **images.facts(need.limit)) for need in needs]
+            wanted = {cache.Statistics(need.kind, key, need.width): need for need, key in zip(needs, keys, strict=True)}
 
             def compute(missing: list[cache.Statistics], images=images, wanted=wanted) -> list:
-                collectors = [self.real_collector(wanted[one]) for one in missing]
-                lists = images.cut([collector.limit for collector in collectors], self.batch)
-                return self.collect(images.batches, lists, collectors, "real images", stop)
+                needs = [wanted[one] for one in missing]
+                lists = images.cut([need.limit for need in needs], self.batch)
+                return list(self.collect(images.batches, lists, needs, "real images", stop).values())
 
-            found |= zip(wanted.values(), cache.cached(list(wanted), compute, self.procs), strict=True)
+            found |= zip(needs, cache.cached(list(wanted), compute, self.procs), strict=True)
         return found
 
     @torch.no_grad()
@@ -162,27 +139,24 @@ class Evaluation:
         """
         tasks = self.tasks(images)
 
-        def seconds(batches, lists: list[Sequence[int]], collectors: Sequence[Collector]) -> float:
+        def seconds(batches, lists: list[Sequence[int]], kept: Kept) -> float:
             shown = (lists * 2)[:2]
             stream = batches(shown)
             for numbers in shown:
                 began = time.monotonic()
-                batch = next(stream)
-                for collector in collectors:
-                    collector.feed(batch)
+                feed(kept, next(stream))
                 taken = (time.monotonic() - began) / len(numbers)
             return taken * sum(map(len, lists)) / self.procs.world
 
-        collectors = list(self.collectors(tasks).values())
-        edges = sorted({0, *(collector.limit for collector in collectors)})
+        kept = self.empty(task.need for task in tasks)
+        edges = sorted({0, *(need.limit for need in kept)})
         lists = cut(edges, self.batch)
         parts = [[x for x in lists if begin <= x[0] < end] for begin, end in itertools.pairwise(edges)]
-        generated = sum(seconds(images.batches, part, collectors) for part in parts)
+        generated = sum(seconds(images.batches, part, kept) for part in parts)
         reals = 0.0
         for real_images, needs in by_set(tasks).items():
-            looking = [self.real_collector(need) for need in needs]
-            lists = real_images.cut([collector.limit for collector in looking], self.batch)
-            reals += seconds(real_images.batches, lists, looking)
+            lists = real_images.cut([need.limit for need in needs], self.batch)
+            reals += seconds(real_images.batches, lists, self.empty(needs))
         return generated, reals
 
     def record(self, task: Task, estimates: Estimate | dict[str, Estimate], seconds: float) -> dict:
@@ -204,7 +178,13 @@ class Evaluation:
         }
 
 
-def by_set(tasks: Sequence[Task]) -> dict[object, list[RealNeed]]:
+def feed(kept: Kept, batch: Batch) -> None:
+    for need, statistics in kept.items():
+        if batch.numbers[0] < need.limit:  # batches do not extend over a limit
+            statistics.update(need.look(batch), batch.numbers)
+
+
+def by_set(tasks: Sequence[Task]) -> dict[Fitted | Windowed, list[Need]]:
     """Group what is needed of real images by their set, each once."""
     groups = {}
     for need in dict.fromkeys(task.real for task in tasks if task.real):

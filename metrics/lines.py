@@ -1,4 +1,4 @@
-"""Line artefacts: the share of an image's spectral energy that lies on the frequency axes.
+"""Line artefacts: the share of an image's spectral energy on the frequency axes.
 
 An image that is a sum of a function of the row and one of the column (plaid) has all its energy there. With the mean
 over channels less its mean over pixels, x[i,j], and the power spectrum at v cycles per height and u per width

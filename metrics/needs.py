@@ -1,11 +1,11 @@
-"""What a metric gets (Inputs), what it asks to be kept of the images (Need, RealNeed), and what comes of that (Task).
+"""What a metric gets (Inputs), what it asks to be kept of the images (Need), and what it computes of that (Task).
 
 Legend: N images, F numbers per image. Sizes are (H, W).
 """
 
 import functools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ class Settings(NamedTuple):
     scales: tuple[Size, ...] = ()  # of scale_*: the first is compared with each other one; () is (R, 2R)
     filter: str | None = None  # None: box for scale_*, lanczos for real images
     seed: int = 0
-    batch: int | None = None  # images at once: None: 32 on a GPU, else 8. It changes results by rounding alone
+    batch: int | None = None  # images at once, None: 32 on a GPU, else 8; it changes results by rounding alone
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,22 @@ class Inputs:
         return Fitted(self.reals, self.images.size, self.settings.filter or "lanczos", self.device)
 
 
-class Need(NamedTuple):
-    """Statistics of the generated images 0 … limit − 1: a key of EMPTY, of the numbers that `look` returns."""
+@dataclass(frozen=True)
+class Need:
+    """Statistics of the first `limit` images of a set; equal needs are computed once.
 
-    key: Hashable  # equal needs have equal keys
+    key     says what is looked at: of real images, the digest of the detector
+    kind    a key of EMPTY; of real images "moments" or "features", which are kept on disk
+    look    batch -> [N,width]
+    images  real ones, or None: those measured
+    """
+
+    key: Hashable
     kind: str
     limit: int
     width: int
-    look: Callable[[Batch], Tensor]  # -> [N,width]
-
-
-class RealNeed(NamedTuple):
-    """Statistics of the features of the first `limit` real images; they are kept on disk."""
-
-    images: Fitted | Windowed
-    kind: str  # "moments" or "features"
-    tool: object
-    limit: int
+    look: Callable[[Batch], Tensor] = field(compare=False)
+    images: Fitted | Windowed | None = None
 
 
 # kind -> function(limit, width, device) -> statistics of no image yet
@@ -78,7 +77,7 @@ class Task(NamedTuple):
 
     name: str
     need: Need
-    real: RealNeed | None
+    real: Need | None
     compute: Callable[..., Estimate | dict[str, Estimate]]
     variant: tuple[str, ...]
     facts: dict
@@ -86,7 +85,3 @@ class Task(NamedTuple):
     def named(self, ending: str = "") -> str:
         """Return "fid50k_full", or with all that is unusual "fid50k_full@512x512@inception-custom-1a2b3c4d"."""
         return "@".join((self.name + ending, *self.variant))
-
-
-def features_of(tool) -> Callable[[Batch], Tensor]:
-    return lambda batch: batch.activations(tool).features

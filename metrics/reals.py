@@ -24,26 +24,13 @@ TOGETHER = 64  # windows of one image in a batch, at most
 
 
 class Files:
-    """Images in files.
+    """Images in files: subclasses define read(index) -> uint8 [C,H,W] and contents(), the bytes of each file.
 
     num       how many
     size      of all of them, or None: each has its own
     channels  of all of them
     facts     what else decides their pixels, besides the files
     """
-
-    num: int
-    size: Size | None
-    channels: int
-    facts: dict
-
-    def read(self, index: int) -> Tensor:
-        """Return uint8 [C,H,W]."""
-        raise NotImplementedError
-
-    def contents(self) -> Iterator[bytes]:
-        """Yield the bytes of each file."""
-        raise NotImplementedError
 
     @functools.cached_property
     def digest(self) -> str:

@@ -24,7 +24,7 @@ from metrics.estimate import Estimate, mean
 from metrics.generated import GeneratedBatch
 from metrics.images import Batch, Size
 from metrics.lines import LineShare, line_ratio
-from metrics.needs import Inputs, Need, RealNeed, Task, features_of
+from metrics.needs import Inputs, Need, Task
 from metrics.path_length import trimmed
 from metrics.reals import Windowed, Windows
 from metrics.resize import resize
@@ -76,12 +76,12 @@ def task(
     inputs: Inputs,
     compute: Callable,
     need: Need,
-    real: RealNeed | None = None,
+    real: Need | None = None,
     variant: tuple[str, ...] = (),
     facts: dict | None = None,
     sizes: tuple[Size, ...] = (),
 ) -> Task:
-    """Return the task with what all tasks have in common. Raises UserError for images that do not serve.
+    """Return the task with what all tasks have in common. Raises UserError for unfit images.
 
     sizes: at which the images are looked at; () is the size measured, which the name states if it is unusual.
     """
@@ -103,6 +103,12 @@ def task(
     return Task(metric.name, need, real, compute, variant, known | (facts or {}))
 
 
+def features(tool, kind: str, limit: int) -> Need:
+    """Return the need of the "moments" or the "features" that a detector sees in the images measured."""
+    key = tool.digest or tool.name
+    return Need(key, kind, limit, tool.num_features, lambda batch: batch.activations(tool).features)
+
+
 def compare(kind: str, distance: Callable) -> Callable:
     """Compare the "moments" or the "features" of generated images with those of real ones."""
 
@@ -115,8 +121,8 @@ def compare(kind: str, distance: Callable) -> Callable:
             limit = min(limit, MOST_FEATURES)
         if limit < metric.family.least:
             raise UserError(f"{metric.name} takes {metric.family.least} real images or more, and data has {limit}")
-        need = Need((kind, tool.name, metric.num), kind, metric.num, tool.num_features, features_of(tool))
-        real = RealNeed(inputs.fitted, kind, tool, limit)
+        need = features(tool, kind, metric.num)
+        real = replace(need, limit=limit, images=inputs.fitted)
         filter = inputs.fitted.filter
         resized = None if files.size == inputs.images.size else f"centre crop, {filter}"
         variant = (filter,) if resized and filter != "lanczos" else ()
@@ -156,7 +162,7 @@ def windows(metric: Metric, inputs: Inputs) -> list[Task]:
         return tool(batch.windows([boxes.box("fake", number) for number in batch.numbers.tolist()])).features
 
     need = Need(metric, "moments", metric.num, tool.num_features, look)
-    real = RealNeed(Windowed(inputs.large, boxes, limit, inputs.device), "moments", tool, limit)
+    real = replace(features(tool, "moments", limit), images=Windowed(inputs.large, boxes, limit, inputs.device))
     facts = {"num_real": limit, "num_photographs": inputs.large.num, "window": size, "resize": filter}
     return [task(metric, inputs, frechet_distance, need, real, (filter,) if filter != "lanczos" else (), facts)]
 

@@ -94,23 +94,23 @@ def offline(monkeypatch):
 # --- the numbers -----------------------------------------------------------------------------------------------------
 
 
-class Pictures(Dataset):
-    def __init__(self, pictures):
-        self.pictures = pictures
+class Images(Dataset):
+    def __init__(self, images):
+        self.images = images
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index):
-        return self.pictures[index]
+        return self.images[index]
 
 
 @pytest.mark.slow
-def test_photographs_give_the_numbers_of_torch_fidelity(inception_file):
+def test_images_give_the_numbers_of_torch_fidelity(inception_file):
     fake, real = crops("astronaut", 10), crops("coffee", 8)
     expected = calculate_metrics(
-        input1=Pictures(fake),
-        input2=Pictures(real),
+        input1=Images(fake),
+        input2=Images(real),
         **{"isc": True, "fid": True, "kid": True, "prc": True, "kid_subset_size": 6, "kid_subsets": 50},
         feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(inception_file),
@@ -139,12 +139,10 @@ def test_every_step_of_damage_adds_to_the_distance(dino_file, damage):
     distances = []
     for step in range(4):
         if damage == "noise":
-            pictures = (clean + 20 * step * noise).round().clamp(0, 255).byte()
+            images = (clean + 20 * step * noise).round().clamp(0, 255).byte()
         else:
-            pictures = gaussian_blur(clean, 25, 1.5 * step) if step else clean
-        distances.append(
-            frechet_distance(moments(detector(pictures).features), moments(detector(clean).features)).value
-        )
+            images = gaussian_blur(clean, 25, 1.5 * step) if step else clean
+        distances.append(frechet_distance(moments(detector(images).features), moments(detector(clean).features)).value)
     assert distances[0] < 1e-6
     assert distances == sorted(distances)
     assert distances[1] > 1e-4

@@ -34,7 +34,7 @@ def test_a_wave_counts_when_its_frequency_lies_beyond_a_tenth_of_the_side_and_of
     def wave(v, u):
         return (128 + 100 * torch.sin(2 * torch.pi * (v * y + u * x) / 64)).round().to(torch.uint8)
 
-    # The last lies within a tenth of the side: what counts is the rounding to uint8 alone, near white noise's share.
+    # The last is within a tenth of the side: what counts is the rounding to uint8 alone, near white noise's share.
     shares = line_share(torch.stack([wave(0, 16), wave(16, 1), wave(16, 16), wave(10, 3), wave(3, 3)])[:, None])
     assert shares[:2].tolist() == pytest.approx([1, 0.83], abs=0.01)  # bins 0 ± 1: all; 1 ± 1 of power 1, 4, 1: 5/6
     assert shares[2:4].max() < 1e-3
