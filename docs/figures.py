@@ -20,13 +20,13 @@ GAP = 8
 CAPTION = 20
 
 
-def picture(G: Generator, ws: Tensor, size: tuple[int, int], **options) -> Image.Image:
-    image = to_uint8(rendering.render(G, ws, Shot(size, **options))[0]).movedim(0, -1)
+def render(G: Generator, ws: Tensor, shot: Shot | None = None) -> Image.Image:
+    image = to_uint8(rendering.render(G, ws, shot)[0]).movedim(0, -1)
     return Image.fromarray((image.squeeze(2) if image.shape[2] == 1 else image).numpy())
 
 
 def sheet(rows: list[dict[str, Image.Image]]) -> Image.Image:
-    """Rows of pictures, each under its caption."""
+    """Arrange rows of images, each under its caption."""
     width = max(sum(p.width + GAP for p in row.values()) for row in rows) + GAP
     height = sum(max(p.height for p in row.values()) + CAPTION + GAP for row in rows)
     page = Image.new("RGB", (width, height), "white")
@@ -42,48 +42,43 @@ def sheet(rows: list[dict[str, Image.Image]]) -> Image.Image:
 
 
 def scales(G: Generator, ws: Tensor) -> Image.Image:
-    """×1, ×2 and ×4 of the first style, beside a Lanczos enlargement of ×1."""
+    """Show ×1, ×2 and ×4 of the first style, beside a Lanczos enlargement of ×1."""
     ws = ws[:1]
     height, width = G.config.img_shape
-    row = {f"x{k}": picture(G, ws, (k * height, k * width)) for k in (1, 2, 4)}
+    row = {f"x{k}": render(G, ws, Shot((k * height, k * width))) for k in (1, 2, 4)}
     return sheet([row | {"x1 enlarged (Lanczos)": row["x1"].resize(row["x4"].size, Image.Resampling.LANCZOS)}])
 
 
 def views(G: Generator, ws: Tensor) -> Image.Image:
-    """×1, a window of ×8, turned pictures and a panorama, all of the first style."""
+    """Show ×1, a window of ×8, transformed images and a panorama, all of the first style."""
     ws = ws[:1]
     side = 4 * max(G.config.img_shape)
     square = (side, side)
     top = {
-        "x1": picture(G, ws, G.config.img_shape),
-        "window 0.3,0.2,0.8,0.7 of x8": picture(G, ws, square, window=(0.3, 0.2, 0.8, 0.7)),
-        "x4, rotated by 30 degrees": picture(G, ws, square, transform=rendering.rotation(30)),
-        "x4, through a lens": picture(G, ws, square, transform=rendering.lens(-0.8)),
+        "x1": render(G, ws),
+        "window 0.3,0.2,0.8,0.7 of x8": render(G, ws, Shot(square, window=(0.3, 0.2, 0.8, 0.7))),
+        "x4, rotated by 30 degrees": render(G, ws, Shot(square, transform=rendering.rotation(30))),
+        "x4, through a lens": render(G, ws, Shot(square, transform=rendering.lens(-0.8))),
     }
-    wide = {"3:1, --fit=extend": picture(G, ws, (side, 3 * side), fit="extend")}
+    wide = {"3:1, --fit=extend": render(G, ws, Shot((side, 3 * side), fit="extend"))}
     return sheet([top, wide])
 
 
 def zoom(G: Generator, ws: Tensor) -> Image.Image:
-    """The first style, and parts of it that are ever smaller, each magnified three times the last."""
+    """Show the first style, and smaller and smaller parts of it, each magnified three times the last."""
     row = {}
     for k in (1, 3, 9, 27):
         left, top = (at * (1 - 1 / k) for at in (0.5, 0.54))  # below the middle: often a mouth
         window = (left, top, left + 1 / k, top + 1 / k)
-        row[f"x{k * 256 // max(G.config.img_shape)}"] = picture(G, ws[:1], (256, 256), window=window)
+        row[f"x{k * 256 // max(G.config.img_shape)}"] = render(G, ws[:1], Shot((256, 256), window=window))
     return sheet([row])
 
 
 def walks(G: Generator, ws: Tensor) -> Image.Image:
-    """Two rows of eight: on a straight line in W from the first style to the second, and from the third to the fourth.
-
-    The captions are the share of the way.
-    """
+    """Show two rows of eight on straight lines in W, from style 1 to 2 and from 3 to 4, captioned by the fraction."""
     steps = torch.linspace(0, 1, 8)
     pairs = (ws[:2], ws[2:])
-    return sheet(
-        [{f"{t:.2f}": picture(G, torch.lerp(a, b, t)[None], G.config.img_shape) for t in steps} for a, b in pairs]
-    )
+    return sheet([{f"{t:.2f}": render(G, torch.lerp(a, b, t)[None]) for t in steps} for a, b in pairs])
 
 
 FIGURES = {"scales": scales, "views": views, "zoom": zoom, "walks": walks}
@@ -98,7 +93,7 @@ FIGURES = {"scales": scales, "views": views, "zoom": zoom, "walks": walks}
 @click.option("--out", metavar="PNG", required=True)
 @command()
 def main(network, figure, seed, kind, trunc, out):
-    """One seed of a network at several scales or in several views, or walks between it and the three that follow."""
+    """Draw one seed of a network at several scales or in several views, or walks between it and the next three."""
     G = load_generator(network)
     ws = Styles(trunc, classes=[kind] if kind else []).map(G, list(range(seed, seed + 4)))
     with atomic_write(Path(out)) as temporary:

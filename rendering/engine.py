@@ -149,18 +149,15 @@ class GridBlock:
         self.samples = tiling.view.rows.samples
         work = []  # network, axis of the image, first and last pixel
         for axis, (begin, end) in enumerate((block[:2], block[2:])):
-            needed = torch.zeros(end - begin, dtype=torch.bool)
-            for start, stop in {box[2 * axis : 2 * axis + 2] for box in wanted}:
-                needed[start - begin : stop - begin] = True
+            needed = {box[2 * axis : 2 * axis + 2] for box in wanted}
             for start in range(begin, end, tiling.piece):
                 stop = min(start + tiling.piece, end)
-                if needed[start - begin : stop - begin].any():
+                if any(low < stop and start < high for low, high in needed):
                     work += [(i, axis, start, stop) for i in range(len(networks))]
         self.lines: list[list[Tensor | None]] = [[None, None] for _ in networks]
         for (i, axis, start, stop), line in zip(work, imap(self.compute_piece, work), strict=True):
             if self.lines[i][axis] is None:
-                length = block.shape[axis] * self.samples
-                self.lines[i][axis] = line.new_empty(*line.shape[:3], length)
+                self.lines[i][axis] = line.new_empty(*line.shape[:3], block.shape[axis] * self.samples)
             self.part(i, axis, start, stop).copy_(line)
 
     def compute_piece(self, work: tuple[int, int, int, int]) -> Tensor:

@@ -112,15 +112,12 @@ class Unfinished:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the directory, job.json last: what a kill leaves of it can be started anew."""
+        """Remove the directory, if any. What a kill leaves of it can be started anew: marks go first, job.json last."""
+        order = {"done": 0, "job.json": 2}
         if self.folder.exists():
-            (self.folder / "done").unlink(missing_ok=True)
-            for entry in self.folder.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                elif entry.name != "job.json":
-                    entry.unlink()
-            shutil.rmtree(self.folder)
+            for entry in sorted(self.folder.iterdir(), key=lambda entry: order.get(entry.name, 1)):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self.folder.rmdir()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

@@ -119,6 +119,7 @@ class Canvas(Unfinished):
         """
         super().__init__(path, job)
         self.size, self.channels, self.tiles = size, channels, tiles
+        self.pixels, self.marks = self.folder / "pixels.tif", self.folder / "done"
         by_suffix = {known.suffix: known for known in FORMATS.values()}
         if path.suffix not in by_suffix:
             raise UserError(f"{path}: choose a name that ends in {', '.join(by_suffix)}")
@@ -131,14 +132,6 @@ class Canvas(Unfinished):
                 f"choose {' or '.join(name for name in FORMATS if name != 'webp')}"
             )
         import_vips()
-
-    @property
-    def pixels(self) -> Path:
-        return self.folder / "pixels.tif"
-
-    @property
-    def marks(self) -> Path:
-        return self.folder / "done"
 
     @property
     def missing(self) -> np.ndarray:
@@ -166,8 +159,7 @@ class Canvas(Unfinished):
         try:
             with tifffile.TiffFile(self.pixels) as file:
                 self._first = file.pages[0].dataoffsets[0]
-            lengths = {self.pixels: self._first + count, self.marks: self.tiles}
-            for path, length in lengths.items():
+            for path, length in ((self.pixels, self._first + count), (self.marks, self.tiles)):
                 if path.stat().st_size != length:
                     raise self.broken(f"{path.name} has {path.stat().st_size} bytes and not {length}")
         except (OSError, IndexError, tifffile.TiffFileError) as error:

@@ -1,4 +1,4 @@
-"""generate.py: its files are the engine's pictures, whoever computes them, and a wrong call is a sentence."""
+"""generate.py: its files are the engine's images, whoever computes them, and a wrong call is a sentence."""
 
 import hashlib
 import os
@@ -56,13 +56,13 @@ def run(*arguments):
     return CliRunner().invoke(generate.main, [str(a) for a in arguments])
 
 
-def picture(path) -> np.ndarray:
+def read(path) -> np.ndarray:
     """[H,W,C] of a file that may be large."""
     return tifffile.imread(path, level=0) if path.suffix == ".tif" else np.asarray(Image.open(path))
 
 
 def expected(seed: int, size: tuple[int, int] | None = None, dtype: torch.dtype | None = None, **shot) -> np.ndarray:
-    """[H,W,C]: what the engine paints for the network "plain"."""
+    """[H,W,C]: what the engine renders for the network "plain"."""
     G = tiny()
     with torch.no_grad():
         ws = G.mapping(styles.sample_latent(G, seed))
@@ -70,53 +70,43 @@ def expected(seed: int, size: tuple[int, int] | None = None, dtype: torch.dtype 
 
 
 QUARTER = (0.25, 0.25, 0.5, 0.5)
+MOVED = rendering.translation(0.5, -0.25) @ rendering.rotation(20) @ rendering.zoom(3)
+SHOTS = {
+    "": {"size": (16, 16)},
+    "--scale=0.5": {"size": (8, 8)},
+    "--format=tiff --scale=3": {"size": (48, 48)},
+    "--size=31x7 --fit=extend": {"size": (7, 31), "fit": "extend"},
+    "--window=0.25,0.25,0.5,0.5": {"size": (16, 16), "window": QUARTER},
+    "--window=0.25,0.25,0.5,0.5 --scale=4": {"size": (16, 16), "window": QUARTER},
+    "--window=0,0,1,0.5 --scale=2": {"size": (16, 32), "window": (0, 0, 1, 0.5)},
+    "--rotate=30 --exact": {"size": (16, 16), "transform": rendering.rotation(30), "exact": True},
+    "--zoom=3 --rotate=20 --translate=0.5,-0.25": {"size": (16, 16), "transform": MOVED},
+    "--supersample=3 --tile=5": {"size": (16, 16), "supersample": 3},
+    "--dtype=bf16": {"size": (16, 16), "dtype": torch.bfloat16},
+    "--dtype=fp64": {"size": (16, 16), "dtype": torch.float64},
+}
 
 
-@pytest.mark.parametrize(
-    ("options", "size", "drawn"),
-    [
-        ("", (16, 16), {}),
-        ("--scale=2", (32, 32), {}),
-        ("--scale=0.5", (8, 8), {}),
-        ("--size=31x7", (7, 31), {"fit": "crop"}),
-        ("--size=31x7 --fit=extend", (7, 31), {"fit": "extend"}),
-        ("--size=7x31 --fit=stretch", (31, 7), {"fit": "stretch"}),
-        ("--window=0.25,0.25,0.5,0.5", (16, 16), {"window": QUARTER}),
-        ("--window=0.25,0.25,0.5,0.5 --scale=4", (16, 16), {"window": QUARTER}),
-        ("--window=0,0,1,0.5 --scale=2", (16, 32), {"window": (0, 0, 1, 0.5)}),
-        ("--rotate=30", (16, 16), {"transform": rendering.rotation(30)}),
-        ("--rotate=30 --exact", (16, 16), {"transform": rendering.rotation(30), "exact": True}),
-        ("--translate=0.25,-0.5", (16, 16), {"transform": rendering.translation(0.25, -0.5)}),
-        (
-            "--zoom=3 --rotate=20 --translate=0.5,0",
-            (16, 16),
-            {"transform": rendering.translation(0.5, 0) @ rendering.rotation(20) @ rendering.zoom(3)},
-        ),
-        ("--supersample=3 --tile=5", (16, 16), {"supersample": 3}),
-        ("--dtype=bf16", (16, 16), {"dtype": torch.bfloat16}),
-        ("--dtype=fp64", (16, 16), {"dtype": torch.float64}),
-        ("--format=tiff --scale=3", (48, 48), {}),
-    ],
-)
-def test_the_file_is_the_picture_of_the_engine(networks, tmp_path, options, size, drawn):
+@pytest.mark.parametrize("options", SHOTS)
+def test_the_file_is_the_image_of_the_engine(networks, tmp_path, options):
     out = tmp_path / "out"
     result = run("--network", networks / "plain.safetensors", "--seeds=0-1,9", "--outdir", out, *options.split())
     assert result.exit_code == 0, result.output
     suffix = ".tif" if "tiff" in options else ".png"
     assert sorted(p.name for p in out.iterdir()) == [f"seed000{seed}{suffix}" for seed in (0, 1, 9)]
-    found, wanted = picture(out / f"seed0009{suffix}"), expected(9, size, **drawn)
+    found, wanted = read(out / f"seed0009{suffix}"), expected(9, **SHOTS[options])
     assert found.shape == wanted.shape
     assert np.abs(found.astype(int) - wanted).max() <= 1  # a float32 sum may round the other way
-    assert not np.array_equal(found, picture(out / f"seed0000{suffix}"))
+    assert not np.array_equal(found, read(out / f"seed0000{suffix}"))
 
 
 @pytest.mark.parametrize(("name", "mode"), [("plain", "RGB"), ("grey", "L"), ("rgba", "RGBA")])
-def test_pictures_keep_their_channels(networks, tmp_path, name, mode):
+def test_images_keep_their_channels(networks, tmp_path, name, mode):
     assert run("--network", networks / f"{name}.safetensors", "--seeds", 0, "--outdir", tmp_path).exit_code == 0
     assert Image.open(tmp_path / "seed0000.png").mode == mode
 
 
-def test_truncation_zero_is_one_picture_for_all_seeds(networks, tmp_path):
+def test_truncation_zero_is_one_image_for_all_seeds(networks, tmp_path):
     run("--network", networks / "plain.safetensors", "--seeds", "0-1", "--trunc", 0, "--outdir", tmp_path)
     assert (tmp_path / "seed0000.png").read_bytes() == (tmp_path / "seed0001.png").read_bytes()
 
@@ -129,7 +119,7 @@ def test_classes_go_round_and_blend(networks, tmp_path):
     for seed, c in zip((5, 6, 7, 8), labels, strict=True):
         with torch.no_grad():
             image = rendering.render(G, G.mapping(styles.sample_latent(G, seed), c[None]))
-        found = picture(tmp_path / f"seed000{seed}.png")
+        found = read(tmp_path / f"seed000{seed}.png")
         assert np.array_equal(found, to_uint8(image)[0].movedim(0, -1).numpy())
 
 
@@ -147,17 +137,17 @@ def test_without_classes_a_seed_has_one_of_its_own(networks, tmp_path):
     ("seeds", "size", "rows", "columns", "options"),
     [("3-9", "20x20", 3, 3, ()), ("0-4", "40x16", 3, 2, ()), ("0-4", "20x20", 2, 4, ("--columns=4",))],
 )
-def test_a_grid_holds_the_pictures_of_the_seeds_row_by_row(networks, tmp_path, seeds, size, rows, columns, options):
+def test_a_grid_holds_the_images_of_the_seeds_row_by_row(networks, tmp_path, seeds, size, rows, columns, options):
     call = ("--network", networks / "cond.safetensors", f"--seeds={seeds}", f"--size={size}", "--tile=16")
     assert run(*call, "--outdir", tmp_path / "single").exit_code == 0
     assert run(*call, "--grid", tmp_path / "grid.png", *options).exit_code == 0
     width, height = map(int, size.split("x"))
-    grid = picture(tmp_path / "grid.png")
+    grid = read(tmp_path / "grid.png")
     assert grid.shape == (rows * height, columns * width, 3)
     cells = [cell for row in np.split(grid, rows) for cell in np.split(row, columns, axis=1)]
     single = sorted((tmp_path / "single").iterdir())
     for path, cell in zip(single, cells, strict=False):
-        assert np.array_equal(picture(path), cell)
+        assert np.array_equal(read(path), cell)
     assert not any(cell.any() for cell in cells[len(single) :])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "single"]
 
@@ -170,7 +160,7 @@ def test_a_network_that_comes_along_goes_by_its_name(networks, models, tmp_path)
     for name, kind in (("letters", "plain"), ("clothing", "smooth")):
         (models / f"{name}.safetensors").write_bytes((networks / f"{kind}.safetensors").read_bytes())
     assert run("--network=letters", *call, tmp_path / "named").exit_code == 0
-    assert np.array_equal(picture(tmp_path / "named" / "seed0000.png"), expected(0))
+    assert np.array_equal(read(tmp_path / "named" / "seed0000.png"), expected(0))
     result = run(*call, tmp_path / "first")
     assert "--network=clothing" in result.output
     save_generator(tiny(), models / "emoji-people.safetensors")
@@ -232,7 +222,7 @@ def psnr(a, b) -> float:
 
 
 def smooth(networks):
-    """A network whose pictures survive the halved colour resolution of H.264."""
+    """A network whose images survive the halved colour resolution of H.264."""
     return networks / "smooth.safetensors"
 
 
@@ -291,12 +281,12 @@ def command(*arguments, launcher=()) -> list[str]:
     return [sys.executable, *launcher, str(ROOT / "generate.py"), *map(str, arguments)]
 
 
-def test_a_killed_picture_is_resumed_to_the_same_bytes(networks, tmp_path, start):
+def test_a_killed_image_is_resumed_to_the_same_bytes(networks, tmp_path, start):
     size = ("--network", networks / "plain.safetensors", "--seeds=4", "--size=1500x1300", "--format=tiff", "--tile=25")
     assert run(*size, "--outdir", tmp_path / "whole").exit_code == 0
     out = tmp_path / "killed"
     out.mkdir()
-    (out / "seed0004.tif").write_bytes(b"the picture of last week")
+    (out / "seed0004.tif").write_bytes(b"former")
     code = (
         "import sys, time; from rendering import writers; writers.FLUSH_SECONDS = 0; write = writers.Canvas.write\n"
         "def slowly(*a): write(*a); time.sleep(0.002)\n"
@@ -312,7 +302,7 @@ def test_a_killed_picture_is_resumed_to_the_same_bytes(networks, tmp_path, start
     process.wait()
     before = done.read_bytes().count(1)
     assert 500 < before < 52 * 60
-    assert (out / "seed0004.tif").read_bytes() == b"the picture of last week"
+    assert (out / "seed0004.tif").read_bytes() == b"former"
 
     other = run(*size[:-1], "--tile=50", "--outdir", out, "--resume")
     assert other.exit_code == 2

@@ -1,4 +1,4 @@
-"""Laws of the engine: whatever it paints, in whatever parts, is the network's picture, position by position.
+"""Laws of the engine: whatever it renders, in whatever parts, is the network's image, position by position.
 
 The truth is `G.synthesis(ws, rows=…, cols=…)` in float64, at positions written out here a second time.
 """
@@ -6,7 +6,6 @@ The truth is `G.synthesis(ws, rows=…, cols=…)` in float64, at positions writ
 import contextlib
 import copy
 import functools
-import hashlib
 import math
 import os
 import re
@@ -25,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rendering
+from dnnlib.console import UserError
 from rendering import Shot, engine, lens, perspective, points, render_points, rotation, shear, translation, zoom
 from rendering.engine import Tiling, render_tiles
 from rendering.grid import View
@@ -68,9 +68,9 @@ def tiny(dtype=torch.float32, **changes):
 
 
 def styles(G, n=2, seed=1):
-    """Another style for every picture and layer, so that one read in the wrong place shows."""
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(n, G.config.num_ws, G.config.w_dim, generator=draw).to(G.mapping.w_avg.dtype)
+    """Another style for every image and layer, so that one read in the wrong place shows."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(n, G.config.num_ws, G.config.w_dim, generator=rng).to(G.mapping.w_avg.dtype)
 
 
 def render(G, ws, size=None, dtype=None, **shot):
@@ -88,7 +88,7 @@ def plain(G, ws, rows, cols):
 
 
 def each_place(G, ws, x, y):
-    """float64 [h,w] each -> [N,C,h,w]: every pixel a picture of its own."""
+    """float64 [h,w] each -> [N,C,h,w]: every pixel an image of its own."""
     colours = [plain(G, ws, b[None], a[None]) for a, b in zip(x.flatten(), y.flatten(), strict=True)]
     return torch.cat(colours, dim=3).unflatten(3, x.shape).squeeze(2)
 
@@ -113,7 +113,7 @@ def error(got, expected):
 
 
 def psnr(got, expected):
-    """Against the range of the picture."""
+    """Against the range of the image."""
     assert got.shape == expected.shape
     peak = expected.max() - expected.min()
     return 10 * math.log10(peak**2 / (got.double() - expected).square().mean())
@@ -121,7 +121,7 @@ def psnr(got, expected):
 
 @contextlib.contextmanager
 def small(block=8, piece=9, points_block=8, density=64):
-    """The engine's parts so small that tiny pictures are many of them, and points lie between few samples."""
+    """The engine's parts so small that tiny images are many of them, and points lie between few samples."""
     with (
         mock.patch.multiple(engine, BLOCK=block, PIECE={"cpu": piece}, POINTS_BLOCK=points_block),
         mock.patch.object(points, "DENSITY", density),
@@ -139,47 +139,48 @@ def threads(count):
         torch.set_num_threads(before)
 
 
-# --- Tiles are the picture ----------------------------------------------------------------------------------------
+# --- Tiles are the image ----------------------------------------------------------------------------------------
 
 
-@each_dtype
-@pytest.mark.parametrize("variant", VARIANTS)
+# Pairs: every variant in float64, one in float32 too.
+each_network = pytest.mark.parametrize(
+    ("variant", "dtype"), [(variant, torch.float64) for variant in VARIANTS] + [("skip", torch.float32)]
+)
+
+
+@each_network
 @some(max_examples=10)
 @given(
-    height=sides,
-    width=sides,
+    size=st.tuples(sides, sides),
     tile=st.none() | st.integers(1, 30),
     block=st.integers(1, 40),
     piece=st.integers(1, 60),
     n=st.integers(1, 3),
 )
-def test_tiles_of_any_side_cover_any_picture_once_and_equal_it(dtype, variant, height, width, tile, block, piece, n):
+def test_tiles_of_any_side_cover_any_image_once_and_equal_it(dtype, variant, size, tile, block, piece, n):
     G = tiny(dtype, **VARIANTS[variant])
     ws = styles(G, n)
-    picture = torch.zeros(n, G.config.img_channels, height, width, dtype=dtype)
-    covered = torch.zeros(height, width)
+    image, numbers = torch.zeros(n, G.config.img_channels, *size, dtype=dtype), {}
     with small(block, piece):
-        for box, colours in rendering.tiles(G, ws, Shot((height, width), fit="stretch", tile=tile)):
+        tiling = Tiling.of(G, Shot(size, fit="stretch", tile=tile))
+        for box, colours in render_tiles(G, ws, tiling):
             assert colours.shape[2:] == box.shape
-            picture[:, :, box.y0 : box.y1, box.x0 : box.x1] += colours
-            covered[box.slices] += 1
-    assert (covered == 1).all()
-    expected = plain(G, ws, *(across(side, G.config.coords) for side in (height, width)))
-    assert error(picture, expected) <= TIGHT[dtype]
+            image[(..., *box.slices)] += colours
+            numbers[tiling.number(box)] = box
+    corners = [(numbers[i].y0, numbers[i].x0) for i in range(tiling.tiles)]  # numbered row by row
+    assert corners == [(y, x) for y in range(0, size[0], tiling.tile) for x in range(0, size[1], tiling.tile)]
+    assert error(image, plain(G, ws, *(across(side, G.config.coords) for side in size))) <= TIGHT[dtype]
 
 
-@each_grid
-def test_the_default_is_the_picture_trained_at(coords):
-    G = tiny(coords=coords)
-    ws = styles(G)
-    assert error(render(G, ws), G.synthesis(ws)) <= 1e-4  # float32 positions there
-
-
-def test_with_the_papers_frequencies_too():
-    """512 pixels, and features of up to 300 cycles' phase: float32 positions and float64 ones give the same."""
-    G = tiny(img_shape=(512, 512), channel_base=8192)
+@pytest.mark.parametrize(
+    "changes",
+    # The last has features of up to 300 cycles' phase, as the paper's network.
+    [{"coords": "endpoints"}, {"coords": "centers"}, {"img_shape": (512, 512), "channel_base": 8192}],
+)
+def test_the_default_is_the_image_trained_at(changes):
+    G = tiny(**changes)
     ws = styles(G, 1)
-    assert error(render(G, ws), G.synthesis(ws)) <= 1e-4
+    assert error(render(G, ws), G.synthesis(ws)) <= 1e-4  # float32 positions there
 
 
 def test_features_beyond_the_clamp_are_clamped_alike():
@@ -196,24 +197,13 @@ def test_features_beyond_the_clamp_are_clamped_alike():
     assert error(render(G, ws, (12, 12), transform=lambda x, y: (x, y), exact=True), expected) <= 1e-5
 
 
-@some(max_examples=60)
-@given(height=st.integers(1, 50), width=st.integers(1, 50), tile=st.integers(1, 60), block=st.integers(1, 70))
-def test_numbers_of_tiles_are_a_bijection(height, width, tile, block):
-    with small(block):
-        plan = Tiling.of(tiny(), Shot((height, width), tile=tile))
-    boxes = [box for block in plan.whole.split(plan.block) for box in block.split(plan.tile)]
-    assert sorted(map(plan.number, boxes)) == list(range(plan.tiles))
-    row_by_row = [(y, x) for y in range(0, height, tile) for x in range(0, width, tile)]
-    assert [(box.y0, box.x0) for box in sorted(boxes, key=plan.number)] == row_by_row
-
-
 # --- Windows, fits ------------------------------------------------------------------------------------------------
 
 
 @each_grid
 @some(max_examples=25)
 @given(data=st.data(), height=st.integers(2, 23), width=st.integers(2, 23), tile=st.integers(3, 12))
-def test_a_window_is_that_part_of_the_larger_picture(coords, data, height, width, tile):
+def test_a_window_is_that_part_of_the_larger_image(coords, data, height, width, tile):
     G = tiny(coords=coords)
     ws = styles(G, 1)
     between = coords == "endpoints"  # a window runs from pixel to pixel, or from edge to edge
@@ -235,76 +225,47 @@ windows = st.tuples(*[st.floats(-2, 2)] * 2, *[st.floats(0.01, 3)] * 2).map(
 
 @each_grid
 @some(max_examples=60)
-@given(height=sides, width=sides, window=windows)
-def test_fits(coords, height, width, window):
-    x0, y0, x1, y1 = window
-    less = coords == "endpoints"
-    pitches = (y1 - y0) / max(height - less, 1), (x1 - x0) / max(width - less, 1)
-    for fit, pitch in [("crop", (min(pitches),) * 2), ("extend", (max(pitches),) * 2), ("stretch", pitches)]:
-        shown = View.of(tiny(coords=coords).config, Shot((height, width), window=window, fit=fit))
-        ends = []
-        for axis, count, step, middle in zip(
-            (shown.rows, shown.cols), (height, width), pitch, ((y0 + y1) / 2, (x0 + x1) / 2), strict=True
-        ):
-            t = axis.positions(0, count)
-            expected = torch.tensor([middle + (i - (count - 1) / 2) * step for i in range(count)], dtype=torch.float64)
-            assert (t - expected).abs().max() <= 1e-14
-            ends += [t[0].item() - (not less) * step / 2, t[-1].item() + (not less) * step / 2]
-        if fit == "crop":
-            assert ends[0] >= y0 - 1e-14
-            assert ends[1] <= y1 + 1e-14
-            assert ends[2] >= x0 - 1e-14
-            assert ends[3] <= x1 + 1e-14
-        elif fit == "extend" and min(height, width) > 1:  # with both ends, a single pixel has no extent
-            assert ends[0] <= y0 + 1e-14
-            assert ends[1] >= y1 - 1e-14
-            assert ends[2] <= x0 + 1e-14
-            assert ends[3] >= x1 - 1e-14
+@given(size=st.tuples(sides, sides), window=windows)
+def test_fits(coords, size, window):
+    less = coords == "endpoints"  # a window runs from pixel to pixel, or from edge to edge
+    lows, highs = window[1::-1], window[:1:-1]
+    pitches = [(high - low) / max(n - less, 1) for low, high, n in zip(lows, highs, size, strict=True)]
+    for fit, pitch in [("crop", [min(pitches)] * 2), ("extend", [max(pitches)] * 2), ("stretch", pitches)]:
+        shown = View.of(tiny(coords=coords).config, Shot(size, window=window, fit=fit))
+        for axis, n, step, low, high in zip((shown.rows, shown.cols), size, pitch, lows, highs, strict=True):
+            t = axis.positions(0, n)
+            exact = [(low + high) / 2 + (i - (n - 1) / 2) * step for i in range(n)]
+            assert (t - torch.tensor(exact, dtype=torch.float64)).abs().max() <= 1e-14
+            edge = (not less) * step / 2
+            if fit == "crop":
+                assert low - 1e-14 <= t[0] - edge
+                assert t[-1] + edge <= high + 1e-14
+            elif fit == "extend" and min(size) > 1:  # with both ends, a single pixel has no extent
+                assert t[0] - edge <= low + 1e-14
+                assert t[-1] + edge >= high - 1e-14
 
 
 @each_grid
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
-def test_pictures_of_a_network_trained_on_rectangles(coords, shape):
+def test_images_of_a_network_trained_on_rectangles(coords, shape):
     """In pixels of the size trained at, whatever the shape: the grid, a window, a turn by 90° and one by 30°."""
     height, width = shape
     G = tiny(torch.float64, img_shape=shape, coords=coords)
     ws = styles(G)
-    picture = plain(G, ws, across(height, coords), across(width, coords))
-    assert error(render(G, ws), picture) <= 1e-12
+    image = plain(G, ws, across(height, coords), across(width, coords))
+    assert error(render(G, ws), image) <= 1e-12
     steps = (height - 1, width - 1) if coords == "endpoints" else (height, width)
     down, right = (max(steps) / side / 2 for side in steps)
     square = {"size": (max(shape), max(shape)), "window": (0.5 - right, 0.5 - down, 0.5 + right, 0.5 + down)}
     assert error(render(G, ws, **square, transform=rotation(90)), render(G, ws, **square).rot90(dims=(2, 3))) <= 1e-12
     moved = render(G, ws, transform=translation(2 / max(steps), 3 / max(steps)))
-    assert error(moved[..., 3:, 2:], picture[..., :-3, :-2]) <= 1e-12
+    assert error(moved[..., 3:, 2:], image[..., :-3, :-2]) <= 1e-12
     # By 30° about the centre, pixel by pixel, in pixels.
     y, x = torch.meshgrid(*(torch.arange(n).double() - (n - 1) / 2 for n in shape), indexing="ij")
     cos, sin = math.cos(math.radians(30)), math.sin(math.radians(30))
     source = (x * cos - y * sin) / steps[1] + 0.5, (x * sin + y * cos) / steps[0] + 0.5
-    turned = render(G, ws, transform=rotation(30), exact=True)
-    assert error(turned, each_place(G, ws, *source)) <= 1e-10
-
-
-@pytest.mark.parametrize(
-    ("fit", "rows", "cols"),
-    [
-        ("crop", across(5, "endpoints", 0.25, 0.75), across(9, "endpoints")),
-        ("extend", across(5, "endpoints"), across(9, "endpoints", -0.5, 1.5)),
-        ("stretch", across(5, "endpoints"), across(9, "endpoints")),
-    ],
-)
-def test_a_wide_picture_is_cropped_extended_or_stretched(fit, rows, cols):
-    G = tiny()
-    ws = styles(G)
-    assert error(render(G, ws, (5, 9), fit=fit), plain(G, ws, rows, cols)) <= 1e-5
-
-
-def test_a_picture_of_one_pixel_shows_the_middle():
-    G = tiny()
-    ws = styles(G)
-    middle = torch.tensor([0.5], dtype=torch.float64)
-    for fit in ("crop", "extend", "stretch"):
-        assert error(render(G, ws, (1, 1), fit=fit), plain(G, ws, middle, middle)) <= 1e-5
+    transposed = render(G, ws, transform=rotation(30), exact=True)
+    assert error(transposed, each_place(G, ws, *source)) <= 1e-10
 
 
 # --- Supersampling ------------------------------------------------------------------------------------------------
@@ -312,7 +273,7 @@ def test_a_picture_of_one_pixel_shows_the_middle():
 
 @some(max_examples=15)
 @given(height=sides, width=sides, tile=st.none() | st.integers(1, 30), samples=st.integers(1, 4))
-def test_supersampling_is_the_larger_picture_box_filtered(height, width, tile, samples):
+def test_supersampling_is_the_larger_image_box_filtered(height, width, tile, samples):
     G = tiny(coords="centers")
     ws = styles(G)
     with small():
@@ -321,7 +282,7 @@ def test_supersampling_is_the_larger_picture_box_filtered(height, width, tile, s
     assert error(got, F.avg_pool2d(larger, samples)) <= 1e-5
 
 
-@pytest.mark.parametrize("transform", [None, rotation(90), rotation(33)], ids=["plain", "turned", "field"])
+@pytest.mark.parametrize("transform", [None, rotation(90), rotation(33)], ids=["plain", "transposed", "field"])
 def test_samples_spread_evenly_over_the_pixel_whatever_the_convention(transform):
     G = tiny(coords="endpoints")
     ws = styles(G, 1)
@@ -340,29 +301,14 @@ def test_samples_spread_evenly_over_the_pixel_whatever_the_convention(transform)
     assert error(got, expected) <= 1e-5
 
 
-def test_more_samples_than_a_tile_has():
+def test_a_pixel_may_have_more_samples_than_a_tile():
     G = tiny(coords="centers")
     ws = styles(G, 1)
-    got = render(G, ws, (2, 1), supersample=70)
-    assert error(got, F.avg_pool2d(render(G, ws, (140, 70)), 70)) <= 1e-5
+    larger = render(G, ws, (140, 70))
+    assert error(render(G, ws, (2, 1), supersample=70), F.avg_pool2d(larger, 70)) <= 1e-5
 
 
 # --- Transforms ---------------------------------------------------------------------------------------------------
-
-
-@some(max_examples=20)
-@given(right=st.integers(-15, 15), down=st.integers(-15, 15), tile=st.integers(1, 20))
-def test_translation_by_whole_pixels_shifts_the_picture(right, down, tile):
-    G = tiny(coords="centers")
-    ws = styles(G)
-    with small():
-        base = render(G, ws, (16, 16))
-        moved = render(G, ws, (16, 16), transform=translation(right / 16, down / 16), tile=tile)
-
-    def overlap(image, x, y):
-        return image[:, :, max(y, 0) : 16 + min(y, 0), max(x, 0) : 16 + min(x, 0)]
-
-    assert error(overlap(moved, right, down), overlap(base, -right, -down)) <= 3e-6
 
 
 def test_translation_by_whole_tiles_shifts_the_bytes():
@@ -386,38 +332,20 @@ def test_flips_and_quarter_turns_are_those_of_the_array(coords):
                 assert error(render(G, ws, (13, 10), fit=fit, transform=matrix), base.flip(axis)) <= 1e-5
             for quarters in range(-4, 5):
                 size = (10, 13) if quarters % 2 else (13, 10)
-                turned = render(G, ws, size, fit=fit, transform=rotation(90 * quarters))
-                assert error(turned, base.rot90(quarters, (2, 3))) <= 1e-5
+                transposed = render(G, ws, size, fit=fit, transform=rotation(90 * quarters))
+                assert error(transposed, base.rot90(quarters, (2, 3))) <= 1e-5
         assert torch.equal(render(G, ws, (13, 10), fit="extend", transform=rotation(360)), base)
         assert torch.equal(render(G, ws, (13, 10), fit="extend", transform=zoom(1)), base)
-
-
-def test_quarter_turns_by_points_and_by_a_field_are_those_by_rows_and_columns():
-    G = tiny()
-    ws = styles(G)
-    base = render(G, ws, (12, 12))
-    x, y = mesh(across(12, "endpoints"), across(12, "endpoints"))
-    turns = [lambda x, y: (x, y), lambda x, y: (1 - y, x), lambda x, y: (1 - x, 1 - y), lambda x, y: (y, 1 - x)]
-    with small():
-        for quarters, field in enumerate(turns):
-            expected = base.rot90(quarters, (2, 3))
-            assert error(render(G, ws, (12, 12), transform=field, exact=True, tile=5), expected) <= 1e-5
-            assert error(render_points(G, ws, *field(x, y)), expected) <= 1e-5
-
-
-def test_zoom_is_the_window_of_the_centre():
-    G = tiny()
-    ws = styles(G)
-    for matrix, window in [(zoom(2), (0.25, 0.25, 0.75, 0.75)), (zoom(4, 0.5), (0.375, -0.5, 0.625, 1.5))]:
-        got = render(G, ws, (11, 15), transform=matrix, fit="stretch")
-        assert error(got, render(G, ws, (11, 15), window=window, fit="stretch")) <= 1e-5
 
 
 # Where the colour at (x, y), from the centre, comes from: each written out by hand.
 RADIANS = math.radians(33)
 COS, SIN = math.cos(RADIANS), math.sin(RADIANS)
 SOURCES = {
+    "translation": (translation(0.25, -0.1), lambda x, y: (x - 0.25, y + 0.1)),
+    "zoom": (zoom(4, 0.5), lambda x, y: (x / 4, y / 0.5)),
     "rotation": (rotation(33), lambda x, y: (COS * x - SIN * y, SIN * x + COS * y)),
+    "rotation in two steps": (rotation(20) @ rotation(13), lambda x, y: (COS * x - SIN * y, SIN * x + COS * y)),
     "shear": (shear(0.4), lambda x, y: (x - 0.4 * y, y)),
     "shear down": (shear(0, -0.3), lambda x, y: (x, y + 0.3 * x)),
     "perspective": (perspective(0.5, -0.3), lambda x, y: (x / (1 - 0.5 * x + 0.3 * y), y / (1 - 0.5 * x + 0.3 * y))),
@@ -449,18 +377,10 @@ def test_rotations_add_up(a, b):
     assert torch.equal(rotation(360), torch.eye(3, dtype=torch.float64))
 
 
-def test_a_turn_in_two_steps_is_the_turn():
-    G = tiny()
-    ws = styles(G)
-    twice = render(G, ws, (9, 9), transform=rotation(20) @ rotation(70), exact=True)
-    assert error(twice, render(G, ws, (9, 9), transform=rotation(90))) <= 1e-5
-
-
 # --- Points -------------------------------------------------------------------------------------------------------
 
 
-@each_dtype
-@pytest.mark.parametrize("variant", VARIANTS)
+@each_network
 def test_points_are_pixels_one_by_one(dtype, variant):
     G = tiny(dtype, **VARIANTS[variant])
     ws = styles(G)
@@ -474,7 +394,7 @@ def test_points_are_pixels_one_by_one(dtype, variant):
     assert error(got, expected) <= TIGHT[dtype]
 
 
-@pytest.mark.parametrize("shape", [[], [1], [5], [2, 3], [2, 1, 3]])
+@pytest.mark.parametrize("shape", [[], [1], [2, 1, 3]])
 def test_points_keep_their_shape(shape):
     G = tiny()
     ws = styles(G)
@@ -519,7 +439,7 @@ def test_between_samples_lie_nearly_the_exact_colours(name):
 @pytest.mark.parametrize("name", FAST)
 def test_denser_samples_are_nearer(name):
     """Twice as dense gains 9 dB, a factor of 2^1.5: the kinks of the leaky ReLUs limit it."""
-    decibels = [psnr(*between(name, density)) for density in (256, 512, 1024, 2048)]
+    decibels = [psnr(*between(name, density)) for density in (256, 512, 1024)]
     assert all(gain >= 6 for gain in torch.tensor(decibels).diff().tolist())
 
 
@@ -537,8 +457,8 @@ def test_points_too_can_lie_between_samples():
     assert error(many, once.double().expand(-1, -1, 3000)) <= 1e-3
 
 
-@each_dtype
-@some(max_examples=30)
+@pytest.mark.parametrize("dtype", TIGHT)
+@some(max_examples=15)
 @given(
     a=st.floats(-3, 3),
     b=st.floats(-3, 3),
@@ -579,10 +499,10 @@ def test_samples_surround_all_points_with_neighbours(seed, count, log, middle):
 
 # --- Types of numbers ---------------------------------------------------------------------------------------------
 
-# The picture, rows and columns turned, and a field: whatever holds for all of them.
+# The image, rows and columns transposed, and a field: whatever holds for all of them.
 WAYS = {
     "plain": {},
-    "turned": {"transform": rotation(90)},
+    "transposed": {"transform": rotation(90)},
     "exact": {"transform": rotation(20), "exact": True},
     "between": {"transform": rotation(20)},
     "supersampled": {"supersample": 2},
@@ -603,21 +523,16 @@ def test_bfloat16_is_near(variant, way):
 
 
 @each_way
-def test_float64_of_a_float32_generator_is_that_of_its_double(way):
+def test_other_dtypes_than_the_generators(way):
     G = tiny()
     ws = styles(G)
     got = render(G, ws, (24, 24), dtype=torch.float64, **WAYS[way])
     assert got.dtype == torch.float64
     assert torch.equal(got, render(double(G), ws.double(), (24, 24), **WAYS[way]))
     assert next(G.parameters()).dtype == torch.float32
-
-
-def test_float32_of_a_float64_generator():
-    G = tiny(torch.float64)
-    ws = styles(G)
-    got = render(G, ws, (12, 12), dtype=torch.float32)
-    assert got.dtype == torch.float32
-    assert error(got, render(G, ws, (12, 12))) <= 1e-5
+    back = render(double(G), ws.double(), (24, 24), dtype=torch.float32, **WAYS[way])
+    assert back.dtype == torch.float32
+    assert error(back, got) <= 1e-5
 
 
 # --- The same bytes -----------------------------------------------------------------------------------------------
@@ -627,17 +542,17 @@ def test_float32_of_a_float64_generator():
 def test_any_number_of_threads_gives_the_same_bytes(way):
     G = tiny()
     ws = styles(G)
-    pictures = []
+    images = []
     for count in (1, 2, 5):
         with threads(count), small(16, 20, 32):
-            pictures.append(render(G, ws, (70, 60), **WAYS[way]))
+            images.append(render(G, ws, (70, 60), **WAYS[way]))
             assert torch.get_num_threads() == count
-    assert torch.equal(pictures[0], pictures[1])
-    assert torch.equal(pictures[0], pictures[2])
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
 
 
 @each_way
-def test_a_batch_is_its_pictures_one_by_one(way):
+def test_a_batch_is_its_images_one_by_one(way):
     G = tiny()
     ws = styles(G, 3)
     with small(16, 20, 32):
@@ -655,22 +570,15 @@ def test_any_part_of_the_tiles_has_the_bytes_that_all_have(way, seed, share, til
     G = tiny()
     ws = styles(G)
     with small(24, 20, 48):
-        plan = Tiling.of(G, Shot((40, 50), tile=tile, **WAYS[way]))
-        mine = torch.rand(plan.tiles, generator=torch.Generator().manual_seed(seed)) < share
-        whole = dict(render_tiles(G, ws, plan))
-        parts = [dict(render_tiles(G, ws, plan, only=only)) for only in (mine.tolist(), (~mine).numpy())]
+        tiling = Tiling.of(G, Shot((40, 50), tile=tile, **WAYS[way]))
+        mine = torch.rand(tiling.tiles, generator=torch.Generator().manual_seed(seed)) < share
+        whole = dict(render_tiles(G, ws, tiling))
+        parts = [dict(render_tiles(G, ws, tiling, only=only)) for only in (mine.tolist(), (~mine).numpy())]
     assert len(parts[0]) == mine.sum()
     assert parts[0].keys() | parts[1].keys() == whole.keys()
-    assert len(whole) == plan.tiles == len(parts[0]) + len(parts[1])
+    assert len(whole) == tiling.tiles == len(parts[0]) + len(parts[1])
     for part in parts:
         assert all(torch.equal(colours, whole[box]) for box, colours in part.items())
-
-
-def digests():
-    """Of the pictures of all ways."""
-    G = tiny()
-    pictures = [render(G, styles(G), (70, 60), **way) for way in WAYS.values()]
-    return " ".join(hashlib.sha256(picture.numpy().tobytes()).hexdigest() for picture in pictures)
 
 
 def other_process(code, **environment):
@@ -686,11 +594,7 @@ def other_process(code, **environment):
     ).stdout
 
 
-def test_another_process_paints_the_same_bytes():
-    assert other_process("print(test_rendering.digests())", OMP_NUM_THREADS="3").strip() == digests()
-
-
-def test_pictures_painted_at_once_are_those_painted_alone():
+def test_images_rendered_at_once_are_those_rendered_alone():
     G = tiny()
     ws = styles(G, 4)[:, None]
     with threads(2):
@@ -699,22 +603,21 @@ def test_pictures_painted_at_once_are_those_painted_alone():
             at_once = list(pool.map(lambda w: render(G, w, (40, 40), transform=rotation(9), exact=True), ws))
         streams = [rendering.tiles(G, w, Shot((40, 40), transform=rotation(9), exact=True, tile=10)) for w in ws]
         for tiles in zip(*streams, strict=True):  # and in turns
-            for (box, colours), picture in zip(tiles, alone, strict=True):
-                assert error(colours, picture[:, :, box.y0 : box.y1, box.x0 : box.x1].double()) <= 1e-5
+            for (box, colours), image in zip(tiles, alone, strict=True):
+                assert error(colours, image[:, :, box.y0 : box.y1, box.x0 : box.x1].double()) <= 1e-5
     assert all(map(torch.equal, alone, at_once))
 
 
 # --- Deep zoom ----------------------------------------------------------------------------------------------------
 
 
-def relief(picture):
-    return picture.double() - picture.double().mean((2, 3), keepdim=True)
+def relief(image):
+    return image.double() - image.double().mean((2, 3), keepdim=True)
 
 
 @each_grid
 @each_dtype
-@pytest.mark.parametrize("log", [3, 5, 7, 9])
-@pytest.mark.parametrize(("x", "y"), [(0.3, 0.6), (1234.3, -567.8)])
+@pytest.mark.parametrize(("log", "x", "y"), [(3, 1234.3, -567.8), (5, 0.3, 0.6), (7, 1234.3, -567.8), (9, 0.3, 0.6)])
 def test_deep_zoom_and_far_away(dtype, coords, log, x, y):
     """Float32 keeps seven digits of the colours: a relief below that needs dtype=float64, positions or not."""
     G = tiny(coords=coords)
@@ -732,65 +635,50 @@ def test_deep_zoom_and_far_away(dtype, coords, log, x, y):
                 assert (got.diff(dim=3) != 0).all()
             else:
                 assert error(got, expected) <= 1e-5  # 3e-6 measured
-                assert error(relief(got), relief(expected)) <= 2e-2 or log > 5  # 6e-3 measured, at 1e-5 of the picture
-
-
-@each_grid
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"window": (0.3, 0.6, 0.3 + 1e-13, 0.6 + 1e-13)},
-        {"window": (1e6, 0, 1e6 + 1e-8, 1), "fit": "stretch"},
-        {"transform": zoom(1e15)},
-        {"transform": translation(1e14, 0)},
-    ],
-)
-def test_pixels_that_float64_cannot_tell_apart_are_refused(coords, options):
-    with pytest.raises(ValueError, match="float64 cannot tell them"):
-        Tiling.of(tiny(coords=coords), Shot((32, 32), **options))
+                assert error(relief(got), relief(expected)) <= 2e-2 or log > 5  # 6e-3 measured, at 1e-5 of the image
 
 
 # --- Wrong calls --------------------------------------------------------------------------------------------------
 
 nan, inf = math.nan, math.inf
-WRONG = {
-    "no height": ({"size": (0, 3)}, "size=0,3"),
-    "no width": ({"size": (3, -1)}, "size=3,-1"),
-    "fit": ({"fit": "cover"}, "'cover' is unknown; use one of crop, extend, stretch"),
-    "empty window": ({"window": (0, 0, 0, 1)}, "left < right"),
-    "window upside down": ({"window": (0, 1, 1, 0)}, "left < right"),
-    "window of nan": ({"window": (0, nan, 1, 1)}, "left < right"),
-    "endless window": ({"window": (0, 0, inf, 1)}, "left < right"),
-    "window too wide for float64": ({"window": (-1e308, 0, 1e308, 1), "fit": "stretch"}, "float64"),
-    "no samples": ({"supersample": 0}, "supersample=0"),
-    "no tile": ({"tile": 0}, "tile=0"),
-    "singular": ({"transform": torch.ones(3, 3)}, "invertible"),
-    "shape of matrix": ({"transform": torch.eye(2)}, "invertible"),
-    "matrix of nan": ({"transform": torch.eye(3) * nan}, "invertible"),
-    "shape of field": (
-        {"transform": lambda x, y: (x, y[0])},
-        r"shape it is given, \[12, 12\]; got \[\[12, 12\], \[12\]\]",
-    ),
-    "one of two": ({"transform": lambda x, y: (x,)}, "x and y of the shape"),
-    "field of nan": ({"transform": lambda x, y: (x, y * nan)}, "not finite"),
-    "field of inf": ({"transform": lambda x, y: (x / 0, y)}, "not finite"),
-    "exact field of nan": ({"transform": lambda x, y: (x * nan, y), "exact": True}, "not finite"),
-    "horizon": ({"transform": perspective(4, 0), "size": (5, 5)}, "not finite"),
-    "float16": ({"dtype": torch.float16}, "float16 is for GPUs"),
-    "int32": ({"dtype": torch.int32}, "dtype=torch.int32 is not one of torch.float32"),
-}
+FIELD = r"shape it is given, \[12, 12\]; got \[\[12, 12\], \[12\]\]"
+WRONG = [
+    ({"size": (0, 3)}, "size=0,3"),
+    ({"size": (3, -1)}, "size=3,-1"),
+    ({"fit": "cover"}, "'cover' is unknown; use one of crop, extend, stretch"),
+    ({"window": (0, 0, 0, 1)}, "left < right"),
+    ({"window": (0, 1, 1, 0)}, "left < right"),
+    ({"window": (0, nan, 1, 1)}, "left < right"),
+    ({"window": (0, 0, inf, 1)}, "left < right"),
+    ({"window": (-1e308, 0, 1e308, 1), "fit": "stretch"}, "float64 cannot tell"),
+    ({"window": (0.3, 0.6, 0.3 + 1e-13, 0.6 + 1e-13)}, "float64 cannot tell"),
+    ({"window": (1e6, 0, 1e6 + 1e-8, 1), "fit": "stretch"}, "float64 cannot tell"),
+    ({"transform": zoom(1e15)}, "float64 cannot tell"),
+    ({"transform": translation(1e14, 0)}, "float64 cannot tell"),
+    ({"supersample": 0}, "supersample=0"),
+    ({"tile": 0}, "tile=0"),
+    ({"transform": torch.ones(3, 3)}, "invertible"),
+    ({"transform": torch.eye(2)}, "invertible"),
+    ({"transform": torch.eye(3) * nan}, "invertible"),
+    ({"transform": lambda x, y: (x, y[0])}, FIELD),
+    ({"transform": lambda x, y: (x,)}, "x and y of the shape"),
+    ({"transform": lambda x, y: (x, y * nan)}, "not finite"),
+    ({"transform": lambda x, y: (x / 0, y), "exact": True}, "not finite"),
+    ({"transform": perspective(4, 0), "size": (5, 5)}, "not finite"),
+    ({"dtype": torch.float16}, "float16 is for GPUs"),
+    ({"dtype": torch.int32}, "dtype=torch.int32 is not one of torch.float32"),
+]
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments_are_refused_in_words(name):
+@pytest.mark.parametrize(("wrong", "words"), WRONG)
+def test_wrong_arguments_are_sentences(wrong, words):
     G = tiny(coords="endpoints")
-    wrong, words = WRONG[name]
-    with small(), pytest.raises(ValueError, match=words):
+    with small(), pytest.raises(UserError, match=words):
         render(G, styles(G), **{"size": (12, 12)} | wrong)
 
 
 @pytest.mark.parametrize("shape", [[7, 12], [1, 6, 12], [1, 7, 11], [0, 7, 12]])
-def test_styles_of_another_shape_are_refused(shape):
+def test_styles_of_another_shape_are_sentences(shape):
     G = tiny()
     x = torch.rand(4)
     for call in (lambda ws: render(G, ws), lambda ws: render_points(G, ws, x, x)):
@@ -808,10 +696,10 @@ def test_styles_of_another_shape_are_refused(shape):
         (torch.tensor([inf]), torch.rand(1), "not finite"),
     ],
 )
-def test_wrong_points_are_refused_in_words(x, y, words):
+def test_wrong_points_are_sentences(x, y, words):
     G = tiny()
     for exact in (True, False):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(UserError, match=words):
             render_points(G, styles(G), x, y, exact=exact)
 
 
@@ -845,7 +733,7 @@ def unchanged():
 
 @each_way
 @pytest.mark.usefixtures("unchanged")
-def test_a_picture_abandoned_midway_leaves_nothing_behind(way):
+def test_a_image_abandoned_midway_leaves_nothing_behind(way):
     G = tiny()
     rendering.tiles(G, styles(G), Shot(**WAYS[way]))  # never begun
     for count, _ in enumerate(rendering.tiles(G, styles(G), Shot((50, 50), tile=5, **WAYS[way]))):
@@ -924,7 +812,7 @@ def peaks(*sizes):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_does_not_grow_with_the_picture():
+def test_memory_does_not_grow_with_the_image():
     """4000×4000 pixels of three float32 are 183 MB."""
     small, large = map(float, other_process("print(*test_rendering.peaks(500, 4000))").split())
     assert large - small <= 60

@@ -400,9 +400,9 @@ def test_a_run_killed_before_its_first_tile_does_not_stand_in_the_way(tmp_path, 
     assert len(resume(tmp_path / "a.png").missing) == 2
 
 
-@pytest.mark.parametrize("removals", range(4))
+@pytest.mark.parametrize("removals", range(3))
 def test_a_removal_killed_on_the_way_leaves_what_can_be_resumed(tmp_path, monkeypatch, removals):
-    folder = start_half(tmp_path / "a.png")
+    start_half(tmp_path / "a.png")
     remaining, unlink = [removals], Path.unlink
 
     def dying_unlink(*arguments, **options):
@@ -413,8 +413,7 @@ def test_a_removal_killed_on_the_way_leaves_what_can_be_resumed(tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", dying_unlink)
-        patch.setattr("shutil.rmtree", lambda *_: dying_unlink(folder / "nothing"))
-        with pytest.raises((KeyboardInterrupt, FileNotFoundError)):
+        with pytest.raises(KeyboardInterrupt):
             canvas(tmp_path / "a.png", image(8, 8), 2).discard()
     resume(tmp_path / "a.png")
 
