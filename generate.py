@@ -101,7 +101,10 @@ def image_size(
 @click.option("--fps", type=click.FloatRange(min=0, min_open=True), default=30, show_default=True)
 @click.pass_context
 @command(memory="give a smaller --tile", interrupted="the same command with --resume continues.")
-def main(context, network, seeds, outdir, grid, columns, trunc, trunc_cutoff, classes, mix, **options):
+def main(
+    context, network, seeds, outdir, grid, columns, video, w_frames, fps, format, resume, trunc, trunc_cutoff, classes,
+    mix, size, scale, window, translate, rotate, zoom, dtype, **shot,
+):  # fmt: skip
     """Render images and films of a trained generator.
 
     \b
@@ -116,7 +119,7 @@ def main(context, network, seeds, outdir, grid, columns, trunc, trunc_cutoff, cl
     """
     if context.invoked_subcommand:
         return
-    names, video = network_names(), options["video"]
+    names = network_names()
     if network is None and not names:
         raise UserError("--network is missing, and models/ holds none; give a network-snapshot-*.safetensors of a run")
     if not seeds:
@@ -127,7 +130,7 @@ def main(context, network, seeds, outdir, grid, columns, trunc, trunc_cutoff, cl
         raise UserError("--columns belongs to --grid; give --grid=FILE.png as well")
     if not math.isfinite(trunc):
         raise UserError(f"--trunc={trunc}: give a finite number, for example 0.7")
-    camera = Camera.parse(*(options[name] for name in ("window", "translate", "rotate", "zoom")))
+    camera = Camera.parse(window, translate, rotate, zoom)
     seeds = parse_seeds(seeds)
     styles = Styles(trunc, trunc_cutoff, classes.split(",") if classes else [], mix)
     if video and not (camera.moves or len(seeds) > 1):
@@ -142,18 +145,16 @@ def main(context, network, seeds, outdir, grid, columns, trunc, trunc_cutoff, cl
         G = load_generator(network, group.device)
         if G.config.c_dim and not classes:
             say(f"{network} is conditional: seed i takes class i mod {G.config.c_dim}; choose with --class")
-        if options["dtype"] == "fp16" and group.device.type == "cpu":
+        if dtype == "fp16" and group.device.type == "cpu":
             raise UserError("--dtype=fp16 is for GPUs; use bf16 or fp32 on a CPU")
-        size = image_size(G.config.img_shape, options["size"], options["scale"], camera.window[0])
-        shot = Shot(size, **{name: options[name] for name in ("fit", "supersample", "exact", "tile")})
-        digest = sha256(find_network(network))
-        job = Job(G, digest, seeds, styles, camera, shot, options["dtype"], options["resume"])
+        shot = Shot(image_size(G.config.img_shape, size, scale, camera.window[0]), **shot)
+        job = Job(G, sha256(find_network(network)), seeds, styles, camera, shot, dtype, resume)
         if video:
-            write_film(job, group, Path(video), options["w_frames"], options["fps"])
+            write_film(job, group, Path(video), w_frames, fps)
         elif grid:
             write_grid(job, group, Path(grid), columns)
         else:
-            write_images(job, group, Path(outdir), options["format"])
+            write_images(job, group, Path(outdir), format)
 
 
 @main.command()

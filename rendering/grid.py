@@ -6,7 +6,7 @@ continues it beyond. They are float64: at zoom 100,000, neighbouring pixels of a
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -83,7 +83,7 @@ class Axis(NamedTuple):
         index = torch.arange(start * self.samples, stop * self.samples, dtype=torch.float64)
         return self.first + ((index + 0.5) / self.samples - 0.5) * self.step
 
-    def scaled(self, factor: float, shift: float = 0.0) -> "Axis":
+    def scaled(self, factor: float, shift: float) -> "Axis":
         """Map every position t to (t − ½)·factor + ½ + shift."""
         return self._replace(first=(self.first - 0.5) * factor + shift + 0.5, step=self.step * factor)
 
@@ -135,19 +135,20 @@ class View:
         count = COORDS[config.coords].steps
         tall, wide = (count(side) / max(map(count, config.img_shape)) for side in config.img_shape)
         steps = FITS[shot.fit]((y1 - y0) * tall / count(size[0]), (x1 - x0) * wide / count(size[1]))
-        centres = enlarge((y0 + y1) / 2, tall), enlarge((x0 + x1) / 2, wide)
-        view = cls(
-            *(
-                Axis(centre - (pixels - 1) / 2 * step, step, pixels, shot.supersample)
-                for centre, pixels, step in zip(centres, size, steps, strict=True)
-            )
+        centres = ((y0 + y1 - 1) / 2 * tall + 0.5, (x0 + x1 - 1) / 2 * wide + 0.5)
+        rows, cols = (
+            Axis(centre - (pixels - 1) / 2 * step, step, pixels, shot.supersample)
+            for centre, pixels, step in zip(centres, size, steps, strict=True)
         )
-        if isinstance(shot.transform, Tensor):
-            view = view.moved(shot.transform)
-        elif shot.transform is not None:
-            view = replace(view, field=shot.transform)
-        if tall != wide:
-            view = view.in_fractions(tall, wide)
+        transform = torch.eye(3, dtype=torch.float64) if shot.transform is None else shot.transform
+        if isinstance(transform, Tensor):
+            view = cls.transformed(rows, cols, torch.linalg.inv(transform.double()), (wide, tall))
+        else:
+
+            def field(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+                return tuple((t - 0.5) / side + 0.5 for t, side in zip(transform(x, y), (wide, tall), strict=False))
+
+            view = cls(rows, cols, field=field)
         for axis in (view.rows, view.cols):
             last = axis.first + (axis.count - 1) * axis.step
             # float64 tells positions 2⁻⁵² apart; `not >=` catches infinite ends too.
@@ -157,6 +158,25 @@ class View:
                     "them; choose a larger window or another transform"
                 )
         return view
+
+    @classmethod
+    def transformed(cls, rows: Axis, cols: Axis, inverse: Tensor, sides: tuple[float, float]) -> "View":
+        """Apply a matrix [3,3] to positions in units of the longer side; make them fractions of sides = (width, height)."""
+        inverse = inverse / torch.tensor([[sides[0]], [sides[1]], [1]], dtype=torch.float64)
+        if inverse[2, 2]:
+            inverse = inverse / inverse[2, 2]
+        (a, b, tx), (c, d, ty), (px, py, one) = inverse.tolist()
+        if px == py == 0 and b == c == 0:
+            return cls(rows.scaled(d, ty), cols.scaled(a, tx))
+        if px == py == 0 and a == d == 0:
+            return cls(rows.scaled(b, tx), cols.scaled(c, ty), transposed=True)
+
+        def field(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            x, y = x - 0.5, y - 0.5
+            depth = px * x + py * y + one
+            return (a * x + b * y + tx) / depth + 0.5, (c * x + d * y + ty) / depth + 0.5
+
+        return cls(rows, cols, field=field)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -174,39 +194,3 @@ class View:
         if not all(t.isfinite().all() for t in moved):
             raise UserError("the transform leads to positions that are not finite; keep all of them finite")
         return moved[0], moved[1]
-
-    def moved(self, matrix: Tensor) -> "View":
-        """Apply an invertible matrix [3,3] to a view without field, in units of the longer side."""
-        inverse = torch.linalg.inv(matrix.double())
-        if inverse[2, 2]:
-            inverse = inverse / inverse[2, 2]
-        (a, b, tx), (c, d, ty), (px, py, one) = inverse.tolist()
-        if px == py == 0 and b == c == 0:
-            return View(self.rows.scaled(d, ty), self.cols.scaled(a, tx))
-        if px == py == 0 and a == d == 0:
-            return View(self.rows.scaled(b, tx), self.cols.scaled(c, ty), transposed=True)
-
-        def field(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            x, y = x - 0.5, y - 0.5
-            depth = px * x + py * y + one
-            return (a * x + b * y + tx) / depth + 0.5, (c * x + d * y + ty) / depth + 0.5
-
-        return replace(self, field=field)
-
-    def in_fractions(self, height: float, width: float) -> "View":
-        """Convert positions in units of the longer side into fractions of an image of `height` and `width` units."""
-        if inner := self.field:
-
-            def field(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-                x, y = inner(x, y)
-                return enlarge(x, 1 / width), enlarge(y, 1 / height)
-
-            return replace(self, field=field)
-        sides = (width, height) if self.transposed else (height, width)
-        rows, cols = (axis.scaled(1 / side) for axis, side in zip((self.rows, self.cols), sides, strict=True))
-        return replace(self, rows=rows, cols=cols)
-
-
-def enlarge(t, factor: float):
-    """Scale positions (numbers or tensors) about ½."""
-    return t if factor == 1 else (t - 0.5) * factor + 0.5

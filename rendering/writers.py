@@ -47,33 +47,16 @@ def encode_webp(image, target: Path) -> None:
 
 def encode_tiff(image, target: Path) -> None:
     # Always BigTIFF, so that one reader serves all sizes: a classic TIFF ends at 4 GiB.
-    image.tiffsave(
-        str(target),
-        bigtiff=True,
-        tile=True,
-        tile_width=512,
-        tile_height=512,
-        pyramid=True,
-        region_shrink="mean",
-        compression="deflate",
-        predictor="horizontal",
-        level=3,
-        keep="none",
-    )
+    tiles = {"tile": True, "tile_width": 512, "tile_height": 512, "pyramid": True, "region_shrink": "mean"}
+    packed = {"compression": "deflate", "predictor": "horizontal", "level": 3}
+    image.tiffsave(str(target), bigtiff=True, keep="none", **tiles, **packed)
 
 
 def encode_dzi(image, target: Path) -> None:
     # 254 and a border of 1 are what Deep Zoom tools make and viewers assume: files of 256×256, and smoothing across the
     # seams. The tiles are in <stem>_files beside the descriptor.
-    image.dzsave(
-        str(target.with_suffix("")),
-        tile_size=254,
-        overlap=1,
-        depth="onepixel",
-        region_shrink="mean",
-        suffix=".png[compression=3,filter=up]",
-        keep="none",
-    )
+    tiles = {"tile_size": 254, "overlap": 1, "depth": "onepixel", "suffix": ".png[compression=3,filter=up]"}
+    image.dzsave(str(target.with_suffix("")), region_shrink="mean", keep="none", **tiles)
     # It holds the date, and would make equal images differ.
     (target.with_name(f"{target.stem}_files") / "vips-properties.xml").unlink(missing_ok=True)
 
