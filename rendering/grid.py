@@ -161,7 +161,7 @@ class View:
 
     @classmethod
     def transformed(cls, rows: Axis, cols: Axis, inverse: Tensor, sides: tuple[float, float]) -> "View":
-        """Apply a matrix [3,3] to positions in units of the longer side; make them fractions of sides = (width, height)."""
+        """Apply a matrix [3,3] to positions in units of the longer side; convert to fractions of (width, height)."""
         inverse = inverse / torch.tensor([[sides[0]], [sides[1]], [1]], dtype=torch.float64)
         if inverse[2, 2]:
             inverse = inverse / inverse[2, 2]

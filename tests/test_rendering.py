@@ -245,8 +245,7 @@ def test_fits(coords, size, window):
                 assert t[-1] + edge >= high - 1e-14
 
 
-@each_grid
-@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+@pytest.mark.parametrize(("coords", "shape"), [("endpoints", (12, 20)), ("centers", (20, 12))])
 def test_images_of_a_network_trained_on_rectangles(coords, shape):
     """In pixels of the size trained at, whatever the shape: the grid, a window, a turn by 90° and one by 30°."""
     height, width = shape
@@ -264,8 +263,8 @@ def test_images_of_a_network_trained_on_rectangles(coords, shape):
     y, x = torch.meshgrid(*(torch.arange(n).double() - (n - 1) / 2 for n in shape), indexing="ij")
     cos, sin = math.cos(math.radians(30)), math.sin(math.radians(30))
     source = (x * cos - y * sin) / steps[1] + 0.5, (x * sin + y * cos) / steps[0] + 0.5
-    transposed = render(G, ws, transform=rotation(30), exact=True)
-    assert error(transposed, each_place(G, ws, *source)) <= 1e-10
+    rotated = render(G, ws, transform=rotation(30), exact=True)
+    assert error(rotated[..., ::3, ::3], each_place(G, ws, *(t[::3, ::3] for t in source))) <= 1e-10
 
 
 # --- Supersampling ------------------------------------------------------------------------------------------------
@@ -332,8 +331,8 @@ def test_flips_and_quarter_turns_are_those_of_the_array(coords):
                 assert error(render(G, ws, (13, 10), fit=fit, transform=matrix), base.flip(axis)) <= 1e-5
             for quarters in range(-4, 5):
                 size = (10, 13) if quarters % 2 else (13, 10)
-                transposed = render(G, ws, size, fit=fit, transform=rotation(90 * quarters))
-                assert error(transposed, base.rot90(quarters, (2, 3))) <= 1e-5
+                rotated = render(G, ws, size, fit=fit, transform=rotation(90 * quarters))
+                assert error(rotated, base.rot90(quarters, (2, 3))) <= 1e-5
         assert torch.equal(render(G, ws, (13, 10), fit="extend", transform=rotation(360)), base)
         assert torch.equal(render(G, ws, (13, 10), fit="extend", transform=zoom(1)), base)
 
