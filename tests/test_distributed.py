@@ -55,7 +55,7 @@ def close(a: Path, b: Path, without: tuple[str, ...] = ()):
 def test_two_processes_equal_one_and_one_continues_what_two_began(tiny):
     one = tiny.run(*EXACT, outdir="one")
     process = tiny.process(*tiny.new(*EXACT, "--gpus", 2, outdir="two"))
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     (two,) = tiny.runs("two")
     close(one, two, without=PER_PROCESS)
@@ -72,7 +72,7 @@ def test_torchrun_with_accumulation_labels_and_mirror_equals_one_process(tiny):
     one = tiny.run(*arguments, outdir="one", data=tiny.labelled)
     command = tiny.new(*arguments, "--batch-gpu", 4, outdir="two", data=tiny.labelled)
     process = tiny.process(*command, launcher=TORCHRUN)
-    _, err = process.communicate(timeout=90)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     (two,) = tiny.runs("two")
     close(one, two, without=PER_PROCESS)
@@ -88,13 +88,13 @@ def test_two_processes_stopped_and_continued_by_two_equal_one(tiny):
         if line.startswith("kimg"):
             break
     os.kill(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 143, err
     assert "interrupted at" in out
     assert "Traceback" not in err
     (two,) = tiny.runs("two")
     process = tiny.process("--resume", two, "--gpus", 2)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     close(one, two, without=PER_PROCESS)
 
@@ -108,7 +108,7 @@ def test_torchrun_stopped_by_a_signal_saves_a_state_although_its_readers_receive
         if line.startswith("kimg"):
             break
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=180)
     assert "interrupted at" in out
     assert len(list(tiny.folder.glob("runs/*/training-state-*.pt"))) == 1
 
@@ -118,7 +118,7 @@ def test_a_mistake_found_by_one_of_two_processes_is_one_sentence(tiny):
     broken = tiny.folder / "broken.safetensors"
     broken.write_bytes(b"nothing")
     process = tiny.process(*tiny.new("--gpus", 2, "--init-from", broken))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 2, err
     assert "Traceback" not in err
     assert err.count("Error: ") == 1

@@ -246,7 +246,7 @@ def test_a_signal_to_the_whole_process_group_saves_a_state_first(tiny, number):
         if line.startswith("kimg"):
             break
     os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert "Traceback" not in err
     assert process.returncode == 128 + number, err
     (folder,) = tiny.runs()

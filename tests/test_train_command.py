@@ -508,7 +508,7 @@ def test_an_image_of_another_size_ends_the_run_with_its_name(tiny, workers):
 @pytest.mark.slow
 def test_as_a_process_a_mistake_is_one_sentence_on_stderr(tiny):
     process = tiny.process(*tiny.new(data=tiny.folder / "none"))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 2
     assert out == ""
     assert err.strip().splitlines()[-1].startswith("Error: ")
