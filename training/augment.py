@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from dnnlib.config import Config, setting
 from dnnlib.console import UserError
+from torch_utils.transfer import send
 
 # The twelve taps of the symlet with six vanishing moments (Daubechies, "Ten Lectures on Wavelets", 1992, table 6.3).
 # They are orthonormal to their even shifts: doubling and halving an image with the same taps leaves it unchanged.
@@ -220,7 +221,7 @@ def _change(transform, images, matrices, identity):
     changed = (matrices != identity).flatten(1).any(1).nonzero().squeeze(1)
     if len(changed) == 0:
         return images
-    rows = changed.to(images.device)
+    rows = send(changed, images.device)
     return images.index_copy(0, rows, transform(images.index_select(0, rows), matrices[changed]))
 
 
@@ -239,7 +240,8 @@ def _move(images, geometry):
     unit = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
     across = positions(width)[:, None] * source[:, None, :2, 0] / unit  # [N,2W+10,2]
     down = (positions(height)[:, None] * source[:, None, :2, 1] + source[:, None, :2, 2]) / unit  # [N,2H+10,2]
-    grid = across.to(images)[:, None, :, :] + down.to(images)[:, :, None, :]
+    across, down = (send(x, images.device, images.dtype) for x in (across, down))
+    grid = across[:, None, :, :] + down[:, :, None, :]
     return _halve(_Sample.apply(_double(images), grid))
 
 
@@ -314,7 +316,7 @@ def _recolour(images, colour):
     if images.shape[1] == 1:
         # Each row acts on r = g = b; the three rows agree, and the first stands for all.
         colour = torch.cat([colour[:, :1, :3].sum(2, keepdim=True), colour[:, :1, 3:]], dim=2)
-    colour = colour.to(images)
+    colour = send(colour, images.device, images.dtype)
     colours, alpha = images[:, :3], images[:, 3:]
     # Products and sums one by one: an einsum would round to TF32 where that is on for matrix products.
     mixed = sum(colour[:, :, i, None, None] * colours[:, i, None] for i in range(colours.shape[1]))

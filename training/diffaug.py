@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_utils.transfer import send
+
 Policy = tuple[Literal["color", "translation", "cutout"], ...]
 SHIFT = 1 / 8  # of the side, at most
 CUTOUT = 1 / 2  # side of the square that is zeroed, in sides of the image
@@ -50,7 +52,7 @@ class Augmentations:
         rows, cols = torch.arange(height), torch.arange(width)
         top, bottom, left, right = self.cut.T[..., None]
         outside = ~(((rows >= top) & (rows < bottom))[:, :, None] & ((cols >= left) & (cols < right))[:, None])
-        return torch.cat(moved) * outside[:, None].to(images)
+        return torch.cat(moved) * send(outside[:, None], images.device, images.dtype)
 
 
 def sample(policy: Policy, count: int, image_shape: tuple[int, int], rng: torch.Generator) -> Augmentations:
@@ -77,7 +79,7 @@ def recolour(images: Tensor, colour: Tensor) -> Tensor:
     """[N,C,H,W], [N,3] -> [N,C,H,W]: add brightness, scale saturation about a pixel's grey, contrast about the mean."""
     if torch.equal(colour, colour.new_tensor([0.0, 1.0, 1.0]).expand_as(colour)):
         return images
-    brightness, saturation, contrast = colour.to(images).T[..., None, None, None]
+    brightness, saturation, contrast = send(colour, images.device, images.dtype).T[..., None, None, None]
     x, alpha = images[:, :3], images[:, 3:]
     x = x + brightness
     grey = x.mean(dim=1, keepdim=True)

@@ -48,7 +48,7 @@ def largest_micro_batch(config: RunConfig, images: ImageArchive, procs: Processe
     if len(sizes) == 1:
         return sizes[0]
     run = functools.partial(try_step, config, images, procs.device)
-    fits = _fits_by_trying(run, procs) if procs.device.type == "cuda" else _fits_by_measuring(run, procs, *sizes[:2])
+    fits = _fits_by_trying(run, procs) if procs.device.type == "cuda" else _fits_by_measuring(run, procs, sizes[0])
     for micro in reversed(sizes):
         if not procs.any(not fits(micro)):
             return micro
@@ -74,15 +74,13 @@ def _fits_by_trying(run: Callable[[int], None], procs: Processes) -> Callable[[i
     return fits
 
 
-def _fits_by_measuring(run: Callable[[int], None], procs: Processes, few: int, more: int) -> Callable[[int], bool]:
-    """Return a function that tells the same of a CPU, by the memory that `few` and `more` images take."""
+def _fits_by_measuring(run: Callable[[int], None], procs: Processes, few: int) -> Callable[[int], bool]:
+    """Return a function that tells the same of a CPU, by the memory that `run` of `few` images takes for each."""
     available = USABLE * available_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", procs.world))
-    peaks = [peak_bytes(procs.device)]
-    for micro in (few, more):
-        run(micro)
-        peaks.append(peak_bytes(procs.device))
-    fixed, per_image = peaks[1] - peaks[0], (peaks[2] - peaks[1]) / (more - few)
-    return lambda micro: micro == few or fixed + per_image * (micro - few) <= available
+    before = peak_bytes(procs.device)
+    run(few)
+    per_image = (peak_bytes(procs.device) - before) / few
+    return lambda micro: micro == few or per_image * micro <= available
 
 
 def try_step(config: RunConfig, images: ImageArchive, device: torch.device, micro: int) -> None:

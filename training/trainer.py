@@ -16,13 +16,14 @@ from torch import Tensor
 from dnnlib.console import UserError
 from torch_utils.distributed import Processes
 from torch_utils.randomness import make_rng
+from torch_utils.transfer import send
 from training import augment, diffaug, ema, losses
 from training.config import RunConfig
 from training.data import ImageArchive
 from training.phases import Phase, phases
 from training.state import TrainState
 
-CHECK_INTERVAL = 4  # steps between adjustments of p (ADA paper, section 3.1) and looks at the gradients
+CHECK_INTERVAL = 4  # steps between adjustments of p (ADA paper, section 3.1) and checks for divergence
 
 
 class Trainer:
@@ -32,11 +33,10 @@ class Trainer:
         self.config, self.state, self.images, self.procs = config, state, images, procs
         self.batch = config.train.batch
         self.micro = config.micro_batch(procs.world)
-        self.own = slice(procs.rank, None, procs.world)  # the images of this rank among those of the batch
-        stride = self.batch // self.micro
-        self.parts = [
-            slice(i, None, stride) for i in range(procs.rank, stride, procs.world)
-        ]  # and of its micro-batches
+        # Which images of a batch belong to this rank, and to each of its micro-batches.
+        self.own = slice(procs.rank, None, procs.world)
+        count = self.batch // self.micro
+        self.parts = [slice(i, None, count) for i in range(procs.rank, count, procs.world)]
         self.phases = phases(config.loss)
         self.dtype = next(state.G.parameters()).dtype
         self.adversarial = losses.ADVERSARIAL[config.loss.kind]
@@ -47,7 +47,7 @@ class Trainer:
         s, train = self.state, self.config.train
         # To the device first: a quarter of the bytes, and from pinned memory.
         real = real.to(self.procs.device, non_blocking=True).to(self.dtype) / 127.5 - 1
-        c = c.to(self.procs.device, self.dtype)
+        c = c.to(self.procs.device, non_blocking=True).to(self.dtype)
         for phase in self.phases:
             if s.step % phase.interval == 0:
                 self.run(phase, real, c)
@@ -78,7 +78,7 @@ class Trainer:
         bad = 1 - flat.dot(flat).isfinite().float()
         for p, mean in zip(moved, flat.split([p.numel() for p in moved]), strict=True):
             p.grad = mean.view_as(p)
-        optimizer.found_inf = bad
+        optimizer.found_inf = bad  # as torch.amp.GradScaler sets it
         optimizer.step()
         for buffer, value in self._moves:
             buffer.copy_(torch.where(bad > 0, buffer, value))
@@ -126,10 +126,9 @@ class Trainer:
         """
         rng = self.rng(purpose)
         z = torch.randn(count, self.config.G.z_dim, generator=rng)
-        c = torch.stack(
-            [self.images.label(i) for i in torch.randint(len(self.images), [count], generator=rng).tolist()]
-        )
-        return z.to(self.procs.device, self.dtype), c.to(self.procs.device, self.dtype)
+        chosen = torch.randint(len(self.images), [count], generator=rng).tolist()
+        c = torch.stack([self.images.label(i) for i in chosen])
+        return send(z, self.procs.device, self.dtype), send(c, self.procs.device, self.dtype)
 
     def sample_augmentations(self, purpose: str) -> augment.Augmentations | diffaug.Augmentations:
         """Sample what happens to each image of a batch, the same on every rank."""
@@ -142,7 +141,7 @@ class Trainer:
         """Sample N(0,1) [n,C,H,W] for the images of these numbers only: noise of a whole batch is large."""
         shape = (self.config.G.img_channels, *self.config.G.img_shape)
         noise = [torch.randn(shape, generator=self.rng(f"path noise {i}"), dtype=self.dtype) for i in numbers]
-        return torch.stack(noise).to(self.procs.device)
+        return send(torch.stack(noise), self.procs.device)
 
     def synthesise(self, ws: Tensor) -> Tensor:
         """ws [N,num_ws,w_dim] -> [N,C,H,W]: G.synthesis under autocast."""
