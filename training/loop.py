@@ -25,33 +25,22 @@ from training.state import TrainState
 from training.trainer import Trainer
 
 
-@dataclass
-class Interrupt:
-    """Which of SIGTERM and SIGINT (Ctrl-C) came, and when."""
-
-    signal: int | None = None
-    time: float = 0.0
-
-
 @contextlib.contextmanager
-def note_interrupts() -> Iterator[Interrupt]:
-    """Note SIGTERM and Ctrl-C; a second one, more than a second later, ends the process at once.
+def note_signals() -> Iterator[list[tuple[int, float]]]:
+    """Yield a list to which SIGTERM and Ctrl-C are added with their times; a later one ends the process at once.
 
     Within a second it is the same one: Ctrl-C reaches every process of a terminal, and a launcher passes it on as well.
     """
-    interrupt = Interrupt()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    noted: list[tuple[int, float]] = []
 
     def note(number, frame):
-        if interrupt.signal is None:
-            interrupt.signal, interrupt.time = number, time.monotonic()
-        elif time.monotonic() - interrupt.time > 1:
+        if noted and time.monotonic() - noted[0][1] > 1:
             sys.exit(128 + number)
+        noted.append((number, time.monotonic()))
 
-    for number in before:
-        signal.signal(number, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield interrupt
+        yield noted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -83,7 +72,7 @@ class Loop:
         tick = max(1, round(t.tick * 1000 / t.batch))  # steps between reports
         jobs = [(tick, self.report)] + [(tick * t.snap, job) for job in (self.snapshot, self.save, self.measure)]
         stream = self.stream()
-        with note_interrupts() as self.interrupt, contextlib.closing(self.log):
+        with note_signals() as self.signals, contextlib.closing(self.log):
             if s.step == 0:
                 self.introduce()
             while s.step < last:
@@ -91,10 +80,10 @@ class Loop:
                 for interval, job in jobs:
                     if s.step % interval == 0 or s.step == last:
                         job()
-                if s.step < last and self.procs.any(self.interrupt.signal is not None):
+                if s.step < last and self.procs.any(bool(self.signals)):
                     self.save()
                     self.log.print(f"interrupted at {self.kimg:.3f} kimg; to continue: --resume={self.folder}")
-                    return 128 + (self.interrupt.signal or signal.SIGTERM)
+                    return 128 + (self.signals[0][0] if self.signals else signal.SIGTERM)
         return 0
 
     @property
@@ -199,5 +188,5 @@ class Loop:
     def measure(self) -> None:
         if self.config.metrics:
             where = {"network": snapshot_name(self.kimg), "kimg": self.kimg, "step": self.state.step}
-            for record in self.evaluate(self.state.G_ema, lambda: self.interrupt.signal is not None):
+            for record in self.evaluate(self.state.G_ema, lambda: bool(self.signals)):
                 self.log.metric(record | where, self.state.step)
