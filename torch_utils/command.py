@@ -32,6 +32,6 @@ def command(*, memory: str = "free some of it", interrupted: str = "nothing was 
             click.echo(f"Interrupted; {interrupted}", err=True)
         sys.exit(130)
     if not first:
-        time.sleep(5)  # every rank may hit this error; the launcher ends the others once rank 0 has printed it
+        time.sleep(20)  # every rank may hit this error; the launcher ends the others once rank 0 has printed it
     click.echo(f"Error: {mistake}", err=True)
     sys.exit(2)
