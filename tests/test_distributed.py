@@ -54,7 +54,7 @@ def close(a: Path, b: Path, without: tuple[str, ...] = ()):
 @pytest.mark.slow
 def test_two_processes_equal_one_and_one_continues_what_two_began(tiny):
     one = tiny.run(*EXACT, outdir="one")
-    process = tiny.process(*tiny.new(*EXACT, "--gpus", 2, outdir="two"))
+    process = tiny.process(*tiny.new(*EXACT, "--gpus", 2, "--batch-gpu", "auto", outdir="two"))
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     (two,) = tiny.runs("two")
