@@ -279,7 +279,7 @@ def test_the_shares_of_two_processes_are_the_whole():
         torch.testing.assert_close(augment(images[rank::2], share), whole[rank::2], rtol=0, atol=1e-12)
 
 
-def test_a_image_s_draw_depends_on_its_place_and_not_on_how_many_are_sampled():
+def test_the_sample_of_an_image_depends_on_its_place_and_not_on_the_count():
     few, many = sampled(3, 0.6), sampled(50, 0.6)[:3]
     assert torch.equal(few.geometry, many.geometry)
     assert torch.equal(few.colour, many.colour)

@@ -1,4 +1,4 @@
-"""docs.card: what it says of a network is so, and what people wrote stays."""
+"""docs.card: what it says about a network is true, and handwritten text stays."""
 
 import json
 import shlex
@@ -43,7 +43,7 @@ def run(tiny, models):
     return folder
 
 
-def test_a_card_tells_how_to_train_and_draw_what_it_shows(tiny, models, run, monkeypatch):
+def test_a_card_says_how_to_train_and_render_what_it_shows(tiny, models, run, monkeypatch):
     result = make(run, *WORDS, "--by=fid1k_full", "--trunc=0.7")
     assert result.exit_code == 0, (result.output, result.exception)
     assert {p.name for p in models.iterdir()} == {"noise.safetensors", "noise.md"}

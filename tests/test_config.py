@@ -183,7 +183,7 @@ class Outer(Config):
     ],
     ids=str,
 )
-def test_a_setting_that_makes_no_sense_is_named(settings, words):
+def test_a_wrong_setting_is_named(settings, words):
     with pytest.raises(UserError) as error:
         build(Outer, settings, "somewhere")
     assert str(error.value).startswith("somewhere: ")
@@ -206,7 +206,7 @@ def test_a_config_cannot_be_changed():
         (b"a: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
-def test_a_file_that_holds_no_settings_is_refused(tmp_path, text, words):
+def test_a_file_without_settings_is_refused(tmp_path, text, words):
     path = tmp_path / "x.yaml"
     path.write_bytes(text)
     with pytest.raises(UserError, match=words) as error:
@@ -215,7 +215,7 @@ def test_a_file_that_holds_no_settings_is_refused(tmp_path, text, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_is_refused_and_an_empty_one_is_no_settings(tmp_path):
+def test_a_missing_file_is_refused_and_an_empty_one_is_empty_settings(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         read_yaml(tmp_path / "none.yaml")
     (tmp_path / "empty.yaml").write_text("# nothing\n")

@@ -1,4 +1,4 @@
-"""The networks that come along are small, have cards, and draw images that differ and agree between scales."""
+"""The included networks are small, have cards, and give images that differ, and that agree between scales."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from training.snapshot import MODELS, load_generator, network_names
 
 
 @pytest.mark.parametrize("name", network_names())
-def test_a_network_that_comes_along_draws_at_any_size(name):
+def test_an_included_network_renders_at_any_size(name):
     G = load_generator(name)
     torch.manual_seed(0)
     c = torch.eye(G.config.c_dim)[:4] if G.config.c_dim else None

@@ -156,7 +156,7 @@ def test_an_interrupt_says_how_to_continue(tiny, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # given back
 
 
-def test_an_interrupt_in_the_last_step_is_no_interrupt(tiny):
+def test_an_interrupt_in_the_last_step_is_ignored(tiny):
     unbroken = tiny.run()
     folder, config = fresh(tiny.folder / "stopped", unbroken)
     assert interrupted(folder, config, 7) == 0

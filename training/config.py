@@ -51,7 +51,7 @@ class OptimConfig(Config):
 
 
 class TrainConfig(Config):
-    batch: int = setting(ge=1, flag="batch", description="images per step, all processes together")
+    batch: int = setting(ge=1, flag="batch", description="images per step over all processes")
     batch_gpu: int | Literal["auto"] | None = setting(
         None,
         flag="batch-gpu",

@@ -56,7 +56,7 @@ def largest_micro_batch(config: RunConfig, images: ImageArchive, procs: Processe
 
 
 def _fits_by_trying(run: Callable[[int], None], procs: Processes) -> Callable[[int], bool]:
-    """Return a function that tells whether `run` of so many images fits into the memory of the GPU."""
+    """Return a predicate: does `run` of so many images fit into the memory of the GPU?"""
 
     def fits(micro: int) -> bool:
         torch.cuda.set_per_process_memory_fraction(USABLE, procs.device)
@@ -75,7 +75,7 @@ def _fits_by_trying(run: Callable[[int], None], procs: Processes) -> Callable[[i
 
 
 def _fits_by_measuring(run: Callable[[int], None], procs: Processes, few: int) -> Callable[[int], bool]:
-    """Return a function that tells the same of a CPU, by the memory that `run` of `few` images takes for each."""
+    """Return a predicate: do so many images fit into the memory of the machine, by what each of `few` takes?"""
     available = USABLE * available_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", procs.world))
     before = peak_bytes(procs.device)
     run(few)

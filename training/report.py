@@ -81,7 +81,7 @@ def add_scalars(events, record: dict, step: int) -> None:
 
 
 def _belongs(line: str, step: int) -> bool:
-    """Tell whether a line is the whole record of a metric at `step` or before; a crash may have left half a line."""
+    """Check that a line is the whole record of a metric at `step` or before; a crash may have left half a line."""
     try:
         return json.loads(line).get("step", 0) <= step
     except (ValueError, AttributeError):

@@ -92,7 +92,7 @@ def snapshot_metrics(config: RunConfig) -> tuple[Metric, ...]:
     metrics = parse(",".join(config.metrics) or "none")
     for metric in metrics:
         if metric.family.windows:
-            raise UserError(f"{metric.name} takes large photographs and a size; measure it with calc_metrics.py")
+            raise UserError(f"{metric.name} needs large images and a size; measure it with calc_metrics.py")
     return metrics
 
 

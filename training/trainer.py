@@ -1,6 +1,6 @@
 """The training step.
 
-Legend: N images of a micro-batch, z latents, c labels. A step sees one batch of real images, all processes together.
+Legend: N images of a micro-batch, z latents, c labels. A step takes one batch of real images over all processes.
 
 Randomness is a function of (seed, step). Every rank samples that of the whole batch and uses its own part: image i
 belongs to rank i mod world, and within a rank to micro-batch i mod their number. So the split of a batch changes only
@@ -74,7 +74,7 @@ class Trainer:
         network, optimizer = (s.G, s.G_opt) if phase.network == "G" else (s.D, s.D_opt)
         moved = [p for p in network.parameters() if p.grad is not None]
         flat = self.procs.mean_(torch.cat([p.grad.flatten() for p in moved]))
-        # The squares too: one that overflows would make Adam's second moment infinite, and freeze its weight for ever.
+        # The squares too: one that overflows would make Adam's second moment infinite, and its weight would never move.
         bad = 1 - flat.dot(flat).isfinite().float()
         for p, mean in zip(moved, flat.split([p.numel() for p in moved]), strict=True):
             p.grad = mean.view_as(p)
@@ -122,7 +122,7 @@ class Trainer:
     def sample_latents(self, purpose: str, count: int) -> tuple[Tensor, Tensor]:
         """Sample z [count,z_dim] and c [count,c_dim], the same on every rank.
 
-        The labels are those of images drawn at random, so that they are as frequent as in the archive.
+        The labels are those of random images, so that they are as frequent as in the archive.
         """
         rng = self.rng(purpose)
         z = torch.randn(count, self.config.G.z_dim, generator=rng)
