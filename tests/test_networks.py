@@ -121,22 +121,6 @@ def test_a_window_of_the_image_equals_the_image_of_the_window(coords, dtype, top
     assert error(part, image[:, :, window[0], window[1]]) <= TIGHT[dtype]
 
 
-def test_tiles_in_any_order_make_the_image():
-    G, ws, _, _, image, lines = whole("endpoints", torch.float64)
-    tiles = [(slice(y, y + 4), slice(x, x + 5)) for y in range(0, 11, 4) for x in range(0, 14, 5)]
-    canvas = torch.full_like(image, math.nan)
-    for k in torch.randperm(len(tiles), generator=seeded()):
-        rows, cols = tiles[k]
-        canvas[:, :, rows, cols] = G.synthesis.pixels(lines.window(rows, cols), ws[:, -1])
-    assert error(canvas, image) <= 1e-12
-
-
-def test_every_pixel_can_be_rendered_alone():
-    G, ws, rows, cols, image, _ = whole("centers", torch.float64)
-    for i, j in [(0, 0), (10, 13), (0, 13), (5, 7)]:
-        assert error(G.synthesis(ws, rows[i : i + 1], cols[j : j + 1])[..., 0, 0], image[:, :, i, j]) <= 1e-12
-
-
 @each_grid
 def test_the_default_grid_is_the_one_trained_at(coords):
     G = frozen(coords=coords)
@@ -414,15 +398,6 @@ def test_each_style_moves_the_lines_from_its_layer_on_and_the_last_one_only_the_
         assert not torch.equal(G.synthesis(other, t, t), G.synthesis(ws, t, t)), k
 
 
-def test_the_refinement_reads_only_the_last_style():
-    G = frozen()
-    ws, t = styles(G, 1), positions(4, "endpoints", torch.float64)
-    lines = G.synthesis.lines(ws, t, t)
-    other = ws.clone()
-    other[:, -1] += 1
-    assert torch.equal(G.synthesis(other, t, t), G.synthesis.pixels(lines, other[:, -1]))
-
-
 def test_no_truncation_changes_nothing_and_full_truncation_gives_the_average():
     G = frozen()
     z, average = noise(3, 10), G.mapping.w_avg
@@ -435,13 +410,6 @@ def test_no_truncation_changes_nothing_and_full_truncation_gives_the_average():
         got = G.mapping(z, truncation_psi=0, truncation_cutoff=cutoff)
         assert torch.allclose(got[:, :first], average.expand(3, first, 12), rtol=0, atol=1e-14)
         assert torch.equal(got[:, first:], ws[:, first:])
-
-
-def test_truncation_is_linear_in_psi():
-    G, z = frozen(), noise(2, 10)
-    ends = G.mapping(z, truncation_psi=0), G.mapping(z)
-    assert error(G.mapping(z, truncation_psi=0.3), 0.7 * ends[0] + 0.3 * ends[1]) <= 1e-12
-    assert error(G.mapping(z, truncation_psi=2), 2 * ends[1] - ends[0]) <= 1e-12
 
 
 # --- Half precision -----------------------------------------------------------------------------------------------

@@ -3,16 +3,13 @@
 from collections import Counter
 
 import torch
+from helpers import noise
 from torch.autograd import gradcheck, gradgradcheck
 
 from torch_utils.recompute import by_parts
 from training import losses
 from training.networks import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, pixels
 from training.networks.layers import compute_with
-
-
-def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def saved_bytes(function) -> int:
