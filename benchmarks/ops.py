@@ -198,7 +198,7 @@ def measure(case: Case, dtype: str, clock: Clock, rates: dict, compile: bool) ->
             fast = compiled(case.call)
             fast(*inputs)
             methods["compile"] = fast
-        except Exception as problem:  # it needs compilers of its own
+        except Exception as problem:  # it needs its own compilers
             leave_out("torch.compile", problem)
     for impl in case.impls:
         try:

@@ -5,8 +5,8 @@ the refinement with weights that stay in the cache, and writes their colours. Pr
 sums in float32. The widest features are made and consumed in chunks, so that they fit into registers.
 
 Legend: K fusions, C channels, D thickness, H×W pixels, B pixels of a tile, P and OUT: channels and colours, padded to
-powers of two. The weights of all layers lie one after the other, as do their biases; `weights` and `biases` point to
-those of the next layer.
+powers of two. The weights of all layers are concatenated, as are their biases; `weights` and `biases` point to those
+of the next layer.
 """
 
 import math
@@ -37,7 +37,7 @@ def _activate(x, slope, clamp):
 
 @triton.jit
 def _layer(x, weights, biases, slope, clamp, IN: tl.constexpr, OUT: tl.constexpr):
-    """x [B,IN] -> [B,OUT], and the next weights and biases. The weight lies as [IN,OUT]."""
+    """x [B,IN] -> [B,OUT], and the next weights and biases. The weight is stored as [IN,OUT]."""
     inputs, outputs = tl.arange(0, IN), tl.arange(0, OUT)
     weight = tl.load(weights + inputs[:, None] * OUT + outputs[None, :])
     y = tl.dot(x.to(weight.dtype), weight, input_precision="ieee") + tl.load(biases + outputs)[None, :]

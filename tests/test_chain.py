@@ -1,4 +1,4 @@
-"""Laws of the chain of layers: it is its definition in float64, whatever the shapes, the processor and the threads."""
+"""Laws of the chain of layers: it is its definition in float64 for any shapes, processor and threads."""
 
 import itertools
 import math

@@ -88,7 +88,6 @@ def test_a_library_that_the_driver_refuses_is_not_used(fresh_gpu, emulated, monk
 
 
 def test_torch_compile_sees_the_reference(device):
-    """As one graph, which it fuses by itself."""
     x, bias = torch.randn(6, 4), torch.randn(4)
     compiled = torch.compile(lambda x, b: bias_act(x, b, act="lrelu", clamp=1.0), fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, bias), bias_act(x, bias, act="lrelu", clamp=1.0, impl="reference"))

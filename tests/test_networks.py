@@ -421,7 +421,7 @@ def signal_to_noise(got, expected):
 
 
 # Measured over 8 seeds and two sizes: float16 50 … 61 dB, bfloat16 34 … 42: three bits less, 18 dB. An 8-bit image
-# whose deviation is a quarter of the range has 47 dB of rounding of its own.
+# whose deviation is a quarter of the range has a rounding error of 47 dB.
 @pytest.mark.parametrize(
     ("dtype", "decibels", "seed"), [(torch.float32, 95, 0), (torch.float16, 47, 1), (torch.bfloat16, 30, 0)]
 )
@@ -476,7 +476,7 @@ def test_layers_of_any_scale_give_one_image():
 
 
 def test_float64_positions_reach_below_float32_in_a_float32_model():
-    """A 10⁹-fold zoom: float32 cannot tell these rows apart, float64 can."""
+    """A 10⁹-fold zoom: float32 cannot distinguish these rows, float64 can."""
     G = frozen(torch.float32)
     rows = 0.5 + torch.arange(4).double() * 1e-9
     ws = styles(G, 1)

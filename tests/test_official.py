@@ -1,4 +1,4 @@
-"""The released weights give the released pictures, logits and gradients (tests/reference/README.md)."""
+"""The released weights give the released images, logits and gradients (tests/reference/README.md)."""
 
 import json
 import math
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import error
 from safetensors import safe_open
 
 from dnnlib.console import UserError
@@ -45,29 +46,25 @@ def label(ref):
     return ref.all["in/c"] if ref.config["c_dim"] else None
 
 
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((got - expected).abs().max() / expected.abs().max()).item()
-
-
 def test_mapping_and_truncation(ref, G):
     z, c = ref.all["in/z"], label(ref)
-    assert relative_error(G.mapping(z, c), ref.all["out/ws"]) <= 1e-5
-    assert relative_error(G.mapping(z, c, truncation_psi=0.7), ref.all["out/ws_psi0.7"]) <= 1e-5
-    assert relative_error(G.mapping(z, c, 0.5, 3), ref.all["out/ws_psi0.5_cutoff3"]) <= 1e-5
+    assert error(G.mapping(z, c), ref.all["out/ws"]) <= 1e-5
+    assert error(G.mapping(z, c, truncation_psi=0.7), ref.all["out/ws_psi0.7"]) <= 1e-5
+    assert error(G.mapping(z, c, 0.5, 3), ref.all["out/ws_psi0.5_cutoff3"]) <= 1e-5
 
 
-def test_pictures_at_every_scale(ref, G):
+def test_images_at_every_scale(ref, G):
     for scale in ref.config["scales"]:
         side = round(ref.config["img_resolution"] * scale)
         t = COORDS["endpoints"].positions(side)
-        picture = G.synthesis(ref.all["out/ws"], rows=t, cols=t)
-        assert relative_error(picture, ref.all[f"out/img_x{scale}"]) <= 1e-4
-    assert relative_error(G(ref.all["in/z"], label(ref)), ref.all["out/img_x1"]) <= 1e-4
+        image = G.synthesis(ref.all["out/ws"], rows=t, cols=t)
+        assert error(image, ref.all[f"out/img_x{scale}"]) <= 1e-4
+    assert error(G(ref.all["in/z"], label(ref)), ref.all["out/img_x1"]) <= 1e-4
 
 
 def test_logits(ref, D):
-    assert relative_error(D(ref.all["in/real"], label(ref)), ref.all["out/D_real"]) <= 1e-4
-    assert relative_error(D(ref.all["out/img_x1"], label(ref)), ref.all["out/D_fake"]) <= 1e-4
+    assert error(D(ref.all["in/real"], label(ref)), ref.all["out/D_real"]) <= 1e-4
+    assert error(D(ref.all["out/img_x1"], label(ref)), ref.all["out/D_fake"]) <= 1e-4
 
 
 def released_gradients(ref, term: str, module, kind: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -99,7 +96,7 @@ def test_gradients(ref, G, D, term, dtype):
         lengths = losses.path_lengths(G.synthesis, G.mapping(z, c), noise)
         before = torch.tensor(config["pl_mean_before"], dtype=dtype)
         penalty, mean = losses.path_penalty(lengths, before, config["pl_decay"])
-        assert relative_error(mean, ref.all["out/pl_mean_after"]) <= (1e-5 if exact else 1e-3)
+        assert error(mean, ref.all["out/pl_mean_after"]) <= (1e-5 if exact else 1e-3)
         loss = config["pl_weight"] * penalty
     elif term == "Dmain":
         loss = losses.logistic_D(D(real, c), D(G(z, c), c))
@@ -123,7 +120,7 @@ def test_wrong_tensors_are_one_clear_error(ref):
     tensors = ref.under("G/")
     tensors["synthesis.surprise"] = tensors.pop("synthesis.decoder_img.bias")
     tensors["mapping.w_avg"] = tensors["mapping.w_avg"][1:]
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as refusal:
         generator_from_official(tensors, ref.config)
     for part in (
         "missing synthesis.decoder_img.bias",
@@ -131,7 +128,7 @@ def test_wrong_tensors_are_one_clear_error(ref):
         "mapping.w_avg is [",
         "instead of",
     ):
-        assert part in str(error.value)
+        assert part in str(refusal.value)
 
 
 def test_another_resampling_filter_is_refused(ref):

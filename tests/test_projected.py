@@ -1,4 +1,4 @@
-"""Laws of the projected discriminator: each image by itself, colour channels, labels, gradients, and its settings."""
+"""Laws of the projected discriminator: its images one by one, colour channels, labels, gradients and settings."""
 
 import pytest
 import torch

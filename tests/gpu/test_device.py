@@ -1,4 +1,4 @@
-"""What only a GPU shows: streams, several devices, tensors beyond 2³¹ elements, pictures by Triton's kernel."""
+"""Laws that need a GPU: streams, several devices, tensors beyond 2³¹ elements, images by the Triton kernel."""
 
 import copy
 import math
@@ -89,7 +89,7 @@ def test_tensors_may_have_more_than_two_to_the_31_elements():
 @pytest.mark.parametrize(
     "changes", [{}, {"decoders": False}, {"biline_channels": 5, "img_channels": 1}, {"architecture": "orig"}], ids=str
 )
-def test_pictures_of_half_types_are_those_of_float64_to_45_db(dtype, changes):
+def test_images_of_half_types_are_those_of_float64_to_45_db(dtype, changes):
     """With the paper's channels and odd ones; odd sizes; the Triton kernel, and not what serves in its place."""
     torch.manual_seed(0)
     G = Generator(GeneratorConfig(img_resolution=64, channel_base=2048, **changes)).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Laws of the kernels: they are their references, with derivatives of both orders, whatever the shape and the type.
+"""Laws of the kernels: they are their references, with derivatives of both orders, for any shape and type.
 
 Here they run on a GPU; tests/test_kernels.py runs them on a CPU.
 """
@@ -185,12 +185,12 @@ def test_a_modulated_layer_is_the_reference(device, impl, dtype, size, demodulat
 
 @each_run
 def test_a_modulated_layer_has_the_derivatives_of_the_reference(device, impl, dtype, size, demodulate):
-    """Of both orders: those of the length of the gradient, as R1 and the path length ask for."""
+    """Of both orders: those of the length of the gradient, as R1 and the path length need."""
     found = []
     for how, kind in ((impl, dtype), ("reference", torch.float64)):
         inputs = leaves(*(t.to(kind) if t.dtype == dtype else t.to(torch.promote_types(kind, torch.float32))
                           for t in layer_inputs(device, *size, dtype)))  # fmt: skip
-        # In half types too many elements would lie on the other side of the clamp; the next law is about its edges.
+        # In half types too many elements would be on the other side of the clamp; the next law is about its edges.
         clamp = None if dtype in HALF else 2.0
         y = modulated_linear(*inputs, demodulate=demodulate, act="lrelu", clamp=clamp, impl=how)
         first = grad(y, inputs, noise(device, *y.shape, seed=9, dtype=y.dtype), create_graph=True)

@@ -106,7 +106,7 @@ extern "C" {
 const char *probe(int64_t device, cudaStream_t) { return examine(device, value<float>); }
 
 // x, y: `count` elements [A,channels,inner]; bias [channels] in float (double for double) or null; codes: one for each
-// 16 bytes of x, or null. All begin at multiples of 16 bytes. Infinity is no clamp.
+// 16 bytes of x, or null. All begin at multiples of 16 bytes. An infinite clamp has no effect.
 const char *bias_act(int64_t device, cudaStream_t stream, int64_t dtype, const void *x, const void *bias, void *y,
                      uint16_t *codes, int64_t count, int64_t channels, int64_t inner, double slope, double gain,
                      double clamp) {

@@ -78,10 +78,10 @@ template <typename T>
 __global__ void __launch_bounds__(32 * WARPS, 4) product(const T *x, const T *weight, const float *bias, T *y,
                                                       uint16_t *codes, int64_t positions, int64_t inputs,
                                                       int64_t outputs, Formula<float> formula) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // before, there are no fragments of bfloat16
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // older devices have no fragments of bfloat16
     __shared__ Stage<T> stages[2];
 
-    // Tiles of the same positions are neighbours, so that x comes from memory once. Blocks fit into 32 bits (`launch`).
+    // Tiles of the same positions are neighbours, so that x is read from memory once. Blocks fit into 32 bits (`launch`).
     const unsigned across = unsigned((outputs + COLS - 1) / COLS), down = unsigned((positions + ROWS - 1) / ROWS);
     const int64_t col = int64_t(blockIdx.x % across) * COLS, row = int64_t(blockIdx.x / across % down) * ROWS;
     const int64_t n = blockIdx.x / across / down;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(32 * WARPS, 4) product(const T *x, const T *we
         __syncthreads();  // all threads have read this stage
     }
 
-    constexpr int STRIP = 32 + 4;  // 16 rows of sums, which begin in different banks, lie where the stages were
+    constexpr int STRIP = 32 + 4;  // 16 rows of sums, which begin in different banks, reuse the memory of the stages
     static_assert(sizeof(stages) >= WARPS * 16 * STRIP * sizeof(float));
     float *strip = reinterpret_cast<float *>(stages) + warp * 16 * STRIP;
     for (int i = 0; i < 4; i++) {
