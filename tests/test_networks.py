@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from training import losses
-from training.networks import COORDS, Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, Lines
+from training.networks import COORDS, Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
 from training.networks.layers import EqualLinear, Head, SynthesisLayer
 from training.networks.mapping import normalise
 
@@ -356,13 +356,9 @@ def test_without_decoders_the_fusions_are_added():
     assert error(torch.cat(seen), expected) <= 1e-12
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [SynthesisLayer(5, 7, 4), Head(5, 3, 4), EqualLinear(5, 6, act="lrelu", lr_mult=0.1)],
-    ids=lambda m: type(m),
-)
-def test_a_layer_folded_for_a_style_is_the_layer(layer):
-    layer = shaken(layer).double()
+@pytest.mark.parametrize("kind", [SynthesisLayer, Head, EqualLinear])
+def test_a_layer_folded_for_a_style_is_the_layer(kind):
+    layer = shaken(EqualLinear(5, 6, act="lrelu", lr_mult=0.1) if kind is EqualLinear else kind(5, 7, 4)).double()
     x, w = noise(2, 9, 5), noise(2, 4, seed=1)
     for n in range(2):
         folded = layer.folded(w[n])
@@ -534,14 +530,6 @@ def test_a_resolution_stands_for_a_square():
         GeneratorConfig(img_resolution=32, img_shape=(32, 48))
 
 
-def test_settings_are_frozen():
-    c = GeneratorConfig(**TINY)
-    with pytest.raises(ValidationError, match="frozen"):
-        c.thickness = 4
-    assert hash(c) == hash(GeneratorConfig(**TINY))
-    assert c == GeneratorConfig.model_validate_json(c.model_dump_json())
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -563,23 +551,10 @@ def test_nonsense_settings_are_refused_in_a_sentence(change, words):
         assert word in str(refusal.value)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "img_channels",
-        "depth",
-        "z_dim",
-        "w_dim",
-        "mapping_layers",
-        "channel_max",
-        "biline_channels",
-        "thickness",
-        "bandwidth",
-    ],
-)
-def test_every_size_has_a_least_value(name):
-    with pytest.raises(ValidationError, match=name):
-        GeneratorConfig(**TINY | {name: 0})
+def test_every_size_is_positive():
+    for name in [*TINY.keys() - {"img_shape"}, "img_channels", "depth", "bandwidth"]:
+        with pytest.raises(ValidationError, match=name):
+            GeneratorConfig(**TINY | {name: 0})
 
 
 # --- Bad input ----------------------------------------------------------------------------------------------------
@@ -647,11 +622,3 @@ def test_weights_are_sampled_as_published():
             spread = 5 / math.sqrt(tensor.numel())
             assert abs(tensor.mean().item()) <= deviation * spread, name
             assert abs(tensor.std().item() / deviation - 1) <= spread, name
-
-
-def test_a_window_of_lines_is_a_view():
-    lines = Lines(noise(2, 1, 6, 3, 4), noise(2, 1, 7, 3, 4))
-    part = lines.window(slice(1, 4), slice(5, 7))
-    assert (part.rows.shape, part.cols.shape) == ((2, 1, 3, 3, 4), (2, 1, 2, 3, 4))
-    assert part.rows.data_ptr() == lines.rows[:, :, 1].data_ptr()
-    assert part.cols.data_ptr() == lines.cols[:, :, 5].data_ptr()
