@@ -118,7 +118,7 @@ def test_flips_and_quarter_turns_are_those_of_torch():
     flipped = moved(image, scaling(number(-1.0), number(1.0)))
     torch.testing.assert_close(flipped[inside], image.flip(3)[inside], atol=FLIPPED, rtol=0)
     for quarters in (1, 2, 3):
-        turned, truth = moved(image, rotation(number(quarters * math.pi / 2))), image.rot90(-quarters, (2, 3))
+        turned, truth = moved(image, rotation(number(quarters * math.pi / 2))), image.rot90(quarters, (2, 3))
         torch.testing.assert_close(turned[inside], truth[inside], atol=FLIPPED, rtol=0)
 
 

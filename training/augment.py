@@ -135,12 +135,12 @@ def sample(
     # The rightmost is applied first.
     geometry = (
         translation(*fraction)
-        @ rotation(after)
+        @ rotation(-after)
         @ scaling(stretch, 1 / stretch)
-        @ rotation(before)
+        @ rotation(-before)
         @ scaling(zoom, zoom)
         @ translation(*whole)
-        @ rotation(quarter_turns * (math.pi / 2))
+        @ rotation(-quarter_turns * (math.pi / 2))
         @ scaling(1 - 2 * flip, torch.ones(n))
     )
     return Augmentations(geometry, recolouring(brightness, contrast, luma_flip, hue, saturation))
@@ -159,9 +159,9 @@ def scaling(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def rotation(angle: torch.Tensor) -> torch.Tensor:
-    """[N] radians -> [N,3,3]: clockwise on the screen, where y points down."""
+    """[N] radians -> [N,3,3]: counter-clockwise on the screen, where y points down, as rendering.rotation."""
     zero, one, cos, sin = torch.zeros_like(angle), torch.ones_like(angle), angle.cos(), angle.sin()
-    return _matrices([cos, -sin, zero], [sin, cos, zero], [zero, zero, one])
+    return _matrices([cos, sin, zero], [-sin, cos, zero], [zero, zero, one])
 
 
 def recolouring(
