@@ -1,19 +1,19 @@
-# make demo  the whole job on letters of fonts that come with matplotlib, in minutes, without a GPU
+# make demo  train on letters and render them, in minutes, without a GPU
 # make test  the test suite      make lint  format and lint      make bench  measure the rendering engine (an hour)
-# make gpu   test and measure the kernels on this machine's GPU, in at most nine minutes
+# make gpu   test and measure the kernels on this machine's GPU, in nine minutes or less
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test lint bench gpu clean
 
-# The environment is made once and again whenever the pinned list changes.
+# The environment is made again whenever the pinned list changes.
 .venv/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("CREPS needs Python 3.10 or newer; set PYTHON=/path/to/python3.10+" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# Trains on letters, then draws with that network and with the one that comes along.
+# Trains on letters, then renders with that network and with one from models/.
 PROCESSES = $$($(BIN)/python -c 'import torch; print(min(torch.cuda.device_count() or 2, 2))')
 LETTERS = $$(ls out/demo/00000-demo-letters/network-snapshot-*.safetensors | tail -n 1)
 demo: .venv/ready
@@ -39,7 +39,7 @@ lint: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.rendering
 
-# With the Python that is given, whatever its torch, and without a network. The measurements follow failing tests too.
+# Uses $(PYTHON) with its own torch, and no network. The measurements are made even if tests fail.
 gpu:
 	$(PYTHON) -m torch_utils.doctor
 	@$(PYTHON) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make gpu needs a CUDA device; the page above says why there is none")'

@@ -22,9 +22,10 @@ from metrics.registry import KNOWN, Metric, parse
 from metrics.resize import FILTERS
 from torch_utils.command import command
 from torch_utils.distributed import Processes, processes
-from training.data import ImageArchive, ImageFiles
+from training.data import ImageArchive
 from training.networks import Generator
 from training.snapshot import find_network, load_generator, read_trained
+from training.sources import ImageFiles
 
 
 @dataclass(frozen=True)

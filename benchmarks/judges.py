@@ -1,14 +1,14 @@
-"""Judges that no discriminator saw: python -m benchmarks.judges --data=letters.zip --network=net.safetensors
+"""Judge generators independently of training: python -m benchmarks.judges --data=letters.zip --network=net.safetensors
 
-- Classes read right. A small CNN learns the classes of a labelled archive, in about two minutes on one core; its
-  accuracy on a tenth of the images, held out, is its own mark. Then it reads images generated with each class.
-- Fréchet distance in its penultimate features, of generated images from those it learned from. As many are generated
-  as are held out, whose own distance is what a perfect generator reaches.
+- Class accuracy. A small CNN learns the classes of a labelled archive, in about two minutes on one core, and is tested
+  on a held-out tenth of the images. Then it classifies images generated with each class.
+- Fréchet distance in its penultimate features, between generated images and its training images. As many are generated
+  as are held out; the distance of the held-out ones is that of a perfect generator.
 - Nearest neighbours. Each generated image has a distance to the nearest image of the archive, and so has each image of
   the archive to the nearest other one. The ratio of the medians is about 1 where nothing is memorised and 0 for copies.
   Distances are Euclidean, of pixels at 32² and of Lite0's features (metrics.features.Lite0Means).
 
-An archive without labels has neighbours alone.
+Without labels, only neighbours are measured.
 
 Legend: N images, K classes, F features.
 """
@@ -41,21 +41,21 @@ from training.data import ImageArchive, epoch_order, index_at
 from training.networks import Generator
 from training.snapshot import load_generator
 
-SIDE = 32  # pixels that the classifier and the distances of pixels look at
-WIDTHS = (32, 64, 128)  # channels of the classifier's convolutions; it has as many features as the last
-SEEN = 60_000  # images the classifier learns from, repetitions counted
-SHIFT = 3  # pixels, at most, that they are moved
+SIDE = 32  # pixels, for the classifier and the distances of pixels
+WIDTHS = (32, 64, 128)  # channels of the classifier's convolutions; the last is its number of features
+SEEN = 60_000  # images that the classifier is trained on, counting repetitions
+SHIFT = 3  # pixels by which they are shifted at most
 BATCH = 64
-LEAST = 100  # labelled images
-CHOSEN = 16  # generated images whose neighbours are looked for
-MOST = 1000  # generated images, held-out ones, and images of the archive whose neighbours are looked for, at most
+MIN_IMAGES = 100  # labelled
+CHOSEN = 16  # generated images to find neighbours of
+MAX_IMAGES = 1000  # generated, held out, and of the archive to find neighbours of
 
 
 # --- the classifier --------------------------------------------------------------------------------------------------
 
 
 class Classifier(nn.Module):
-    """[N,3,32,32] in [-1,1] -> logits [N,K]; `features` [N,128] are those before the last layer."""
+    """Maps [N,3,32,32] in [-1,1] to logits [N,K]; `features` gives the layer before, [N,128]."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -73,10 +73,10 @@ class Classifier(nn.Module):
 
 @torch.enable_grad()
 def train_classifier(images: Tensor, classes: Tensor, num_classes: int, seed: int, seen: int) -> Classifier:
-    """Trains on float [N,3,32,32] in [-1,1] and int64 [N]; on a CPU, the same arguments give the same weights.
+    """Train on float [N,3,32,32] in [-1,1] and int64 [N]; on a CPU, the same arguments give the same weights.
 
-    AdamW with a rate that falls from 2e-3 to 0 along a cosine, random shifts, half of the flat units dropped, and
-    labels smoothed by 0.1, without which the features of what was learned are far from those of other images.
+    AdamW with a cosine schedule from 2e-3 to 0, random shifts, dropout of 0.5, and label smoothing of 0.1, without
+    which the features of training images are far from those of other images.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -102,7 +102,7 @@ def apply(net: nn.Module, images: Tensor) -> Tensor:
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """The distance of features [N,F] and [M,F]."""
+    """Compute the Fréchet distance of features [N,F] and [M,F]."""
     both = Moments(a.shape[1]), Moments(a.shape[1])
     for moments, features in zip(both, (a, b), strict=True):
         moments.update(features)
@@ -110,9 +110,9 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def read_right(logits: Tensor, classes: Tensor) -> dict:
-    """Logits [N,K] of images generated with `classes`, [N] -> the share read right, and that of each class.
+    """Compute the accuracy of logits [N,K] for `classes` [N], over all images and per class.
 
-    A class counts as read right when more than half of its images are.
+    A class counts as read right when more than half of its images are classified as it.
     """
     right = (logits.argmax(1) == classes).double()
     shares = [right[classes == k].mean().item() for k in range(logits.shape[1])]
@@ -127,14 +127,14 @@ def read_right(logits: Tensor, classes: Tensor) -> dict:
 # --- nearest neighbours ----------------------------------------------------------------------------------------------
 
 
-def nearest(points: Tensor, others: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """[N,F], [M,F] -> the distance of each point to the nearest of `others`, [N], and which that is, [N].
+def find_nearest(points: Tensor, others: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Find the nearest of `others` [M,F] to each point [N,F]; return its distance [N] and index [N].
 
-    own: [N], the one of `others` that each point is itself and that does not count.
+    own: [N], the index in `others` of the point itself, which is skipped.
     """
     found = []
     for rows in torch.arange(len(points)).split(256):
-        # By differences: the expanded square, |a|² − 2ab + |b|², would turn a copy's distance of 0 into rounding.
+        # By differences: the expanded square, |a|² − 2ab + |b|², has a rounding error where a copy's distance is 0.
         distances = torch.cdist(points[rows], others, compute_mode="donot_use_mm_for_euclid_dist")
         if own is not None:
             distances[torch.arange(len(rows)), own[rows]] = torch.inf
@@ -142,14 +142,14 @@ def nearest(points: Tensor, others: Tensor, own: Tensor | None = None) -> tuple[
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
-def neighbours(fakes: Tensor, reals: Tensor, seed: int) -> dict:
-    """Features [N,F] and [M,F] -> `ratio`, the medians' behind it, and for each of N its distance and nearest of M."""
-    chosen = torch.from_numpy(epoch_order(len(reals), seed, 0)[:MOST].copy())
-    usual, _ = nearest(reals[chosen], reals, chosen)
-    distances, indices = nearest(fakes, reals)
+def compare_neighbours(fakes: Tensor, reals: Tensor, seed: int) -> dict:
+    """Find the nearest of M real features [M,F] to each of N generated ones [N,F]; compare with the usual distance."""
+    chosen = torch.from_numpy(epoch_order(len(reals), seed, 0)[:MAX_IMAGES].copy())
+    usual, _ = find_nearest(reals[chosen], reals, chosen)
+    distances, indices = find_nearest(fakes, reals)
     medians = [distances.median().item(), usual.median().item()]
     return {
-        "ratio": medians[0] / medians[1] if medians[1] else None,  # None: most images are in the archive twice
+        "ratio": medians[0] / medians[1] if medians[1] else None,  # None: most images are twice in the archive
         "median": medians[0],
         "median of the archive": medians[1],
         "distances": distances.tolist(),
@@ -160,38 +160,38 @@ def neighbours(fakes: Tensor, reals: Tensor, seed: int) -> dict:
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def small(images: Tensor) -> Tensor:
-    """uint8 [N,1 or 3,H,W] -> float [N,3,32,32] in [-1,1]."""
+def shrink(images: Tensor) -> Tensor:
+    """Resize uint8 [N,1 or 3,H,W] to float [N,3,32,32] in [-1,1]."""
     x = F.interpolate(images.float(), (SIDE, SIDE), mode="bilinear", antialias=True)
     return x.expand(-1, 3, -1, -1) / 127.5 - 1
 
 
-def stacks(images: ImageArchive) -> Iterator[tuple[Tensor, Tensor]]:
-    """The archive in batches: uint8 [N,3,H,W] and labels [N,K]."""
+def read_batches(images: ImageArchive) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the archive in batches: uint8 [N,3,H,W] and labels [N,K]."""
     for numbers in progress(cut([len(images)], BATCH), desc=images.name, unit="batch"):
-        pixels, labels = zip(*(images[i] for i in numbers), strict=True)
-        yield torch.stack(pixels), torch.stack(labels)
+        stack, labels = zip(*(images[i] for i in numbers), strict=True)
+        yield torch.stack(stack), torch.stack(labels)
 
 
 def lite0_of(images: ImageArchive, detector: Detector) -> Tensor:
-    """Lite0's features of the archive, [N,496]; computed once, as they are kept in the cache."""
+    """Return Lite0's features of the archive, [N,496], from the cache if they are in it."""
     key = cache_key(content_digest(images.contents()), detector=detector.digest, shape=images.shape)
 
     def compute(missing: list[Statistics]) -> list[Tensor]:
-        return [torch.cat([detector(pixels).features.cpu() for pixels, _ in stacks(images)])]
+        return [torch.cat([detector(batch).features.cpu() for batch, _ in read_batches(images)])]
 
     (features,) = cached([Statistics("features", key, detector.num_features)], compute)
     return features
 
 
-def sheet(rows: list[list[Tensor]]) -> Image.Image:
-    """Rows of uint8 [3,H,W] of one size."""
+def arrange(rows: list[list[Tensor]]) -> Image.Image:
+    """Arrange rows of uint8 [3,H,W] of one size as one image."""
     pixels = torch.cat([torch.cat(row, 2) for row in rows], 1)
     return Image.fromarray(pixels.movedim(0, 2).cpu().numpy())
 
 
-def summary(found: dict) -> str:
-    """One line of what was found."""
+def summarise(found: dict) -> str:
+    """Return the findings in one line."""
     parts = []
     if read := found.get("read right"):
         parts += [
@@ -207,30 +207,30 @@ def summary(found: dict) -> str:
 
 
 class Judges:
-    """What is learned of an archive, and what it says of a generator."""
+    """What is learned from an archive, to judge generators by."""
 
     def __init__(self, images: ImageArchive, seed: int, trunc: float, device: torch.device):
         self.images, self.seed, self.trunc = images, seed, trunc
-        batches = [(small(pixels), labels) for pixels, labels in stacks(images)]
+        batches = [(shrink(batch), labels) for batch, labels in read_batches(images)]
         self.small, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
         self.detector = Detector("lite0", device=device)
         self.deep = lite0_of(images, self.detector).to(device)
         self.classifier, self.facts = None, None
         if not images.label_dim:
             return
-        if len(images) < LEAST:
-            raise UserError(f"a classifier takes {LEAST} labelled images or more, and there are {len(images)}")
+        if len(images) < MIN_IMAGES:
+            raise UserError(f"a classifier needs {MIN_IMAGES} labelled images or more, and there are {len(images)}")
         if not ((labels == 0) | (labels == 1)).all() or not (labels.sum(1) == 1).all():
-            raise UserError("the labels are vectors; a classifier takes one class number per image")
+            raise UserError("the labels are vectors; a classifier needs one class number per image")
         classes = labels.argmax(1)
-        order = torch.from_numpy(epoch_order(len(images), 0, 0).copy())  # whatever the seed, the same are held out
+        order = torch.from_numpy(epoch_order(len(images), 0, 0).copy())  # the same are held out for every seed
         held, kept = order.tensor_split([len(images) // 10])
         began = time.perf_counter()
         self.classifier = train_classifier(self.small[kept], classes[kept], images.label_dim, seed, SEEN)
         seconds = time.perf_counter() - began
         self.features = apply(self.classifier.features, self.small[kept])
         accuracy = (apply(self.classifier, self.small[held]).argmax(1) == classes[held]).double().mean().item()
-        held = held[:MOST]
+        held = held[:MAX_IMAGES]
         self.facts = {
             "classes": images.label_dim,
             "images": len(kept),
@@ -241,30 +241,30 @@ class Judges:
         }
 
     def judge(self, G: Generator, samples: int) -> tuple[dict, list[list[Tensor]]]:
-        """What is found, and rows of images: generated, their nearest by pixels, and by Lite0's features.
+        """Return the findings, and rows of images: generated, their nearest by pixels, and by Lite0's features.
 
-        samples: generated images of each class, to be read. The Fréchet distance is that of images whose labels are
-        distributed as the archive's.
+        samples: generated images per class for the accuracy. For the Fréchet distance, labels are sampled from the
+        archive.
         """
         found = {}
         if self.classifier:
             conditional = G.config.c_dim > 0
-            drawn, _ = self.generated(G, self.facts["compared"], self.images if conditional else None)
-            found["Fréchet distance"] = frechet(apply(self.classifier.features, small(drawn)), self.features)
+            images, _ = self.generate(G, self.facts["compared"], self.images if conditional else None)
+            found["Fréchet distance"] = frechet(apply(self.classifier.features, shrink(images)), self.features)
             if conditional:
-                drawn, c = self.generated(G, samples * G.config.c_dim)
-                found["read right"] = read_right(apply(self.classifier, small(drawn)), c.argmax(1))
-        drawn, _ = self.generated(G, CHOSEN)
-        rows = [list(drawn.expand(-1, 3, -1, -1))]
-        spaces = {"pixels": (small(drawn), self.small), "lite0": (self.detector(drawn).features, self.deep)}
+                images, c = self.generate(G, samples * G.config.c_dim)
+                found["read right"] = read_right(apply(self.classifier, shrink(images)), c.argmax(1))
+        images, _ = self.generate(G, CHOSEN)
+        rows = [list(images.expand(-1, 3, -1, -1))]
+        spaces = {"pixels": (shrink(images), self.small), "lite0": (self.detector(images).features, self.deep)}
         for name, (fakes, reals) in spaces.items():
-            found[name] = neighbours(fakes.flatten(1), reals.flatten(1), self.seed)
+            found[name] = compare_neighbours(fakes.flatten(1), reals.flatten(1), self.seed)
             indices = found[name]["images"]
-            rows.append([fit(self.images[i][0][None], G.config.img_shape, "lanczos")[0].to(drawn) for i in indices])
+            rows.append([fit(self.images[i][0][None], G.config.img_shape, "lanczos")[0].to(images) for i in indices])
         return found, rows
 
-    def generated(self, G: Generator, num: int, labelled: ImageArchive | None = None) -> tuple[Tensor, Tensor]:
-        """uint8 [num,C,H,W], and labels [num,K]: classes in turn, or drawn from those of `labelled`."""
+    def generate(self, G: Generator, num: int, labelled: ImageArchive | None = None) -> tuple[Tensor, Tensor]:
+        """Generate uint8 [num,C,H,W] with labels [num,K]: classes in turn, or sampled from `labelled`."""
         lists = cut([num], BATCH // 4)
         batches = Generated(G, seed=self.seed, trunc=self.trunc, labelled=labelled).batches(lists)
         batches = progress(batches, desc="generated", total=len(lists), unit="batch")
@@ -273,13 +273,13 @@ class Judges:
 
 
 def open_networks(paths: tuple[str, ...], images: ImageArchive, device: torch.device) -> dict[str, Generator]:
-    """By their names. Raises UserError for those that cannot be judged by this archive."""
+    """Load networks by path. Raises UserError for those that this archive cannot judge."""
     networks = {}
     for path in paths:
         G = load_generator(path, device)
         if G.config.img_channels not in (1, 3):
             raise UserError(
-                f"{path} makes images of {G.config.img_channels} channels, and the judges look at RGB or grey"
+                f"{path} makes images of {G.config.img_channels} channels, and only RGB and grey can be judged"
             )
         if images.label_dim and G.config.c_dim not in (0, images.label_dim):
             raise UserError(
@@ -293,15 +293,23 @@ def open_networks(paths: tuple[str, ...], images: ImageArchive, device: torch.de
 @click.command()
 @click.option("--data", required=True, metavar="ZIP|DIR", help="The images that the networks were trained on.")
 @click.option("--network", "networks", multiple=True, metavar="FILE", help="A snapshot to judge; may be repeated.")
-@click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Images per class to be read.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the classifier and of latents.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Generated images per class for the accuracy.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the classifier and the latents."
+)
 @click.option("--trunc", type=float, default=1, show_default=True, help="Truncation ψ of the generated images.")
 @click.option("--grid", type=click.Path(path_type=Path), help="A PNG to write: generated, nearest by pixels, by Lite0.")
 @click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results/judges.json", show_default=True)
 @torch.no_grad()
 @command()
 def main(data, networks, samples, seed, trunc, grid, out):
-    """Judge generators by what no discriminator saw, as JSON."""
+    """Judge generators independently of training; write JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = ImageArchive(data, channels=3)
     if images.has_labels:
@@ -320,10 +328,10 @@ def main(data, networks, samples, seed, trunc, grid, out):
     for path, G in generators.items():
         found, rows = judges.judge(G, samples)
         result["networks"].append({"network": Path(path).name, **found})
-        click.echo(f"{Path(path).name}: {summary(found)}")
+        click.echo(f"{Path(path).name}: {summarise(found)}")
         if grid:
             with atomic_write(grid) as temporary:
-                sheet(rows).save(temporary)
+                arrange(rows).save(temporary)
     with atomic_write(out) as temporary:
         temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

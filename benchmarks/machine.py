@@ -1,4 +1,4 @@
-"""What a measurement was taken on, and how fast it multiplies matrices."""
+"""Describes the machine of a measurement, times tasks, and writes random images."""
 
 import os
 import platform
@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 
 def describe() -> dict:
-    """Processor, cores, memory and versions, as plain values."""
+    """Return the processor, cores, features, threads, GPU and versions, as plain values."""
     cpu = platform.processor() or platform.machine()
     flags: set[str] = set()
     info = Path("/proc/cpuinfo")
@@ -36,7 +38,7 @@ def describe() -> dict:
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's driver."""
+    """Return the version of NVIDIA's driver."""
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -44,12 +46,12 @@ def driver() -> str | None:
 
 
 def device_name(kind: str) -> str:
-    """For names of files: "cpu", or the name of the GPU that "cuda" is."""
+    """Return "cpu" or the GPU's name, for names of files."""
     return "cpu" if kind == "cpu" else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
 
 
 def peak_mib() -> float:
-    """Peak resident memory of this process in MiB. (getrusage would tell the parent's, if that was larger.)"""
+    """Return the peak resident memory of this process in MiB (getrusage returns the parent's if that is larger)."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
@@ -57,7 +59,7 @@ def peak_mib() -> float:
 def interleaved(
     tasks: dict[str, Callable], rounds: int, sync: Callable = lambda: None, warm: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of each task in each of `rounds` rounds, in which tasks take turns; before them, one round to warm up."""
+    """Time tasks that take turns, after one round to warm up; return the seconds of each task in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for i in range(rounds + warm):
         for name, task in tasks.items():
@@ -70,8 +72,15 @@ def interleaved(
     return seconds
 
 
+def write_images(folder: Path, count: int, size: int) -> None:
+    """Write `count` PNGs of random pixels into a folder that exists."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+
+
 def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
-    """FLOP/s of [2048,1024] @ [1024,1024], the median of 15."""
+    """Measure FLOP/s of [2048,1024] @ [1024,1024], the median of 15."""
     a, b = torch.randn(2048, 1024, device=device, dtype=dtype), torch.randn(1024, 1024, device=device, dtype=dtype)
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
     (seconds,) = interleaved({"product": lambda: a @ b}, 15, sync).values()

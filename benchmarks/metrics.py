@@ -1,7 +1,7 @@
-"""Metrics of two folders against torch-fidelity's: python -m benchmarks.metrics A B --help
+"""Compare metrics of two folders with torch-fidelity's: python -m benchmarks.metrics A B --help
 
-Both get the same pictures, weights of Inception and threads, and no cache. The figures come from one call of each; the
-times from calls that take turns, each in a fresh process, Python's start included.
+Both get the same images, weights of Inception and threads, and no cache. The figures come from one call of each; the
+times from calls that take turns, each in a fresh process, including the start of Python.
 """
 
 import io
@@ -37,15 +37,15 @@ PAIRS = {  # our figure -> torch-fidelity's
 
 
 class Untrained(FeatureExtractorInceptionV3):
-    """Inception with random weights that keep its features apart: as fast as any others."""
+    """Inception with random weights that keep its features apart; its speed does not depend on them."""
 
     def load_state_dict(self, state):
-        random = torch.Generator().manual_seed(0)
+        rng = torch.Generator().manual_seed(0)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, generator=random)
-        nn.init.normal_(self.fc.weight, std=2, generator=random)
-        nn.init.normal_(self.fc.bias, generator=random)
+                nn.init.kaiming_normal_(module.weight, generator=rng)
+        nn.init.normal_(self.fc.weight, std=2, generator=rng)
+        nn.init.normal_(self.fc.bias, generator=rng)
 
 
 def random_weights() -> dict[str, torch.Tensor]:
@@ -77,7 +77,7 @@ def theirs(a: str, b: str, weights: str, everything: bool) -> dict:
 
 
 def ours(a: str, b: str, weights: str, everything: bool) -> dict:
-    """The figures by the family of the metric, from a call of calc_metrics.py with an empty cache."""
+    """Call calc_metrics.py with an empty cache; return its figures by kind of metric."""
     names = "fid50k_full,kid50k_full,is50k,pr50k3_full" if everything else "fid50k_full"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "calc_metrics.py", f"--images={a}", f"--data={b}", f"--metrics={names}"]
@@ -96,14 +96,14 @@ def ours(a: str, b: str, weights: str, everything: bool) -> dict:
 @click.command()
 @click.argument("a", type=click.Path(exists=True, file_okay=False))
 @click.argument("b", type=click.Path(exists=True, file_okay=False))
-@click.option("--weights", help="The folder of Inception's weights.  [default: random ones]")
+@click.option("--weights", help="Folder of Inception's weights.  [default: random weights]")
 @click.option("--rounds", type=click.IntRange(0), default=3, show_default=True, help="0: the figures alone.")
 @click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results/metrics.json", show_default=True)
 @click.option("--fidelity", is_flag=True, hidden=True)
 @click.option("--everything", is_flag=True, hidden=True)
 @command()
 def main(a, b, weights, rounds, out, fidelity, everything):
-    """The figures of folder A against folder B, and the seconds of their FID, as JSON."""
+    """Measure folder A against folder B with both, and time their FID; write JSON."""
     if fidelity:
         click.echo(json.dumps(theirs(a, b, weights, everything)))
         return

@@ -60,7 +60,7 @@ GPU_METHODS = {"plain": plain_fp16, "engine bf16": engine(torch.bfloat16), "engi
 
 
 def flops(G: Generator, size: int) -> dict[str, float]:
-    """Count those of the matrix products of one image, in its two stages."""
+    """Count the FLOPs of one image's matrix products, in its two stages."""
     modules = {name: m for name, m in G.synthesis.named_modules() if hasattr(m, "weight") and "affine" not in name}
     per = {
         stage: sum(2 * m.weight.numel() for name, m in modules.items() if name.startswith(stage) and m.weight.ndim == 2)
@@ -113,7 +113,7 @@ def compare(G: Generator, size: int, batch: int, rounds: int, rates: dict[str, f
 
 
 def on_gpu(G: Generator, sizes: list[int], batches: list[int], rounds: int) -> Iterator[dict]:
-    """Yield the results so far after each image. Peaks of memory are on top of the network's weights."""
+    """Yield the results so far after each image. Peaks of memory exclude the network's weights."""
 
     def peak(method: Callable, ws: torch.Tensor, size: int) -> float:
         torch.cuda.reset_peak_memory_stats()
@@ -122,7 +122,7 @@ def on_gpu(G: Generator, sizes: list[int], batches: list[int], rounds: int) -> I
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     G = G.cuda()
-    compute_with(G, "reference")  # of plain synthesis; the engine has layers of its own
+    compute_with(G, "reference")  # for plain synthesis; the engine has its own layers
     result: dict = {"errors": {"256": errors(G, styles(G, 1), 256, GPU_METHODS)}, "pictures": []}
     for size, batch in itertools.product(sizes, batches):
         ws = styles(G, batch)
@@ -210,7 +210,7 @@ def main(out, sizes, batches, kind, rounds, once, turns):
         size, batch, rounds = turns
         ws = styles(G, batch)
         tasks = {name: lambda m=method: m(G, ws, size) for name, method in METHODS.items()}
-        # What takes minutes needs no warm-up.
+        # Large images take minutes and need no warm-up.
         click.echo(json.dumps(interleaved(tasks, rounds, warm=size <= 512)))
         return
     result = {"machine": describe()}

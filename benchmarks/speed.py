@@ -1,7 +1,7 @@
-"""Images per second and memory of train.py in several checkouts: python -m benchmarks.speed --help
+"""Measure images per second and memory of train.py in several checkouts: python -m benchmarks.speed --help
 
-Each run is a fresh process on random images, and the checkouts take turns. The first report of a run, which holds the
-building of kernels and the first allocations, is left out.
+Each run is a fresh process on random images, and the checkouts take turns. The first report of a run, which includes
+building the kernels and the first allocations, is left out.
 """
 
 import json
@@ -13,10 +13,8 @@ import tempfile
 from pathlib import Path
 
 import click
-import numpy as np
-from PIL import Image
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, write_images
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from torch_utils.command import command
@@ -41,15 +39,20 @@ def train(checkout: Path, cfg: Path, data: Path, kimg: float, outdir: Path, opti
 
 @click.command()
 @click.option(
-    "--checkout", "checkouts", type=(str, Path), multiple=True, metavar="NAME DIR", help="Another one: before ../old."
+    "--checkout",
+    "checkouts",
+    type=(str, Path),
+    multiple=True,
+    metavar="NAME DIR",
+    help="Another checkout, e.g. before ../old.",
 )
-@click.option(
-    "--cfg", type=click.Path(exists=True, path_type=Path), required=True, help="A recipe that all of them read."
-)
+@click.option("--cfg", type=click.Path(exists=True, path_type=Path), required=True, help="A recipe for all of them.")
 @click.option("--size", type=click.IntRange(8), default=64, show_default=True, help="Side of the images.")
 @click.option("--kimg", type=float, default=0.5, show_default=True, help="Thousand images between two reports.")
 @click.option("--turns", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--busy", type=click.IntRange(0), default=0, show_default=True, help="Processes that spin beside it.")
+@click.option(
+    "--busy", type=click.IntRange(0), default=0, show_default=True, help="Processes that keep other cores busy."
+)
 @click.option("--out", metavar="JSON", type=click.Path(path_type=Path), required=True)
 @click.argument("options", nargs=-1)
 @command()
@@ -62,9 +65,7 @@ def main(checkouts, cfg, size, kimg, turns, busy, out, options):
         with tempfile.TemporaryDirectory() as temporary:
             data = Path(temporary) / "images"
             data.mkdir()
-            random = np.random.default_rng(0)
-            for i in range(64):
-                Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(data / f"{i}.png")
+            write_images(data, 64, size)
             for turn in range(turns):
                 for name, folder in folders.items():
                     outdir = Path(temporary) / f"{name}-{turn}"

@@ -1,10 +1,10 @@
-"""What different recipes reach in the same time: python -m benchmarks.study --help
+"""Compare recipes after the same training time: python -m benchmarks.study --help
 
     python -m benchmarks.study --data=clothing64.zip --minutes=15 --seeds=3 --runs=runs --out=study.json \\
         --recipe projected "--cfg=projected --mirror" --recipe residual "--cfg=projected --mirror -o D.kind=residual"
 
-Each run is a fresh process of one thread. Minutes are those of the processor, which other work on the machine does not
-count against a recipe. Recipes take turns, seed by seed, so that all of them share a busy hour.
+Each run is a fresh process with one thread. Minutes are processor time, which other work on the machine hardly changes.
+Recipes take turns, seed by seed, so that a busy hour affects all of them.
 """
 
 import json
@@ -27,17 +27,17 @@ from training.snapshot import read_trained, snapshots
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 METRICS = "fd_lite0_1k_full,lines1k_full"
-KIMG = 0.5  # between snapshots, of which the last in time counts
+KIMG = 0.5  # between snapshots; the last one within the time is measured
 
 
 def train(data: Path, options: str, seed: int, minutes: float, folder: Path) -> tuple[Path, float]:
-    """Train for minutes of processor time; return the run's last snapshot and its thousands of images."""
+    """Train for minutes of processor time; return the run's last snapshot and its kimg."""
     command = [sys.executable, "train.py", f"--data={data}", f"--seed={seed}", f"--outdir={folder}", "--kimg=100000"]
     command += [f"--tick={KIMG}", "--snap=1", *shlex.split(options)]
 
     def limit():
         seconds = round(60 * minutes)
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 60))  # at the first the kernel sends SIGXCPU
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 60))  # at the first limit the kernel sends SIGXCPU
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     ran = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, preexec_fn=limit)
@@ -63,7 +63,7 @@ def measure(data: Path, network: Path) -> dict[str, float]:
 
 
 def show(runs: list[dict]) -> str:
-    """Return a table in Markdown: of each recipe the medians and, with several seeds, the extremes."""
+    """Return a Markdown table of each recipe's medians and, with several seeds, extremes."""
     keys = [key for key in runs[0] if key not in ("recipe", "seed", "network")]
     lines = [f"| recipe | {' | '.join(keys)} |", "| --- " * (len(keys) + 1) + "|"]
     for recipe in dict.fromkeys(run["recipe"] for run in runs):
@@ -79,10 +79,12 @@ def show(runs: list[dict]) -> str:
 @click.command()
 @click.option("--data", metavar="ZIP|DIR", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option(
-    "--minutes", type=click.FloatRange(min=0, min_open=True), required=True, help="Of the processor, each training."
+    "--minutes", type=click.FloatRange(min=0, min_open=True), required=True, help="Processor time of each training."
 )
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Trainings of each recipe.")
-@click.option("--runs", "folder", metavar="DIR", required=True, type=click.Path(path_type=Path), help="For the runs.")
+@click.option(
+    "--runs", "folder", metavar="DIR", required=True, type=click.Path(path_type=Path), help="Where to write the runs."
+)
 @click.option("--out", metavar="JSON", required=True, type=click.Path(path_type=Path))
 @click.option(
     "--recipe",

@@ -1,7 +1,7 @@
-"""A training step with more and less in memory: python -m benchmarks.training --help
+"""Measure a training step with and without recomputation: python -m benchmarks.training --help
 
 The paper's networks at their published widths with random images, float32 on a CPU and bfloat16 on a GPU that has it.
-Each setting has a fresh process, and they take turns. A step is the mean over its schedule: G and D in each, path
+Each setting runs in a fresh process, and they take turns. A step is the mean over its schedule: G and D in each, path
 lengths in every 4th, R1 in every 16th.
 """
 
@@ -14,11 +14,9 @@ import time
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
-from PIL import Image
 
-from benchmarks.machine import describe, device_name, peak_mib
+from benchmarks.machine import describe, device_name, peak_mib, write_images
 from dnnlib.config import merge
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
@@ -30,7 +28,7 @@ from training.data import ImageArchive
 from training.state import new_state
 from training.trainer import Trainer
 
-# Of the networks: what they recompute and, on GPUs, plain PyTorch without the project's kernels.
+# What the networks recompute; on GPUs also plain PyTorch without the project's kernels.
 SETTINGS = {name: {"train": {"recompute": name}} for name in ("none", "pixels", "all")}
 EAGER = {"eager": {"train": {"recompute": "none", "impl": "reference"}}}
 
@@ -76,11 +74,13 @@ def step_seconds(seconds: dict[str, list[float]]) -> float:
 @click.option("--sizes", default="256,512", show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--turns", type=click.IntRange(1), default=2, show_default=True, help="Processes of each setting.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of each phase in a process.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Repetitions of each phase in a process."
+)
 @click.option("--once", nargs=2, hidden=True)
 @command()
 def main(out, sizes, batch, turns, rounds, once):
-    """Time and memory of a training step with each setting, as JSON."""
+    """Measure time and memory of a training step with each setting; write JSON."""
     if once:
         click.echo(json.dumps(phases(*once, batch, rounds)))
         return
@@ -90,10 +90,7 @@ def main(out, sizes, batch, turns, rounds, once):
     for size in map(int, sizes.split(",")):
         runs: dict[str, list[dict]] = {name: [] for name in [*(EAGER if kind == "cuda" else ()), *SETTINGS]}
         with tempfile.TemporaryDirectory() as folder:
-            random = np.random.default_rng(0)
-            for i in range(batch):
-                pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(Path(folder) / f"{i}.png")
+            write_images(Path(folder), batch, size)
             for _ in range(turns):
                 for name in runs:
                     command = [sys.executable, "-m", "benchmarks.training", "--batch", batch, "--rounds", rounds]
@@ -121,9 +118,7 @@ def main(out, sizes, batch, turns, rounds, once):
         with atomic_write(out / f"training-{device_name(kind)}.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
     if failed:
-        raise UserError(
-            f"{'; '.join(failed)}: left out (what was wrong stands above; -9 is most often a lack of memory)"
-        )
+        raise UserError(f"{'; '.join(failed)}: left out (see the errors above; -9 is most often a lack of memory)")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def call(*arguments):
 
 def test_the_classifier_learns_reads_and_depends_on_its_seed_alone():
     images, classes = bars(300)
-    x, y = judges.small(torch.from_numpy(images)[:, None]), torch.from_numpy(classes)
+    x, y = judges.shrink(torch.from_numpy(images)[:, None]), torch.from_numpy(classes)
     nets = [judges.train_classifier(x[:240], y[:240], 3, seed, seen=2000) for seed in (0, 0, 1)]
     weights = [torch.cat([p.flatten() for p in net.parameters()]) for net in nets]
     assert torch.equal(weights[0], weights[1])
@@ -87,11 +87,11 @@ def test_a_class_is_read_right_when_most_of_its_images_are():
 def test_copies_have_ratio_0_and_fresh_samples_ratio_1():
     points = torch.randn(800, 5, generator=make_rng(0, 0, "points"))
     reals, fresh = points[:500], points[500:]
-    copies = judges.neighbours(reals[[3, 1, 4]], reals, seed=0)
+    copies = judges.compare_neighbours(reals[[3, 1, 4]], reals, seed=0)
     assert (copies["ratio"], copies["images"]) == (0, [3, 1, 4])
-    assert judges.neighbours(fresh, reals, seed=0)["ratio"] == pytest.approx(1, abs=0.1)
+    assert judges.compare_neighbours(fresh, reals, seed=0)["ratio"] == pytest.approx(1, abs=0.1)
     all_pairs = (reals[:, None] - reals).norm(dim=2).fill_diagonal_(torch.inf)
-    usual = judges.neighbours(fresh, reals, seed=0)["median of the archive"]
+    usual = judges.compare_neighbours(fresh, reals, seed=0)["median of the archive"]
     assert usual == pytest.approx(all_pairs.min(1).values.median().item(), rel=1e-6)
 
 

@@ -36,7 +36,7 @@ def run(*arguments: object) -> Result:
 
 
 def pixels(letters: Letters, name: str) -> np.ndarray:
-    """[H,W,3] in 0..255"""
+    """Return [H,W,3] in 0..255."""
     return np.asarray(letters.image(name, 3)).astype(float)
 
 
@@ -91,7 +91,7 @@ def test_the_rule_finds_the_text_faces():
 
 @pytest.mark.parametrize("character", [*"AMgq5&", "Ö", "Ω", "Ж"])
 def test_outlines_are_the_glyphs_that_freetype_draws(character):
-    """Compares width, height and area with Pillow's rendering at 512 pixels per em."""
+    """Compare width, height and area with Pillow's rendering at 512 pixels per em."""
     faces = [face for face in FACES if has_outline(face, character)]
     assert [face for face in FACES if face.stem[:2] != "cm" or character.isascii()] == faces
     for face in faces:
@@ -107,46 +107,41 @@ def test_outlines_are_the_glyphs_that_freetype_draws(character):
         assert area == pytest.approx(inked.sum(), rel=0.02)
 
 
-def made(dest: Path, *options: object) -> tuple[list, list[str]]:
-    """Runs the tool, which must succeed; the labels in order and the class names."""
+# --- dataset_tool.py --source letters ---------------------------------------------------------------------------------
+
+
+def make(dest: Path, *options: object) -> dict:
+    """Run the tool, which must succeed; return dataset.json."""
     result = run("--dest", dest, "--resolution", "16x16", *options)
     assert result.exit_code == 0, result.output
     with zipfile.ZipFile(dest) as archive:
-        content = json.loads(archive.read("dataset.json"))
-    return [label for _, label in content["labels"]], content["class_names"]
-
-
-def test_the_alphabet_is_drawn_by_default_and_can_be_trained_on(tmp_path):
-    labels, class_names = made(tmp_path / "a.zip", "--drawings", 3)
-    assert class_names == list(string.ascii_uppercase)
-    assert labels == [*range(26)] * 3
-    images = ImageArchive(tmp_path / "a.zip", use_labels=True)
-    assert images.shape == (3, 16, 16)
-    assert images.label_dim == 26
-
-
-def test_equal_options_give_equal_bytes(tmp_path):
-    for name, seed in (("a.zip", 5), ("b.zip", 5), ("c.zip", 6)):
-        made(tmp_path / name, "--drawings", 2, "--seed", seed)
-    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
-    assert (tmp_path / "a.zip").read_bytes() != (tmp_path / "c.zip").read_bytes()
+        return json.loads(archive.read("dataset.json"))
 
 
 @pytest.mark.parametrize(
-    ("characters", "class_names"),
-    [("0123456789", [*"0123456789"]), ("ca/", [*"ca/"]), ("äßΩЖ", [*"äßΩЖ"]), ("U\u0308O\u0308", [*"ÜÖ"])],
+    ("options", "class_names"),
+    [
+        ([], [*string.ascii_uppercase]),
+        (["--characters", "ca/"], ["c", "a", "/"]),
+        (["--characters", "äßΩЖ"], ["ä", "ß", "Ω", "Ж"]),
+        (["--characters", "U\u0308O\u0308"], ["Ü", "Ö"]),
+    ],
 )
-def test_classes_are_the_characters_in_the_order_given(tmp_path, characters, class_names):
-    labels, found = made(tmp_path / "a.zip", "--characters", characters, "--drawings", 2)
-    assert found == class_names
-    assert labels == [*range(len(class_names))] * 2
+def test_classes_are_the_characters_in_the_order_given(tmp_path, options, class_names):
+    content = make(tmp_path / "a.zip", "--drawings", 2, *options)
+    assert content["class_names"] == class_names
+    assert [label for _, label in content["labels"]] == [*range(len(class_names))] * 2
+    images = ImageArchive(tmp_path / "a.zip", use_labels=True)
+    assert (images.shape, images.label_dim) == ((3, 16, 16), len(class_names))
 
 
-def test_one_channel_holds_grey(tmp_path):
-    made(tmp_path / "a.zip", "--channels", 1, "--drawings", 1, "--max-images", 7)
+def test_equal_options_give_equal_bytes_and_one_channel_holds_grey(tmp_path):
+    for name, seed in (("a.zip", 5), ("b.zip", 5), ("c.zip", 6)):
+        make(tmp_path / name, "--channels", 1, "--max-images", 7, "--seed", seed)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    assert (tmp_path / "a.zip").read_bytes() != (tmp_path / "c.zip").read_bytes()
     images = ImageArchive(tmp_path / "a.zip")
-    assert images.shape == (1, 16, 16)
-    assert len(images) == 7
+    assert (images.shape, len(images)) == ((1, 16, 16), 7)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +156,8 @@ def test_one_channel_holds_grey(tmp_path):
         (["--resolution", "8x8", "--drawings", 0], "--drawings"),
         (["--resolution", "8x8", "--transform", "center-crop"], "no --transform"),
         ([], "give --resolution"),
-        (["--resolution", "8x8", "--source", "folder", "--characters", "A"], "what --source letters draws"),
-        (["--resolution", "8x8", "--source", "folder", "--drawings", 5], "what --source letters draws"),
+        (["--resolution", "8x8", "--source", "folder", "--characters", "A"], "--source letters"),
+        (["--resolution", "8x8", "--source", "folder", "--drawings", 5], "--source letters"),
     ],
 )
 def test_a_wrong_call_ends_in_one_sentence_and_writes_nothing(tmp_path, options, words):
@@ -173,7 +168,7 @@ def test_a_wrong_call_ends_in_one_sentence_and_writes_nothing(tmp_path, options,
     assert not any(tmp_path.iterdir())
 
 
-def test_matplotlib_is_asked_for_when_missing(tmp_path, monkeypatch):
+def test_a_missing_matplotlib_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "training.letters")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run("--dest", tmp_path / "a.zip", "--resolution", "8x8")
