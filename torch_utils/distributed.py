@@ -38,8 +38,8 @@ class Processes:
         return self.sum_(x).div_(self.world)
 
     def any(self, flag: bool) -> bool:
-        """Tell whether `flag` is set on any rank."""
-        return bool(self.sum_(torch.tensor(float(flag), device=self.device)))
+        """Tell whether `flag` is set on any rank. With world 1, does not wait for the device."""
+        return flag if self.world == 1 else bool(self.sum_(torch.tensor(float(flag), device=self.device)))
 
     def barrier(self) -> None:
         """Wait until all ranks have called this."""

@@ -22,7 +22,7 @@ from training.networks import Generator
 from training.report import RunLog, SilentLog, duration
 from training.snapshot import save_generator, snapshot_name
 from training.state import TrainState
-from training.trainer import Trainer
+from training.trainer import CHECK_INTERVAL, Trainer
 
 
 @contextlib.contextmanager
@@ -71,6 +71,8 @@ class Loop:
         last = math.ceil(round(t.kimg * 1000) / t.batch)
         tick = max(1, round(t.tick * 1000 / t.batch))  # steps between reports
         jobs = [(tick, self.report)] + [(tick * t.snap, job) for job in (self.snapshot, self.save, self.measure)]
+        # Several GPUs agree on a signal by waiting for each other, so they do it where a step waits anyway.
+        listen = CHECK_INTERVAL if self.procs.world > 1 and self.procs.device.type == "cuda" else 1
         stream = self.stream()
         with note_signals() as self.signals, contextlib.closing(self.log):
             if s.step == 0:
@@ -80,7 +82,7 @@ class Loop:
                 for interval, job in jobs:
                     if s.step % interval == 0 or s.step == last:
                         job()
-                if s.step < last and self.procs.any(bool(self.signals)):
+                if s.step < last and s.step % listen == 0 and self.procs.any(bool(self.signals)):
                     self.save()
                     self.log.print(f"interrupted at {self.kimg:.3f} kimg; to continue: --resume={self.folder}")
                     return 128 + (self.signals[0][0] if self.signals else signal.SIGTERM)
