@@ -82,8 +82,9 @@ def cached(
     missing = [one for one in wanted if procs.any(found[one] is None)]
     if missing:
         for one, value in zip(missing, compute(missing), strict=True):
-            tensors = {key: t.detach().cpu().contiguous() for key, t in KINDS[one.kind].tensors(value).items()}
-            found[one] = KINDS[one.kind].parse(tensors, one.num_features)
+            tensors = {"features": value} if isinstance(value, Tensor) else value.tensors()
+            tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+            found[one] = PARSE[one.kind](tensors, one.num_features)
             if procs.is_first:
                 _write(folder / f"{one.name}.safetensors", one.name, tensors)
     return [found[one] for one in wanted]
@@ -98,17 +99,8 @@ def parse_features(tensors: dict[str, Tensor], num_features: int) -> Tensor:
     return features
 
 
-class Kind(NamedTuple):
-    """Converts a kind of statistics to tensors and back."""
-
-    tensors: Callable[[Value], dict[str, Tensor]]
-    parse: Callable[[dict[str, Tensor], int], Value]  # raises ValueError or KeyError for other tensors
-
-
-KINDS = {
-    "moments": Kind(Moments.tensors, Moments.from_tensors),
-    "features": Kind(lambda features: {"features": features}, parse_features),
-}
+# kind -> function(tensors of a file, F) -> value; raises ValueError or KeyError for other tensors
+PARSE = {"moments": Moments.from_tensors, "features": parse_features}
 
 
 def _header(name: str, tensors: dict[str, Tensor]) -> str:
@@ -125,7 +117,7 @@ def _read(path: Path, wanted: Statistics) -> Value | None:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         if header != _header(wanted.name, tensors):
             raise ValueError("its checksum is wrong")
-        return KINDS[wanted.kind].parse(tensors, wanted.num_features)
+        return PARSE[wanted.kind](tensors, wanted.num_features)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         print(f"{path} is damaged ({error}); its statistics are computed again", file=sys.stderr, flush=True)
         return None

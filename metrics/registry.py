@@ -37,7 +37,7 @@ class Family(NamedTuple):
     """Metrics that differ in their numbers alone."""
 
     pattern: str  # of the name; # is the number, [_#] is left out where it is the default, _? is _ unless after a k
-    tasks: Callable[["Metric", Inputs], list[Task]]  # raises UserError when the inputs do not suffice
+    tasks: Callable[["Metric", Inputs], list[Task]]  # raises UserError for inputs that are insufficient or unfit
     tool: Callable | None = None  # (device, folder of weights) -> the network that looks at the images
     reals: bool = False  # compares with real images: all when the name ends in _full, else as many as the number
     windows: bool = False  # compares with windows of large real images
@@ -219,7 +219,7 @@ def consistency(distance_of: Callable[[object], Distance]) -> Callable:
 
 def listed_mean(values: Tensor) -> Estimate:
     """Return the mean of [N,1], with the values."""
-    return mean(values.flatten())._replace(values=values.flatten())
+    return mean(values.flatten())._replace(values=values.flatten().cpu())
 
 
 def side(size: Size) -> str:
