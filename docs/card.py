@@ -12,15 +12,17 @@ from types import SimpleNamespace
 import click
 from matplotlib.figure import Figure
 
-import generate
 import rendering
 from benchmarks.machine import describe
 from dnnlib.config import build, read_yaml
 from dnnlib.console import UserError
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, sha256
 from metrics.registry import parse
+from rendering.camera import Camera
+from rendering.jobs import Job, write_grid
 from rendering.styles import Styles
 from torch_utils.command import command
+from torch_utils.distributed import processes
 from training import snapshot
 from training.config import CONFIGS, RunConfig, gather, resolve
 from training.networks import Generator
@@ -185,7 +187,11 @@ def main(folder, name, trunc, by, processor, **words):
     images = snapshot.MODELS.parent / "docs" / "images"
     image = images / f"{name}.png"
     rendering_options = [f"--network={name}", "--seeds=0-63", f"--trunc={trunc:g}"]
-    generate.main([*rendering_options, f"--grid={image}"], standalone_mode=False)
+    with processes() as group:
+        loaded = snapshot.load_generator(network, group.device)
+        shot = rendering.Shot(loaded.config.img_shape)
+        job = Job(loaded, sha256(network), list(range(64)), Styles(trunc), Camera.parse(), shot)
+        write_grid(job, group, image)
 
     height, width = G.config.img_shape
     pace = statistics.median(line["Timing/sec_per_kimg"] for line in reports)  # a pause is in few reports

@@ -69,8 +69,14 @@ class Camera(NamedTuple):
     zoom: list[Stop]
 
     @classmethod
-    def parse(cls, window: str | None, translate: str | None, rotate: str | None, zoom: str | None) -> "Camera":
-        """Read paths "A:B:…"; None stands still. Raises UserError."""
+    def parse(
+        cls,
+        window: str | None = None,
+        translate: str | None = None,
+        rotate: str | None = None,
+        zoom: str | None = None,
+    ) -> "Camera":
+        """Read paths "A:B:…"; None shows the image as it is. Raises UserError."""
         camera = cls(
             parse_path("window", window or "0,0,1,1", 4, "0.25,0.25,0.5,0.5"),
             parse_path("translate", translate or "0,0", 2, "0.3,0"),
