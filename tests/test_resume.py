@@ -294,12 +294,15 @@ def test_a_broken_newest_state_is_named_and_the_one_before_is_used(tiny, stopped
     same_run(folder, unbroken)
 
 
-def test_an_older_state_that_counts_bad_steps_in_integers_is_resumed(tiny, stopped):
+def test_an_older_state_without_fused_adam_and_with_integer_counts_is_resumed(tiny, stopped):
     unbroken, folder = stopped
     path = checkpoint.found(folder)[0]
     state = checkpoint.load(path)
     assert state["bad_steps"].keys() == {"G loss", "G path length", "D loss", "D R1"}
-    torch.save(state | {"bad_steps": {name: int(count) for name, count in state["bad_steps"].items()}}, path)
+    state["bad_steps"] = {name: int(count) for name, count in state["bad_steps"].items()}
+    for name in ("G_opt", "D_opt"):
+        state[name]["param_groups"] = [group | {"fused": None} for group in state[name]["param_groups"]]
+    torch.save(state, path)
     assert tiny.call("--resume", folder).exit_code == 0
     same_run(folder, unbroken)
 

@@ -32,9 +32,8 @@ class TrainState:
     augment_p: float
     step: int = 0
     pl_mean: Tensor = field(default_factory=lambda: torch.zeros([]))
-    signs: Tensor = field(
-        default_factory=lambda: torch.zeros(2)
-    )  # sum and count of sign(D(real)) since the last adjustment
+    # Sum and count of sign(D(real)) since the last adjustment of the augmentation.
+    signs: Tensor = field(default_factory=lambda: torch.zeros(2))
     bad_steps: dict[str, Tensor] = field(default_factory=dict)  # of each phase: non-finite gradients in a row
     stats: Stats = field(default_factory=Stats)  # since the last report
     seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "tick": 0.0, "data": 0.0})
@@ -56,6 +55,9 @@ class TrainState:
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(f"the training state does not fit the networks in options.yaml ({reason})") from error
+        for optimizer in (self.G_opt, self.D_opt):
+            for group in optimizer.param_groups:  # states of earlier versions were not fused
+                group.update(fused=True, foreach=None)
         if not procs.is_first:
             self._zero_sums()
 
