@@ -248,7 +248,8 @@ def lpips(net: str) -> Callable:
     return load
 
 
-INCEPTION = detector("inception")
+# Metrics that share a network name the same loader: it is loaded once, and looks at each image once.
+INCEPTION, DINOV2, LITE0 = map(detector, ("inception", "dinov2", "lite0"))
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -258,8 +259,8 @@ FAMILIES = [
     Family("kid#", compare("features", kernel_distance), INCEPTION, reals=True),
     Family("pr#_?3", compare("features", precision_recall), INCEPTION, reals=True, least=4),
     Family("is#", inception_scores, INCEPTION, least=10),
-    Family("fd_dinov2_#", compare("moments", frechet_distance), detector("dinov2"), reals=True),
-    Family("fd_lite0_#", compare("moments", frechet_distance), detector("lite0"), reals=True),
+    Family("fd_dinov2_#", compare("moments", frechet_distance), DINOV2, reals=True),
+    Family("fd_lite0_#", compare("moments", frechet_distance), LITE0, reals=True),
     Family("lines#", compare("moments", line_ratio), lambda *_: LineShare(), reals=True, side=16, default=1000),
     Family("pfid#", windows, INCEPTION, windows=True, renders=True),
     Family("ppl2_wend[_#]", path_length, lpips("vgg"), renders=True, side=16),

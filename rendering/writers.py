@@ -11,6 +11,7 @@ image, except for WebP, whose encoder holds it whole.
 
 import contextlib
 import errno
+import math
 import os
 import re
 import shutil
@@ -30,7 +31,6 @@ from rendering.unfinished import Unfinished
 
 FLUSH_SECONDS = 5  # at most so much work is lost in a crash
 PNG_PIXELS = 2**26  # 8192×8192; many viewers decode a PNG whole, 4 bytes per pixel, and give up beyond
-WEBP_SIDE = 16383  # the format has 14 bits for each side
 STRIP_ROWS = 16  # libvips reads so many rows of pixels.tif at once
 
 
@@ -64,11 +64,12 @@ def encode_dzi(image, target: Path) -> None:
 class Format(NamedTuple):
     suffix: str
     encode: Callable  # (pyvips.Image, Path) -> None
+    max_side: float = math.inf  # pixels
 
 
 FORMATS = {
     "png": Format(".png", encode_png),
-    "webp": Format(".webp", encode_webp),
+    "webp": Format(".webp", encode_webp, 16383),
     "tiff": Format(".tif", encode_tiff),
     "dzi": Format(".dzi", encode_dzi),
 }
@@ -109,10 +110,11 @@ class Canvas(Unfinished):
         self.format = by_suffix[path.suffix]
         if channels not in (1, 3, 4):
             raise UserError(f"an image of {channels} channels cannot be written; grey has 1, RGB 3 and RGBA 4")
-        if path.suffix == ".webp" and max(size) > WEBP_SIDE:
+        if max(size) > self.format.max_side:
+            larger = " or ".join(name for name, known in FORMATS.items() if known.max_side >= max(size))
             raise UserError(
-                f"a WebP file ends at {WEBP_SIDE} pixels per side, the image has {size[1]}x{size[0]}; "
-                f"choose {' or '.join(name for name in FORMATS if name != 'webp')}"
+                f"a {path.suffix} file has at most {self.format.max_side} pixels per side, and the image has "
+                f"{size[1]}x{size[0]}; choose {larger}"
             )
         import_vips()
 

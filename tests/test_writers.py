@@ -538,7 +538,7 @@ def test_ctrl_c_while_encoding_keeps_all_tiles_and_the_former_file(tmp_path, suf
 @pytest.mark.parametrize(
     ("name", "shape", "words"),
     [
-        ("a.webp", (10, 16384, 3), "16383 pixels per side, the image has 16384x10; choose png or tiff or dzi"),
+        ("a.webp", (10, 16384, 3), "16383 pixels per side, and the image has 16384x10; choose png or tiff or dzi"),
         ("a.gif", (10, 10, 3), "ends in .png, .webp, .tif, .dzi"),
         ("a.png", (10, 10, 2), "2 channels"),
     ],

@@ -16,7 +16,10 @@ SOURCE = Path(__file__).with_suffix(".cu")
 
 
 class Activation(NamedTuple):
-    """A leaky ReLU. Every implementation takes the slope as an argument, so another one is another entry."""
+    """A leaky ReLU: all implementations take its slope as an argument.
+
+    Another slope is another entry of ACTIVATIONS. Another function also needs a kernel, and a `folded` of its own.
+    """
 
     slope: float  # of negative inputs
     gain: float  # the default: keeps the second moment of normal inputs about 1

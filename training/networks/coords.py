@@ -1,4 +1,7 @@
-"""Conventions of where the pixels of an image are in [0,1]. Another convention is another entry of COORDS."""
+"""Conventions of where the pixels of an image are in [0,1].
+
+Another convention is another entry of COORDS. Its positions are evenly spaced and symmetrical about ½.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple

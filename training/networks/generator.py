@@ -118,7 +118,7 @@ class StyleMapping(Mapping):
     """z [N,z_dim], c [N,c_dim] or None -> ws [N,num_ws,w_dim], moved towards the average style by truncation.
 
     ws = w_avg + ψ·(w − w_avg), for the first `truncation_cutoff` styles when a cutoff is given. `w_avg` [w_dim]
-    tracks the mean of w during training (see training.trainer). Raises ValueError when z or c has another shape.
+    tracks the mean of w during training (see training.phases). Raises ValueError when z or c has another shape.
     """
 
     def __init__(self, config: GeneratorConfig):

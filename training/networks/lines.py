@@ -133,10 +133,10 @@ class LineSynthesis(Layer):
         return torch.stack(sums).unflatten(2, (-1, self.thickness))
 
     def styled(self, ws: Sequence[Tensor]) -> Iterator[tuple[LineBlock, Sequence[Tensor]]]:
-        """Yield each block with the styles that it reads.
+        """Yield each block with the styles of its layers and its head, as released.
 
-        As released: a block reads two styles more than the one before, and a head reads that after its block's layers,
-        which is the first of the next block; but the first two blocks both start at ws[1].
+        The first two blocks start at ws[1], each later one two styles after its predecessor. So a head shares its style
+        with the first layer of the next block.
         """
         for i, block in enumerate(self.blocks):
             first = max(2 * i - 1, 1)
