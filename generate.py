@@ -63,7 +63,7 @@ def image_size(
 @click.option(
     "--trunc", type=float, default=1, show_default=True, help="Truncation ψ: 1 is the full variety, 0 the average."
 )
-@click.option("--trunc-cutoff", type=click.IntRange(min=0), help="Truncate so many styles only.  [default: all]")
+@click.option("--trunc-cutoff", type=click.IntRange(min=0), help="Truncate only the first N styles.  [default: all]")
 @click.option(
     "--class",
     "classes",

@@ -22,7 +22,7 @@ from training.config import RunConfig, gather, resolve
 from training.runs import NewRun, ResumedRun, launch, open_images, read_config, snapshot_metrics, to_yaml, work
 from training.snapshot import find_network
 
-# Flags beside those that the fields of RunConfig name: their option, and the settings that a value stands for. The
+# Flags that no RunConfig field declares: the click option, and a function from its value to settings. The
 # discriminator's widths are StyleGAN2's, the generator's twice that, as in the paper.
 OTHERS = {
     "data": (

@@ -16,7 +16,7 @@ from torch_utils.randomness import make_rng
 from torch_utils.reading import cores, read_ahead
 
 READERS = 3  # processes that read ahead
-WORTH = 1000  # images from which on they are worth their start
+MIN_IMAGES_FOR_READERS = 1000  # below this, starting readers costs more than it saves
 TOGETHER = 64  # windows of one image in a batch, at most
 
 
@@ -39,7 +39,7 @@ class Files:
 
     def lists(self, lists: Sequence[Sequence[int]]) -> Iterator[list[Tensor]]:
         """Yield the images of each list of numbers."""
-        workers = min(READERS, cores()) if sum(map(len, lists)) >= WORTH else 0
+        workers = min(READERS, cores()) if sum(map(len, lists)) >= MIN_IMAGES_FOR_READERS else 0
         return read_ahead(self._read_list, lists, workers)
 
     def _read_list(self, indices: list[int]) -> list[Tensor]:

@@ -56,7 +56,7 @@ def generator_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
         t.state.stats.report("Loss/G/loss", loss)
         yield loss.mean() / len(t.parts)
     w_avg = G.mapping.w_avg
-    t.move(w_avg, w_avg.lerp(t.procs.mean_(average), 1 - t.config.train.w_avg_decay))
+    t.set_after_update(w_avg, w_avg.lerp(t.procs.mean_(average), 1 - t.config.train.w_avg_decay))
 
 
 def path_length_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
@@ -84,7 +84,7 @@ def path_length_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
     for part in parts:
         # The mean of the gradients over the processes divides by their number.
         yield ((measure(part) if whole is None else whole) * (slopes[part] * t.procs.world)).sum()
-    t.move(s.pl_mean, mean)
+    t.set_after_update(s.pl_mean, mean)
 
 
 def discriminator_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:

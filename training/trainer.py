@@ -3,7 +3,7 @@
 Legend: N images of a micro-batch, z latents, c labels. A step takes one batch of real images over all processes.
 
 Randomness is a function of (seed, step). Every rank samples that of the whole batch and uses its own part: image i
-belongs to rank i mod world, and within a rank to micro-batch i mod their number. So the split of a batch changes only
+belongs to rank i mod world and to micro-batch i mod M, where M counts those of all ranks. So the split of a batch changes only
 the order of float additions; minibatch-std groups stay whole (see minibatch_std).
 """
 
@@ -40,7 +40,7 @@ class Trainer:
         self.phases = phases(config.loss)
         self.dtype = next(state.G.parameters()).dtype
         self.adversarial = losses.ADVERSARIAL[config.loss.kind]
-        self._moves: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []
 
     def step(self, real: Tensor, c: Tensor) -> None:
         """real uint8 [n,C,H,W] and labels [n,c_dim]: the images of this rank. Raises UserError after divergence."""
@@ -72,24 +72,24 @@ class Trainer:
         """
         s = self.state
         network, optimizer = (s.G, s.G_opt) if phase.network == "G" else (s.D, s.D_opt)
-        moved = [p for p in network.parameters() if p.grad is not None]
-        flat = self.procs.mean_(torch.cat([p.grad.flatten() for p in moved]))
+        updated = [p for p in network.parameters() if p.grad is not None]
+        flat = self.procs.mean_(torch.cat([p.grad.flatten() for p in updated]))
         # The squares too: one that overflows would make Adam's second moment infinite, and its weight would never move.
         bad = 1 - flat.dot(flat).isfinite().float()
-        for p, mean in zip(moved, flat.split([p.numel() for p in moved]), strict=True):
+        for p, mean in zip(updated, flat.split([p.numel() for p in updated]), strict=True):
             p.grad = mean.view_as(p)
         optimizer.found_inf = bad  # as torch.amp.GradScaler sets it
         optimizer.step()
-        for buffer, value in self._moves:
+        for buffer, value in self._pending:
             buffer.copy_(torch.where(bad > 0, buffer, value))
-        self._moves.clear()
+        self._pending.clear()
         optimizer.zero_grad(set_to_none=True)
         s.bad_steps[str(phase)] = (s.bad_steps.get(str(phase), 0) + 1) * bad
         s.stats.report(f"Progress/bad_gradients_{phase.network}", bad)
 
-    def move(self, buffer: Tensor, value: Tensor) -> None:
+    def set_after_update(self, buffer: Tensor, value: Tensor) -> None:
         """Set `buffer` to `value` if the update of this phase takes place."""
-        self._moves.append((buffer, value))
+        self._pending.append((buffer, value))
 
     def _check_gradients(self) -> None:
         for name, bad in self.state.bad_steps.items():

@@ -16,9 +16,9 @@ SOURCE = Path(__file__).with_suffix(".cu")
 
 
 class Activation(NamedTuple):
-    """A leaky ReLU: all implementations take its slope as an argument.
+    """A leaky ReLU. The slope is an argument of every kernel: another slope only needs an entry in ACTIVATIONS.
 
-    Another slope is another entry of ACTIVATIONS. Another function also needs a kernel, and a `folded` of its own.
+    Any other function needs new kernels and a new `folded`.
     """
 
     slope: float  # of negative inputs

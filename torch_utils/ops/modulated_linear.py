@@ -19,7 +19,7 @@ from torch_utils.precision import full_precision
 IMPLS = ("auto", "reference", "cuda", "cublas")
 SOURCE = Path(__file__).with_suffix(".cu")
 EPSILON = 1e-8  # added to the squared length by which demodulation divides
-# "auto" takes the own product up to this many inputs. Beyond, the library's faster product gains more than another pass
+# "auto" uses our own kernel up to this many inputs. Beyond, the library's faster product gains more than another pass
 # over the outputs costs: with 600 and 250 TFLOP/s and 3 TB/s, assumed for an H100, from 285 on. Not measured.
 NARROW = 256
 
@@ -42,7 +42,7 @@ def modulated_linear(
 
     impl: "reference" is PyTorch; "cublas" computes w' in one kernel, then PyTorch's product, then the kernel of
         `bias_act`; "cuda", for half types on devices from 8.0 with I and O multiples of 8, computes w' and then the
-        rest in its own product on tensor cores; "auto" chooses "cuda" up to NARROW inputs where it is available,
+        rest in our own tensor-core kernel; "auto" chooses "cuda" up to NARROW inputs where it is available,
         "cublas" elsewhere on CUDA devices, and otherwise as in `torch_utils.build.choose`.
     Raises ValueError when shapes do not match, UserError when the requested implementation is unavailable.
     """
@@ -111,7 +111,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def why_not(kernels: Kernels, dtype: torch.dtype, outputs: int, inputs: int) -> str:
-    """Return why the own product is unavailable, or an empty string."""
+    """Return why our own kernel is unavailable, or an empty string."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"is for half types, not {dtype}"
     if inputs % 8 or outputs % 8 or not inputs:

@@ -1,6 +1,6 @@
 """Conventions of where the pixels of an image are in [0,1].
 
-Another convention is another entry of COORDS. Its positions are evenly spaced and symmetrical about ½.
+To add a convention, add an entry to COORDS. Its positions must be evenly spaced and symmetric about ½ (View.of assumes it).
 """
 
 from collections.abc import Callable
