@@ -132,7 +132,7 @@ class Evaluation:
 
     @torch.no_grad()
     def estimate(self, images: Generated | Given) -> tuple[float, float]:
-        """Return how long measuring will take: seconds for these images, and for the real images, if their statistics are not cached.
+        """Estimate the seconds for these images, and for the real images if their statistics are not cached.
 
         Two batches of each sort are shown to the metrics, and the second one is timed. Raises the UserErrors of
         measuring.

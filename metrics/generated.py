@@ -95,7 +95,10 @@ class GeneratedBatch(Batch):
         return generated.render(self.ws[index : index + 1], shot)
 
     def windows(self, boxes: list[tuple[float, float, float, float]]) -> Tensor:
-        """Render one window (x0, y0, x1, y1) of each image, in fractions of its sides: uint8 [N,C,H,W] of the size trained at."""
+        """Render one window (x0, y0, x1, y1) of each image, in fractions of its sides.
+
+        Returns uint8 [N,C,H,W] of the training size.
+        """
         generated = self.generated
         rendered = [
             generated.render(w, Shot(generated.native, window=box))

@@ -36,7 +36,8 @@ MOST_FEATURES = 200_000  # real images whose features are kept for kid and pr: 1
 class Family(NamedTuple):
     """Metrics that differ in their numbers alone."""
 
-    pattern: str  # name template: # is the number of images, [_#] is dropped at the default, _? is _ unless the number ends in k
+    # A template of the name: # is the number of images, [_#] is dropped at the default, _? is _ unless it ends in k.
+    pattern: str
     tasks: Callable[["Metric", Inputs], list[Task]]  # raises UserError for inputs that are insufficient or unfit
     tool: Callable | None = None  # (device, folder of weights) -> the network that looks at the images
     reals: bool = False  # compares with real images: all when the name ends in _full, else as many as the number

@@ -99,8 +99,8 @@ def new_state(config: RunConfig, device: torch.device) -> TrainState:
 
 
 def _adam(network: nn.Module, lr: float, optim: OptimConfig, phases: list[Phase]) -> torch.optim.Adam:
-    # A lazy term adds updates. Scale the learning rate by the steps per update, k/(k+1) for one term every k steps, and
-    # raise the betas to that power (StyleGAN2, appendix B).
+    # A lazy term adds updates. Scale the learning rate by the steps per update, k/(k+1) for one term every k steps,
+    # and raise the betas to that power (StyleGAN2, appendix B).
     cycle = math.lcm(*(phase.interval for phase in phases))
     share = cycle / sum(cycle // phase.interval for phase in phases)
     betas = (float(optim.beta1**share), float(optim.beta2**share))

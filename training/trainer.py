@@ -3,8 +3,8 @@
 Legend: N images of a micro-batch, z latents, c labels. A step takes one batch of real images over all processes.
 
 Randomness is a function of (seed, step). Every rank samples that of the whole batch and uses its own part: image i
-belongs to rank i mod world and to micro-batch i mod M, where M counts those of all ranks. So the split of a batch changes only
-the order of float additions; minibatch-std groups stay whole (see minibatch_std).
+belongs to rank i mod world and to micro-batch i mod M, where M counts those of all ranks. So the split of a batch
+changes only the order of float additions; minibatch-std groups stay whole (see minibatch_std).
 """
 
 import contextlib

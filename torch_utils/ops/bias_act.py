@@ -16,7 +16,7 @@ SOURCE = Path(__file__).with_suffix(".cu")
 
 
 class Activation(NamedTuple):
-    """A leaky ReLU. The slope is an argument of every kernel: another slope only needs an entry in ACTIVATIONS.
+    """A leaky ReLU. The slope is an argument of every kernel: another one only needs an entry in ACTIVATIONS.
 
     Any other function needs new kernels and a new `folded`.
     """

@@ -1,6 +1,7 @@
 """Conventions of where the pixels of an image are in [0,1].
 
-To add a convention, add an entry to COORDS. Its positions must be evenly spaced and symmetric about ½ (View.of assumes it).
+To add a convention, add an entry to COORDS. Its positions must be evenly spaced and symmetric about ½, as View.of
+assumes.
 """
 
 from collections.abc import Callable
