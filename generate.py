@@ -1,4 +1,4 @@
-"""Render images and films of a trained generator: any size, any window, any transform."""
+"""Render images and videos of a trained generator: any size, any window, any transform."""
 
 import math
 import re
@@ -24,7 +24,7 @@ MAX_SIDE = 10**7  # pixels; a square of it would take 300 TB
 def image_size(
     trained: tuple[int, int], size: str | None, scale: float | None, window: tuple[float, ...]
 ) -> tuple[int, int]:
-    """Return (height, width) from --size or --scale; by default, the window's longer side has the pixels trained at.
+    """Return (height, width) from --size or --scale; by default, the window's longer side has the training size.
 
     Raises UserError.
     """
@@ -56,10 +56,10 @@ def image_size(
     help="A name in models/, a network-snapshot-*.safetensors, or a released .pkl.  "
     "[default: emoji-people, or else the first name in models/]",
 )
-@click.option("--seeds", metavar="0-3,7", help="One image for each seed; the stops of a film.")
+@click.option("--seeds", metavar="0-3,7", help="One image for each seed; the stops of a video.")
 @click.option("--outdir", metavar="DIR", help="Where seed0000.png … are written.")
 @click.option("--grid", metavar="FILE.png", help="All images in one file, row by row; or .webp, .tif, .dzi.")
-@click.option("--columns", type=click.IntRange(min=1), help="Of --grid.  [default: nearly square]")
+@click.option("--columns", type=click.IntRange(min=1), help="Columns of --grid.  [default: nearly square]")
 @click.option(
     "--trunc", type=float, default=1, show_default=True, help="Truncation ψ: 1 is the full variety, 0 the average."
 )
@@ -70,9 +70,9 @@ def image_size(
     metavar="C[,C…]",
     help="Classes of the seeds, in turn: 2, or a blend such as 2:0.3+5:0.7.  [default: seed mod number of classes]",
 )
-@click.option("--mix", multiple=True, metavar="SEED:STYLES", help="Take these styles from another seed, e.g. 7:4-8.")
-@click.option("--size", metavar="WxH", help="Size in pixels.  [default: that trained at]")
-@click.option("--scale", type=click.FloatRange(min=0, min_open=True), help="Size as a multiple of that trained at.")
+@click.option("--mix", multiple=True, metavar="SEED:STYLES", help="Use these styles of another seed, e.g. 7:4-8.")
+@click.option("--size", metavar="WxH", help="Size in pixels.  [default: the training size]")
+@click.option("--scale", type=click.FloatRange(min=0, min_open=True), help="Size as a multiple of the training size.")
 @click.option(
     "--fit",
     type=click.Choice(list(FITS)),
@@ -84,18 +84,18 @@ def image_size(
 @click.option("--translate", metavar="X,Y", help="Move the image right and down, in units of its longer side.")
 @click.option("--rotate", metavar="DEGREES", help="Rotate the image counter-clockwise.")
 @click.option("--zoom", metavar="FACTOR", help="Magnify the image about its centre.")
-@click.option("--exact", is_flag=True, help="Compute rotated pixels exactly, some hundred times slower.")
+@click.option("--exact", is_flag=True, help="Compute rotated pixels exactly, about a hundred times slower.")
 @click.option(
-    "--supersample", type=click.IntRange(1, 64), default=1, show_default=True, help="K² samples averaged per pixel."
+    "--supersample", type=click.IntRange(1, 64), default=1, show_default=True, help="Average K² samples per pixel."
 )
 @click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the matrix products."
+    "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Type of the matrix products."
 )
 @click.option("--tile", type=click.IntRange(1, 2**14), help="Side of a tile in pixels.  [default: by device]")
-@click.option("--format", type=click.Choice(list(FORMATS)), help="Of images.  [default: png, tiff for large ones]")
+@click.option("--format", type=click.Choice(list(FORMATS)), help="Image format.  [default: png, tiff for large ones]")
 @click.option("--resume", is_flag=True, help="Continue an interrupted call.")
 @click.option(
-    "--video", metavar="FILE.mp4", help="A film through the seeds; A:B makes a path of --window, --zoom, …, e.g. 1:50."
+    "--video", metavar="FILE.mp4", help="A video through the seeds; A:B makes a path of --window, --zoom, …, e.g. 1:50."
 )
 @click.option("--w-frames", type=click.IntRange(min=1), default=60, show_default=True, help="Frames for each seed.")
 @click.option("--fps", type=click.FloatRange(min=0, min_open=True), default=30, show_default=True)
@@ -105,7 +105,7 @@ def main(
     context, network, seeds, outdir, grid, columns, video, w_frames, fps, format, resume, trunc, trunc_cutoff, classes,
     mix, size, scale, window, translate, rotate, zoom, dtype, **shot,
 ):  # fmt: skip
-    """Render images and films of a trained generator.
+    """Render images and videos of a trained generator.
 
     \b
     python generate.py --network=net.safetensors --seeds=0-7 --outdir=out
@@ -115,17 +115,17 @@ def main(
     python generate.py --network=net.safetensors --seeds=3 --size=40000x40000 --format=dzi --outdir=out
     python generate.py --network=net.safetensors --seeds=0-3 --zoom=1:8 --video=out/walk.mp4
 
-    With several GPUs or machines, start the same command with torchrun: the files are the same.
+    With several GPUs or machines, start the same command with torchrun; it writes the same files.
     """
     if context.invoked_subcommand:
         return
     names = network_names()
     if network is None and not names:
-        raise UserError("--network is missing, and models/ holds none; give a network-snapshot-*.safetensors of a run")
+        raise UserError("--network is missing, and models/ is empty; give a network-snapshot-*.safetensors of a run")
     if not seeds:
         raise UserError("--seeds is missing; see generate.py --help")
     if sum(map(bool, (outdir, grid, video))) != 1:
-        raise UserError("give one of --outdir, for images, --grid, for all in one, and --video, for a film")
+        raise UserError("give one of --outdir (separate images), --grid (all in one file) and --video")
     if columns and not grid:
         raise UserError("--columns belongs to --grid; give --grid=FILE.png as well")
     if not math.isfinite(trunc):
@@ -134,9 +134,9 @@ def main(
     seeds = parse_seeds(seeds)
     styles = Styles(trunc, trunc_cutoff, classes.split(",") if classes else [], mix)
     if video and not (camera.moves or len(seeds) > 1):
-        raise UserError("the film would stand still; give several --seeds, or a path, for example --zoom=1:50")
+        raise UserError("the video would not move; give several --seeds, or a path, for example --zoom=1:50")
     if not video and camera.moves:
-        raise UserError("a path A:B is for films; add --video, or give single values")
+        raise UserError("a path A:B is for videos; add --video, or give single values")
     with processes() as group:
         say = click.echo if group.is_first else lambda line: None
         if network is None:
@@ -144,7 +144,7 @@ def main(
             say(f"--network={network}; models/ holds {', '.join(names)}")
         G = load_generator(network, group.device)
         if G.config.c_dim and not classes:
-            say(f"{network} is conditional: seed i takes class i mod {G.config.c_dim}; choose with --class")
+            say(f"{network} is conditional: seed i gets class i mod {G.config.c_dim}; choose with --class")
         if dtype == "fp16" and group.device.type == "cpu":
             raise UserError("--dtype=fp16 is for GPUs; use bf16 or fp32 on a CPU")
         shot = Shot(image_size(G.config.img_shape, size, scale, camera.window[0]), **shot)
@@ -168,7 +168,7 @@ def convert(source, dest):
     G = load_generator(source)
     save_generator(G, dest)
     height, width = G.config.img_shape
-    click.echo(f"{dest}: a generator of {width}x{height}, {sum(p.numel() for p in G.parameters()):,} parameters")
+    click.echo(f"{dest}: a generator of {width}x{height} images, {sum(p.numel() for p in G.parameters()):,} parameters")
 
 
 if __name__ == "__main__":

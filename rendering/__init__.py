@@ -1,4 +1,4 @@
-"""Any size, any window, any transform: a generator's images as functions of position.
+"""Render a generator's images as functions of position: any size, any window, any transform.
 
 image = rendering.render(G, ws, Shot(size=(2160, 4096)))
 for box, colours in rendering.tiles(G, ws, Shot(size=(65536, 65536))): ...
@@ -26,14 +26,14 @@ def tiles(
 ) -> Iterator[tuple[Box, Tensor]]:
     """Yield (box, colours [N,C,h,w] about [-1,1]) until the image is complete; memory does not grow with its size.
 
-    ws: [N,num_ws,w_dim], N images at once. shot: by default the image trained at. dtype: of the matrix products, by
-    default that of G; torch.bfloat16, float16 (GPUs) or float64. Raises UserError.
+    ws: [N,num_ws,w_dim], N images at once. shot: by default, the whole image at its training size. dtype: of the
+    matrix products, by default the dtype of G; torch.bfloat16, float16 (GPUs) or float64. Raises UserError.
     """
     return render_tiles(G, ws, Tiling.of(G, shot or Shot()), dtype=dtype)
 
 
 def render(G: Generator, ws: Tensor, shot: Shot | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Return [N,C,H,W], colours about [-1,1], on the device of ws. Arguments and errors are those of `tiles`."""
+    """Return [N,C,H,W], colours about [-1,1], on the device of ws. Arguments and errors as in `tiles`."""
     tiling = Tiling.of(G, shot or Shot())
     image = None
     for box, colours in render_tiles(G, ws, tiling, dtype=dtype):

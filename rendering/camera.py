@@ -1,4 +1,4 @@
-"""Moves the window and the transform of a Shot along paths."""
+"""Move the window and the transform of a Shot along paths."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Stop = tuple[float, ...]
 
 
 def parse_number(text: str) -> float | None:
-    """Return a finite number, or None for other texts."""
+    """Return a finite number, or None for any other text."""
     try:
         value = float(text)
     except ValueError:
@@ -35,7 +35,7 @@ def parse_path(name: str, text: str, count: int, example: str) -> list[Stop]:
 
 
 def follow(path: list[Stop], t: float, between: Callable[[Stop, Stop, float], Stop]) -> Stop:
-    """Return the point of `path` at t in [0,1]; each leg takes the same time and runs as between(a, b, t)."""
+    """Return the point of `path` at t in [0,1]; each leg takes the same time and is between(a, b, t)."""
     leg = min(int(t * (len(path) - 1)), len(path) - 2)
     return path[0] if len(path) == 1 else between(path[leg], path[leg + 1], t * (len(path) - 1) - leg)
 
@@ -49,7 +49,7 @@ def geometric(a: Stop, b: Stop, t: float) -> Stop:
 
 
 def approach(a: Stop, b: Stop, t: float) -> Stop:
-    """Zoom from window a to window b at a constant rate, about the point that both show in the same place."""
+    """Zoom from window a to window b at a constant rate, about the point that both show at the same position."""
     edges = []
     for low, high in ((0, 2), (1, 3)):
         before, after = a[high] - a[low], b[high] - b[low]
@@ -96,7 +96,7 @@ class Camera(NamedTuple):
 
     @property
     def closes(self) -> bool:
-        """Return whether the path ends where it begins, up to full turns."""
+        """Return whether the path ends where it starts, up to full turns."""
         turns = (self.rotate[-1][0] - self.rotate[0][0]) % 360 == 0
         return self.moves and turns and all(path[0] == path[-1] for path in (self.window, self.translate, self.zoom))
 

@@ -1,4 +1,4 @@
-"""Renders images of any size, a tile at a time.
+"""Render images of any size, a tile at a time.
 
 Block by block (most images are one), lines are computed once, in pieces; then pixels, in tiles that stay in the
 processor's cache. The cuts of blocks, pieces and tiles depend on the image alone, and one thread computes each. So any
@@ -26,20 +26,20 @@ from torch_utils.precision import full_precision
 from training.networks import Generator
 
 # The side of a tile in samples (benchmarks/rendering.py compares sizes): on a CPU the widest features of a tile, 128
-# channels, are 2 MB. Points have lines of their own, 14 KB each with the paper's widths.
+# channels, are 2 MB. Each point has its own lines, 14 KB with the paper's widths.
 TILE = {"cpu": 64, "cuda": 1024}
 POINTS_TILE = {"cpu": 32, "cuda": 256}
-# Positions · thickness of a line that are computed together; on a GPU, some 400 MB with the paper's widths.
+# Positions · thickness of a line, computed together; on a GPU, about 400 MB with the paper's widths.
 PIECE = {"cpu": 1024, "cuda": 65536}
 BLOCK = 16384  # samples along a block's side: 2 · 118 MB of lines with the paper's widths
 POINTS_BLOCK = 1024
-# Of the matrix products; sums of lines, features and colours are float32 at least.
+# Types of the matrix products; sums of lines, features and colours are at least float32.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """A View cut into blocks, tiles (sides in pixels) and pieces of lines (in pixels).
+    """A View, split into blocks, tiles (sides in pixels) and pieces of lines (in pixels).
 
     Tiles are numbered row by row over the whole image.
     """
@@ -58,7 +58,7 @@ class Tiling:
         tile = shot.tile
         if tile is None:
             tile = max(1, (POINTS_TILE if view.field else TILE)[device] // shot.supersample)
-            # Four tiles at least on a CPU, so that two cores share the work of a small image.
+            # At least four tiles on a CPU, so that two cores share the work of a small image.
             while device == "cpu" and tile > 16 and view.size[0] * view.size[1] < 4 * tile * tile:
                 tile //= 2
         block = (POINTS_BLOCK if view.field else BLOCK) // shot.supersample
@@ -95,8 +95,8 @@ def render_tiles(
 ) -> Iterator[tuple[Box, Tensor]]:
     """Yield (box, finish(colours [N,C,h,w] about [-1,1], float32 or float64)) for every tile.
 
-    ws: [N,num_ws,w_dim]. dtype: of the matrix products, by default that of G. only: for each tile, whether it is
-    wanted. finish: runs in the threads that render. impl: of rendering.pixel_path, by default that of G.
+    ws: [N,num_ws,w_dim]. dtype: of the matrix products, by default the dtype of G. only: for each tile, whether
+    to render it. finish: runs in the threads that render. impl: of rendering.pixel_path, by default as in G.
     Raises UserError for other shapes or dtypes.
     """
     if only is not None and len(only) != tiling.tiles:
@@ -128,7 +128,7 @@ def fold(
     """Return G folded for each of ws [N,num_ws,w_dim]. Raises UserError for other shapes or dtypes."""
     expected = (G.config.num_ws, G.config.w_dim)
     if ws.ndim != 3 or ws.shape[1:] != expected or not len(ws):
-        raise UserError(f"ws must be [N,{expected[0]},{expected[1]}], as G.mapping makes it; got {list(ws.shape)}")
+        raise UserError(f"ws must be [N,{expected[0]},{expected[1]}], as G.mapping returns it; got {list(ws.shape)}")
     own = G.synthesis.lines.input.weight.dtype
     dtype = dtype or own
     if dtype not in DTYPES.values():
@@ -176,7 +176,7 @@ class GridBlock:
 
 
 class FieldBlock:
-    """Samples of the lines around a block whose pixels have rows and columns of their own; none where exact."""
+    """Samples of the lines around a block in which every pixel has its own row and column; none if exact."""
 
     def __init__(self, networks: list[FoldedGenerator], tiling: Tiling, block: Box, wanted: list[Box], imap: Callable):
         self.networks, self.view = networks, tiling.view
@@ -196,9 +196,9 @@ def render_points(
 ) -> Tensor:
     """Render single points: ws [N,num_ws,w_dim], x and y float [...] -> colours about [-1,1], [N,C,...].
 
-    x, y: to the right and down, in fractions of the image trained at, which the network continues beyond [0,1].
-    `exact` and `dtype` as in Shot and `render`. Points that share a position on a line share its cost. Memory, besides
-    x, y and the result, is bounded. Raises UserError for other shapes or positions that are not finite.
+    x, y: to the right and down, in fractions of the training image, which the network continues beyond [0,1].
+    `exact` and `dtype` as in Shot and `render`. Points that share a position on a line share its cost. Memory is
+    bounded, apart from x, y and the result. Raises UserError for other shapes or positions that are not finite.
     """
     if x.shape != y.shape or not (x.is_floating_point() and y.is_floating_point()) or not x.numel():
         raise UserError(
@@ -222,7 +222,7 @@ def render_points(
 
 
 def sample_lines(networks: list[FoldedGenerator], x: Tensor, y: Tensor, imap: Callable) -> list[tuple]:
-    """Return points.Samples of (rows, columns) around x, y for each network, or None where exact points cost less."""
+    """Return points.Samples of (rows, columns) around x, y for each network, or None if exact points cost less."""
     grids = [points.Spread.of(t).grid() for t in (y, x)]
     piece = max(1, PIECE[networks[0].device.type] // networks[0].thickness)
     work = []
@@ -249,7 +249,7 @@ def sample_lines(networks: list[FoldedGenerator], x: Tensor, y: Tensor, imap: Ca
 
 
 def workers(device: torch.device) -> Callable:
-    """Return imap(f, items), which yields f(item) in order, from as many threads as torch would use on a CPU."""
+    """Return imap(f, items), which yields f(item) in order, computed by as many threads as torch would use on a CPU."""
     if device.type != "cpu":
         return map
     count = torch.get_num_threads()
@@ -264,7 +264,7 @@ def workers(device: torch.device) -> Callable:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
-        finally:  # left early, or by an error
+        finally:  # also when left early or by an error
             for task in running:
                 task.cancel()
             wait(running)
@@ -274,21 +274,21 @@ def workers(device: torch.device) -> Callable:
 
 @functools.lru_cache
 def threads(pid: int, count: int) -> ThreadPoolExecutor:
-    """Start `count` threads in process `pid`, each computing alone: a tile's matrices are too small to share.
+    """Start `count` threads in process `pid`, each single-threaded: a tile's matrices are too small to share.
 
-    They are kept, because their libraries' buffers take longer to set up than a small image takes to render.
+    The threads are kept: setting up the buffers of their libraries takes longer than rendering a small image.
     """
     before = torch.get_num_threads()
     started = threading.Barrier(count + 1)
 
     def alone():
         torch.set_num_threads(1)
-        torch.get_num_threads()  # makes it last: a thread's first operation takes over the process's setting
+        torch.get_num_threads()  # makes it persist: a thread's first operation adopts the process's setting
         started.wait()
 
     pool = ThreadPoolExecutor(count)
     for _ in range(count):
         pool.submit(alone)
     started.wait()
-    torch.set_num_threads(before)  # for this thread and those to come
+    torch.set_num_threads(before)  # for this thread and later ones
     return pool

@@ -1,6 +1,6 @@
-"""The position of every pixel: what is asked for (Shot) and where its pixels are (View).
+"""The position of every pixel: what to render (Shot) and where its pixels are (View).
 
-Positions are fractions of the image trained at: x runs to the right and y down, [0,1] is that image, and the network
+Positions are fractions of the training image: x runs to the right and y down, [0,1] is that image, and the network
 continues it beyond. They are float64: at zoom 100,000, neighbouring pixels of a 512² window differ by 2e-8.
 """
 
@@ -29,15 +29,15 @@ FITS = {
 class Shot:
     """What to render of a generator's image, at which size, and how.
 
-    size: (height, width) in pixels, by default that trained at.
-    window: (x0, y0, x1, y1) in fractions of the image trained at.
-    fit: what to show when the window has another shape than the size. "crop": the largest part of the window with that
+    size: (height, width) in pixels; by default, the training size.
+    window: (x0, y0, x1, y1) in fractions of the training image.
+    fit: what to show if the window and the size differ in shape. "crop": the largest part of the window with that
         shape; "extend": the whole window and what surrounds it; "stretch": exactly the window, with oblong pixels.
     transform: a matrix or a field of rendering.transforms.
     supersample: K averages K² samples of each pixel.
     exact: for transforms that mix rows and columns. False interpolates between dense samples of the lines (errors:
-        docs/rendering.md); True computes the lines of every pixel, some hundred times slower.
-    tile: side of a tile in pixels, by default what suits the device.
+        docs/rendering.md); True computes the lines of every pixel, about a hundred times slower.
+    tile: side of a tile in pixels; the default depends on the device.
     Raises UserError for values out of range.
     """
 
@@ -116,7 +116,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """The position of every pixel: pixel (i, j) shows y = rows[i], x = cols[j], or field(x, y) where there is one.
+    """The position of every pixel: pixel (i, j) shows y = rows[i], x = cols[j], or field(x, y) if there is one.
 
     With `transposed` it shows x = rows[i], y = cols[j], which a quarter turn needs.
     """
@@ -128,7 +128,7 @@ class View:
 
     @classmethod
     def of(cls, config: GeneratorConfig, shot: Shot) -> "View":
-        """Resolve `shot` for a generator. Raises UserError where float64 cannot tell neighbouring pixels apart."""
+        """Resolve `shot` for a generator. Raises UserError if float64 cannot resolve neighbouring pixels."""
         size = shot.size or config.img_shape
         x0, y0, x1, y1 = map(float, shot.window)
         # In units of the longer side, about the centre of the image, pixels are square.
@@ -151,11 +151,11 @@ class View:
             view = cls(rows, cols, field=field)
         for axis in (view.rows, view.cols):
             last = axis.first + (axis.count - 1) * axis.step
-            # float64 tells positions 2⁻⁵² apart; `not >=` catches infinite ends too.
+            # float64 resolves differences of 2⁻⁵²; `not >=` catches infinite ends too.
             if not abs(axis.step) / max(1, abs(axis.first), abs(last)) >= 2**-46:
                 raise UserError(
-                    f"the pixels around {axis.first:g} are {abs(axis.step):.0e} sides apart, and float64 cannot tell "
-                    "them; choose a larger window or another transform"
+                    f"the pixels around {axis.first:g} are {abs(axis.step):.0e} sides apart, and float64 cannot "
+                    "resolve them; choose a larger window or another transform"
                 )
         return view
 

@@ -1,4 +1,4 @@
-"""Renders into files: processes share the tiles or frames, and interrupted work can be resumed."""
+"""Render into files: processes share the tiles or frames, and interrupted work can be resumed."""
 
 import contextlib
 import math
@@ -26,9 +26,9 @@ from training.networks import Generator
 
 @dataclass(frozen=True)
 class Job:
-    """What to render: the images of `seeds`, seen by `camera`, as `shot` says (its size given).
+    """What to render: the images of `seeds`, seen by `camera`, with the size and options of `shot`.
 
-    network: a digest of G's file, which `resume` compares as everything else here. dtype: a key of DTYPES.
+    network: a digest of G's file. `resume` compares it, like all other fields. dtype: a key of DTYPES.
     """
 
     G: Generator
@@ -41,7 +41,7 @@ class Job:
     resume: bool = False
 
     def settings(self, **more: object) -> dict:
-        """Return all that the bytes depend on, as JSON values."""
+        """Return everything that the bytes depend on, as JSON values."""
         shot = self.shot
         return {
             "network": self.network,
@@ -59,7 +59,7 @@ class Job:
         }
 
     def tiling(self, t: float = 0) -> Tiling:
-        """Return where the pixels are at t in [0,1] of the camera's path. Raises UserError."""
+        """Return the positions of the pixels at t in [0,1] of the camera's path. Raises UserError."""
         return Tiling.of(self.G, self.camera.aim(self.shot, t))
 
     def render(self, ws: Tensor, tiling: Tiling, only: np.ndarray | None = None) -> Iterator[tuple[Box, np.ndarray]]:
@@ -88,7 +88,7 @@ def write_images(job: Job, group: Processes, outdir: Path, format: str | None = 
     suffix = FORMATS[format or choose_format(job.shot.size)].suffix
     classes, ws = job.styles.choose_classes(job.G, job.seeds), job.styles.map(job.G, job.seeds)
     numbers = list({seed: i for i, seed in enumerate(job.seeds)}.values())  # a seed given twice is one file
-    if len(numbers) >= group.world:  # an image each, or else a part of each image
+    if len(numbers) >= group.world:  # whole images for each process, else a part of each image
         numbers, group = numbers[group.rank :: group.world], Processes(0, 1, group.device)
     total = len(numbers) * height * width // group.world
     with progress(None, desc=f"{width}x{height}", total=total, unit="px", scale=True) as bar:
@@ -100,7 +100,7 @@ def write_images(job: Job, group: Processes, outdir: Path, format: str | None = 
 def write_grid(job: Job, group: Processes, path: Path, columns: int | None = None) -> None:
     """Write the images of all seeds into one file, row by row. Raises UserError.
 
-    Without `columns`, nearly as many pixels high as wide. Cells that are left over in the last row stay black.
+    Without `columns`, the grid is nearly as high as wide. Empty cells in the last row are black.
     """
     height, width = job.shot.size
     count = len(job.seeds)
@@ -113,7 +113,7 @@ def write_grid(job: Job, group: Processes, path: Path, columns: int | None = Non
 
 
 def write_sheet(job: Job, group: Processes, ws: Tensor, columns: int, path: Path, bar, details: dict) -> None:
-    """Render ws [N,num_ws,w_dim] into the file `path`, `columns` images a row. details: more settings."""
+    """Render ws [N,num_ws,w_dim] into the file `path`, `columns` images per row. details: more settings."""
     height, width = job.shot.size
     tiling = job.tiling()
     tiles = len(ws) * tiling.tiles
@@ -125,7 +125,7 @@ def write_sheet(job: Job, group: Processes, ws: Tensor, columns: int, path: Path
         tiles=tiles,
     )
     with shared(canvas, group, job.resume) as numbers:
-        bar.update(max(0, tiles // group.world - len(numbers)) * tiling.tile**2)  # done before
+        bar.update(max(0, tiles // group.world - len(numbers)) * tiling.tile**2)  # finished earlier
         mine = np.zeros((len(ws), tiling.tiles), bool)
         mine.flat[numbers] = True
         for i in np.flatnonzero(mine.any(1)):
@@ -136,7 +136,7 @@ def write_sheet(job: Job, group: Processes, ws: Tensor, columns: int, path: Path
 
 
 def write_film(job: Job, group: Processes, path: Path, frames: int, fps: float) -> None:
-    """Write a film of `frames` frames for each seed: a loop through the styles, while the camera follows its path.
+    """Write a video with `frames` frames per seed: a loop through the styles, while the camera follows its path.
 
     Raises UserError.
     """

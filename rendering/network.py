@@ -16,11 +16,11 @@ from training.networks.pixels import FUSION_GAIN
 
 
 class FoldedGenerator:
-    """Renders the image of w [num_ws,w_dim]: `line` for its rows and columns, then `pixels`.
+    """Render the image of w [num_ws,w_dim]: `line` for its rows and columns, then `pixels`.
 
     dtype: of the matrix products in the layers; sums of lines, features and colours are at least float32.
     imap: maps a function over the layers to fold them (see engine.workers).
-    impl: as in rendering.pixel_path; by default, that of G.
+    impl: as in rendering.pixel_path; by default, as in G.
     """
 
     def __init__(self, G: Generator, w: Tensor, dtype: torch.dtype, imap: Callable = map, impl: str | None = None):
@@ -35,9 +35,9 @@ class FoldedGenerator:
         self.pixels = PixelPath([layer.to(dtype) for layer in pixel_layers], impl=impl, imap=imap)
 
     def line(self, axis: int, positions: Tensor) -> Tensor:
-        """float64 [R] -> [K,C,D,R]: lines of rows (axis 0) or columns (axis 1), summed up to each fusion.
+        """Compute float64 [R] -> [K,C,D,R]: lines of rows (axis 0) or columns (axis 1), summed up to each fusion.
 
-        Rows carry FUSION_GAIN, so that a fusion is a plain dot product.
+        Rows include FUSION_GAIN, so a fusion is a plain dot product.
         """
         x = self.input.features(positions) * self.scale[axis]
         sums = self.lines(x.permute(2, 1, 0).flatten(1).to(self.dtype))

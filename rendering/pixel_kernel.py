@@ -1,12 +1,12 @@
-"""From lines to colours in one Triton kernel, for inference on GPUs: a pixel's features never leave the chip.
+"""Compute colours from lines in one Triton kernel, for inference on GPUs: a pixel's features never leave the chip.
 
 Each program renders a tile of pixels: it fuses the lines that cross in it, passes the pixels through all decoders and
 the refinement with weights that stay in the cache, and writes their colours. Products are in the dtype of the weights,
-sums in float32. The widest features are made and consumed in chunks, so that they fit into registers.
+sums in float32. The widest features are computed and consumed in chunks, so that they fit into registers.
 
 Legend: K fusions, C channels, D thickness, H×W pixels, B pixels of a tile, P and OUT: channels and colours, padded to
-powers of two. The weights of all layers are concatenated, as are their biases; `weights` and `biases` point to those
-of the next layer.
+powers of two. The weights of all layers are concatenated, as are their biases; `weights` and `biases` point to
+the next layer.
 """
 
 import math
@@ -37,7 +37,7 @@ def _activate(x, slope, clamp):
 
 @triton.jit
 def _layer(x, weights, biases, slope, clamp, IN: tl.constexpr, OUT: tl.constexpr):
-    """x [B,IN] -> [B,OUT], and the next weights and biases. The weight is stored as [IN,OUT]."""
+    """Map x [B,IN] -> [B,OUT]; return it and the next weights and biases. The weight is stored as [IN,OUT]."""
     inputs, outputs = tl.arange(0, IN), tl.arange(0, OUT)
     weight = tl.load(weights + inputs[:, None] * OUT + outputs[None, :])
     y = tl.dot(x.to(weight.dtype), weight, input_precision="ieee") + tl.load(biases + outputs)[None, :]
@@ -46,7 +46,7 @@ def _layer(x, weights, biases, slope, clamp, IN: tl.constexpr, OUT: tl.constexpr
 
 @triton.jit
 def _two_layers(x, weights, biases, slope, clamp, IN: tl.constexpr, MID: tl.constexpr, OUT: tl.constexpr):
-    """x [B,IN] -> [B,MID] -> [B,OUT], and the next weights and biases. The hidden layer is never materialised."""
+    """Map x [B,IN] -> [B,MID] -> [B,OUT]; return it, and the next weights and biases. Never stores the middle."""
     CHUNK: tl.constexpr = MID if MID < 32 else 32
     inputs, some, outputs = tl.arange(0, IN), tl.arange(0, CHUNK), tl.arange(0, OUT)
     x = x.to(weights.dtype.element_ty)
@@ -62,7 +62,7 @@ def _two_layers(x, weights, biases, slope, clamp, IN: tl.constexpr, MID: tl.cons
 
 @triton.jit
 def _decode(x, weights, biases, slope, P: tl.constexpr):
-    """x [B,P] -> [B,P], and the next weights and biases."""
+    """Map x [B,P] -> [B,P]; return it and the next weights and biases."""
     x, weights, biases = _layer(x, weights, biases, slope, NO_CLAMP, P, 2 * P)
     x, weights, biases = _two_layers(x, weights, biases, slope, NO_CLAMP, 2 * P, 4 * P, 2 * P)
     return _layer(x, weights, biases, slope, NO_CLAMP, 2 * P, P)
@@ -70,7 +70,7 @@ def _decode(x, weights, biases, slope, P: tl.constexpr):
 
 @triton.jit
 def _refine(x, colours, weights, biases, slope, clamp, IN: tl.constexpr, MID: tl.constexpr, OUT: tl.constexpr):
-    """x [B,IN], colours [B,OUT] -> [B,MID], [B,OUT], and the next weights and biases."""
+    """Map x [B,IN], colours [B,OUT] -> [B,MID], [B,OUT]; return them and the next weights and biases."""
     x, weights, biases = _two_layers(x, weights, biases, slope, clamp, IN, MID, MID)
     more, weights, biases = _layer(x, weights, biases, 1.0, clamp, MID, OUT)
     return x, colours + more, weights, biases
@@ -102,7 +102,7 @@ def _render(
     row_stride,  # between neighbours along D
     col_stride,
     fusions,
-    decoders,  # the last fusions, one each; those before are added first
+    decoders,  # one for each of the last fusions; earlier fusions are added first
     slope,
     clamp,
     largest,  # input of the decoders

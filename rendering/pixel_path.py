@@ -1,4 +1,4 @@
-"""From lines to colours, for rendering: fusions, decoders and refinement of the pixels of a window.
+"""Compute colours from lines, for rendering: fusions, decoders and refinement of the pixels of a window.
 
 Legend: K fusions, C channels, D thickness, H×W pixels, P positions.
 """
@@ -20,10 +20,10 @@ failed: set[tuple] = set()  # devices, types and channels for which the kernel d
 class PixelPath:
     """path(rows [K,C,D,H], cols [K,C,D,W]) -> colours [img_channels,H·W], about [-1,1]; all at least float32.
 
-    layers: those of PixelSynthesis.folded, in the dtype of the products.
-    impl: "reference" and "cpp" are those of Chain; "triton", for half types on CUDA devices, is one kernel that keeps
+    layers: from PixelSynthesis.folded, in the dtype of the products.
+    impl: "reference" and "cpp" as in Chain; "triton", for half types on CUDA devices, is one kernel that keeps
         a pixel's features on the chip (pixel_kernel.py); "auto" chooses it there, prints one line if it fails, and
-        otherwise chooses as Chain does. Raises UserError when the requested one is unavailable.
+        otherwise chooses as Chain does. Raises UserError if the requested one is unavailable.
     imap: as in Chain.
     """
 
@@ -61,9 +61,9 @@ class PixelPath:
         return self.decode(fuse(rows, cols), len(rows))
 
     def decode(self, fusions: Iterator[Tensor], count: int) -> Tensor:
-        """`count` fusions [C,P] -> colours [img_channels,P], about [-1,1]."""
+        """Map `count` fusions [C,P] -> colours [img_channels,P], about [-1,1]."""
         x = next(fusions)
-        for _ in range(count - self.terms - 1):  # those that no decoder separates
+        for _ in range(count - self.terms - 1):  # fusions with no decoder in between
             x = x + next(fusions)
         return self.chain(x, fusions)
 

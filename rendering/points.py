@@ -1,7 +1,7 @@
-"""Colours of points anywhere: rotations, lenses, any field of positions.
+"""Compute the colours of points anywhere: rotations, lenses, any field of positions.
 
-A point has its own row and column, so the exact computation takes two positions of lines per point, hundreds of times
-the cost of a pixel of a grid. The fast one computes dense samples of the lines of a region once, and interpolates
+Each point has its own row and column, so the exact computation needs two line positions per point, hundreds of times
+the cost of a pixel of a grid. The fast method computes dense samples of the lines of a region once, and interpolates
 between four neighbours (cubic convolution: Keys, IEEE Trans. ASSP 1981, a = −½).
 
 Legend: C channels, D thickness, K fusions, M samples or R positions of a line, P points.
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from rendering.network import FoldedGenerator
 
-DENSITY = 1024  # samples of a line per side of the image at least; docs/rendering.md has the errors
-FINENESS = 1  # samples per pixel at least
+DENSITY = 1024  # minimum number of samples of a line per side of the image; docs/rendering.md has the errors
+FINENESS = 1  # minimum number of samples per pixel
 LONGEST = 2**15  # samples of a line kept at a time: 235 MB with the paper's widths
 MARGIN = 2  # samples beyond the outermost points, for the neighbours
 
 
 class Samples(NamedTuple):
-    """Lines [M,K,D,C] of one axis at first + m·step, interpolated between."""
+    """Lines [M,K,D,C] of one axis at first + m·step, to interpolate between."""
 
     first: float
     step: float
@@ -56,7 +56,7 @@ class Spread(NamedTuple):
         return cls(t.min().item(), t.max().item(), spacing, t.numel())
 
     def grid(self) -> tuple[float, float, int] | None:
-        """Return (first, step, count) of the samples to interpolate, or None when exact points cost less."""
+        """Return (first, step, count) of the samples to interpolate, or None if exact points cost less."""
         step = min(1 / DENSITY, self.spacing / FINENESS) or 1 / DENSITY
         samples = (self.high - self.low) / step + 1 + 2 * MARGIN
         if samples > min(self.count, LONGEST):
@@ -78,7 +78,7 @@ def lines_at(G: FoldedGenerator, axis: int, t: Tensor, samples: Samples | None) 
 
 
 def colours(G: FoldedGenerator, x: Tensor, y: Tensor, samples: tuple[Samples | None, Samples | None]) -> Tensor:
-    """Return colours [img_channels,P] at x, y float64 [P]. `samples`: of rows and of columns, None for exact lines."""
+    """Return colours [img_channels,P] at x, y float64 [P]. samples: of rows and of columns, None for exact lines."""
     rows, cols = (lines_at(G, axis, t, samples[axis]) for axis, t in enumerate((y, x)))
     fusions = (rows * cols).sum(2).permute(1, 2, 0).contiguous()  # [K,C,P]
     return G.pixels.decode(iter(fusions), len(fusions))

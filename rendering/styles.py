@@ -1,4 +1,4 @@
-"""Turns seeds, classes and mixtures into styles."""
+"""Turn seeds, classes and mixtures into styles."""
 
 import re
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def sample_latent(G: Generator, seed: int) -> Tensor:
-    """Return [1,z_dim], the latent that StyleGAN's tools give this seed."""
+    """Return [1,z_dim], the latent of this seed in StyleGAN's tools."""
     return torch.from_numpy(np.random.RandomState(seed).randn(1, G.config.z_dim)).float()
 
 
@@ -53,10 +53,10 @@ def parse_label(G: Generator, text: str | None) -> Tensor:
 
 
 def parse_mix(text: str, count: int) -> tuple[int, list[int]]:
-    """Return (7, [4, 5, 6]) for "7:4-6": a seed and the styles taken from it, of `count`. Raises UserError."""
+    """Return (7, [4, 5, 6]) for "7:4-6": a seed and the styles to use of it, out of `count`. Raises UserError."""
     match = re.fullmatch(r"(\d{1,10}):([\d,\-]+)", text)
     if not match:
-        raise UserError(f"mix={text}: write a seed and the styles taken from it, for example 7:4-8")
+        raise UserError(f"mix={text}: write a seed and the styles to use of it, for example 7:4-8")
     layers = parse_seeds(match[2])
     if max(layers) >= count:
         raise UserError(f"mix={text}: the network has styles 0 to {count - 1}")
@@ -64,10 +64,10 @@ def parse_mix(text: str, count: int) -> tuple[int, list[int]]:
 
 
 class Styles(NamedTuple):
-    """How seeds become styles.
+    """Settings that turn seeds into styles.
 
-    trunc: truncation ψ. cutoff: how many styles it applies to, by default all. classes: of the first seed, of the
-    second, …, then again from the start; by default seed i takes class i mod c_dim. mix: "SEED:STYLES" each.
+    trunc: truncation ψ. cutoff: how many styles it applies to, by default all. classes: assigned to the
+    seeds in turn; by default seed i gets class i mod c_dim. mix: "SEED:STYLES" each.
     """
 
     trunc: float = 1
@@ -96,7 +96,7 @@ class Styles(NamedTuple):
         return torch.cat(result)
 
     def choose_classes(self, G: Generator, seeds: list[int]) -> list[str | None]:
-        """Return the class of each seed, None of an unconditional G."""
+        """Return the class of each seed, None for an unconditional G."""
         if self.classes:
             return [self.classes[i % len(self.classes)] for i in range(len(seeds))]
         return [str(seed % G.config.c_dim) if G.config.c_dim else None for seed in seeds]

@@ -1,7 +1,7 @@
 """Transforms of images: matrices and fields of positions.
 
-A matrix [3,3], float64, says where content goes: x runs to the right, y down, angles counter-clockwise on the screen,
-all about the image's centre and in units of its longer side. `a @ b` applies b first. A field says where content comes
+A matrix [3,3], float64, gives where content goes: x runs to the right, y down, angles counter-clockwise on the screen,
+all about the image's centre and in units of its longer side. `a @ b` applies b first. A field gives where content comes
 from.
 """
 
@@ -21,7 +21,7 @@ def translation(x: float, y: float) -> Tensor:
 
 
 def rotation(degrees: float) -> Tensor:
-    """Rotate counter-clockwise. Quarter turns are exact, so that rows stay rows or become columns."""
+    """Rotate counter-clockwise. Quarter turns are exact, so rows stay rows or become columns."""
     quarters, rest = divmod(degrees, 90)
     cos, sin = math.cos(math.radians(rest)), math.sin(math.radians(rest))
     for _ in range(int(quarters) % 4):
@@ -35,7 +35,7 @@ def zoom(x: float, y: float | None = None) -> Tensor:
 
 
 def shear(x: float, y: float = 0.0) -> Tensor:
-    """Move what is one side further down by x to the right, and what is one side further right by y down."""
+    """Shear: move content x to the right per side below the centre, and y down per side right of the centre."""
     return torch.tensor([[1, x, 0], [y, 1, 0], [0, 0, 1]], dtype=torch.float64)
 
 

@@ -1,6 +1,6 @@
-"""Files that take long to make: finished parts are kept on disk, and the file appears whole or not at all.
+"""Files that take long to write: finished parts are kept on disk, and the file appears whole or not at all.
 
-What belongs to the unfinished file `out/seed0003.tif` is in the directory `out/seed0003.tif.part`:
+The parts of the unfinished file `out/seed0003.tif` are in the directory `out/seed0003.tif.part`:
 
     job.json    everything that the file depends on; only an equal job may resume
     encoding/   the final file while it is written
@@ -19,10 +19,10 @@ from dnnlib.files import atomic_write
 
 
 class Unfinished:
-    """A file in the making, and which of its parts are missing.
+    """An unfinished file, and which of its parts are missing.
 
-    Several processes may hold it: one starts it, each writes parts that no other writes, inside `with`; after all have
-    left it, one finishes it.
+    Several processes may share it: one starts it, each writes its own parts inside `with`, and one finishes it after
+    all have left.
     """
 
     def __init__(self, path: Path, job: dict):
@@ -31,9 +31,9 @@ class Unfinished:
         self.folder = path.with_name(path.name + ".part")
 
     def start(self, resume: bool) -> None:
-        """Make the directory, or keep that of an equal job if `resume`.
+        """Create the directory or, with `resume`, keep the directory of an equal job.
 
-        Raises UserError when it cannot be written, or the one to resume is of another job or broken.
+        Raises UserError if it cannot be written, or if the directory to resume is broken or of another job.
         """
         if self.path.is_dir():
             raise UserError(f"cannot write {self.path}: a directory has this name; choose another one, or remove it")
@@ -68,7 +68,7 @@ class Unfinished:
                 a, b = (json.dumps(values[key])[:100] if key in values else "not given" for values in (then, now))
                 raise UserError(
                     f"cannot resume {self.path}: it was started with {key} = {a}, and now {key} is {b}; "
-                    "use the settings of then, or start anew without resume"
+                    "use the original settings, or start over without resume"
                 )
 
     @property
@@ -77,7 +77,7 @@ class Unfinished:
         raise NotImplementedError
 
     def encode(self, folder: Path) -> Path:
-        """Write the final file into `folder`. Returns its path. Raises UserError when the disk is full."""
+        """Write the final file into `folder` and return its path. Raises UserError when the disk is full."""
         raise NotImplementedError
 
     def __enter__(self):
@@ -90,7 +90,7 @@ class Unfinished:
     def finish(self) -> None:
         """Encode the file, give it its name and remove the directory.
 
-        Raises UserError when it cannot be written: all parts are kept then, and the former file of this name too.
+        Raises UserError if it cannot be written; all parts and any earlier file of this name are then kept.
         """
         if len(self.missing):
             raise ValueError(f"{self.path}: {len(self.missing)} parts are missing, the first is {self.missing[0]}")
@@ -101,7 +101,7 @@ class Unfinished:
                 folder.mkdir()
                 self.publish(self.encode(folder))
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)  # on a full disk, the room that the next attempt needs
+            shutil.rmtree(folder, ignore_errors=True)  # on a full disk, the next attempt needs this space
             raise
 
     def publish(self, encoded: Path) -> None:
@@ -112,7 +112,7 @@ class Unfinished:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the directory, if any. What a kill leaves of it can be started anew: marks go first, job.json last."""
+        """Remove the directory, if any. After a kill, the rest can be started over: marks go first, job.json last."""
         order = {"done": 0, "job.json": 2}
         if self.folder.exists():
             for entry in sorted(self.folder.iterdir(), key=lambda entry: order.get(entry.name, 1)):
@@ -129,12 +129,12 @@ class Unfinished:
 
     def interrupted(self, reason: str) -> UserError:
         return UserError(
-            f"cannot write {self.path}: {reason}; what is finished is kept in {self.folder}, "
-            "so make room (or fix what else is wrong) and resume"
+            f"cannot write {self.path}: {reason}; finished parts are kept in {self.folder}, "
+            "so free some space (or fix the cause) and resume"
         )
 
     def broken(self, reason: str) -> UserError:
-        return UserError(f"cannot resume {self.path}: {self.folder} is broken, {reason}; start anew without resume")
+        return UserError(f"cannot resume {self.path}: {self.folder} is broken, {reason}; start over without resume")
 
 
 def sync(path: Path) -> None:

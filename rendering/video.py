@@ -1,4 +1,4 @@
-"""Films: every frame is finished as a lossless file, `000000.png` and so on in the directory of unfinished.py."""
+"""Videos: every frame is kept as a lossless file, `000000.png` and so on, in the directory of unfinished.py."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +12,7 @@ from rendering.unfinished import Unfinished
 
 SIDE = 16384  # the limit of libx264
 CRF = 18  # constant quality: 18 is hard to tell from the source, 23 is libx264's default, -6 doubles the file
-THREADS = 4  # the bytes of H.264 depend on the number of threads, so it does not follow the machine
+THREADS = 4  # fixed, because the bytes of H.264 depend on the number of threads
 
 
 def import_av():
@@ -21,7 +21,7 @@ def import_av():
         import av
         import av.video.reformatter
     except (ImportError, OSError) as error:
-        raise UserError(f"writing films needs PyAV ({error}); install it with: pip install av") from error
+        raise UserError(f"writing videos needs PyAV ({error}); install it with: pip install av") from error
     return av
 
 
@@ -29,7 +29,7 @@ class Film(Unfinished):
     """An MP4 file to be filled by frames."""
 
     def __init__(self, path: Path, job: dict, *, size: tuple[int, int], channels: int, frames: int, fps: float):
-        """Describe a film of size = (height, width) and `fps` frames per second, touching nothing.
+        """Describe a video of size = (height, width) and `fps` frames per second, touching nothing.
 
         job: plain JSON values, everything that the frames depend on. Raises UserError when H.264 cannot hold it.
         """
@@ -37,14 +37,16 @@ class Film(Unfinished):
         self.size, self.channels, self.frames, self.fps = size, channels, frames, fps
         height, width = size
         if path.suffix != ".mp4":
-            raise UserError(f"{path}: films are MP4 files; choose a name that ends in .mp4")
+            raise UserError(f"{path}: videos are MP4 files; choose a name that ends in .mp4")
         if channels not in (1, 3):
-            raise UserError(f"a film has 1 channel (grey) or 3 (RGB) and no alpha; this one would have {channels}")
+            raise UserError(f"a video has 1 channel (grey) or 3 (RGB) and no alpha; this one would have {channels}")
         if height % 2 or width % 2:
             even = f"{max(2, width - width % 2)}x{max(2, height - height % 2)}"
-            raise UserError(f"a film needs even sides, and {width}x{height} has an odd one; choose {even}")
+            raise UserError(f"a video needs even sides, and {width}x{height} has an odd one; choose {even}")
         if max(size) > SIDE:
-            raise UserError(f"a film of {width}x{height} pixels cannot be written; H.264 ends at {SIDE} per side")
+            raise UserError(
+                f"a video of {width}x{height} pixels cannot be written; H.264 allows at most {SIDE} per side"
+            )
         if not 0 < fps < 1000:
             raise UserError(f"{fps} frames per second cannot be played; choose for example 30")
         import_av()
@@ -67,7 +69,7 @@ class Film(Unfinished):
             image.save(temporary, compress_level=1)
 
     def encode(self, folder: Path) -> Path:
-        """Encode H.264 with 4:2:0 colour in BT.709, the index at the front so that it plays while it loads."""
+        """Encode H.264 with 4:2:0 colour in BT.709, with the index at the front so that it plays while it loads."""
         target, av = folder / "film.mp4", import_av()
         matrix = av.video.reformatter.Colorspace.ITU709
         limited = av.video.reformatter.ColorRange.MPEG

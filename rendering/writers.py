@@ -1,8 +1,8 @@
 """Image files larger than memory: tiles go to an uncompressed TIFF on disk, which is encoded when all are there.
 
-Besides the entries that unfinished.py names, the directory `out/seed0003.tif.part` holds
+Besides the entries listed in unfinished.py, the directory `out/seed0003.tif.part` holds
 
-    pixels.tif   [H,W,C] uint8, row after row; viewers open it meanwhile
+    pixels.tif   [H,W,C] uint8, row after row; viewers can open it in the meantime
     done         one byte per tile: 1 when its pixels are on disk
 
 Any order of tiles and any number of processes and resumed runs give the same bytes. Memory does not grow with the
@@ -29,13 +29,13 @@ from dnnlib.console import UserError, progress
 from rendering.grid import Box
 from rendering.unfinished import Unfinished
 
-FLUSH_SECONDS = 5  # at most so much work is lost in a crash
-PNG_PIXELS = 2**26  # 8192×8192; many viewers decode a PNG whole, 4 bytes per pixel, and give up beyond
-STRIP_ROWS = 16  # libvips reads so many rows of pixels.tif at once
+FLUSH_SECONDS = 5  # of work that a crash loses at most
+PNG_PIXELS = 2**26  # 8192×8192; many viewers decode a whole PNG, 4 bytes per pixel, and fail beyond this
+STRIP_ROWS = 16  # rows of pixels.tif that libvips reads at once
 
 
 def encode_png(image, target: Path) -> None:
-    # 4096² photograph: 0.3 s and 8.2 MB; level 6 takes 1.3 s for 8.4 MB (filter paeth, 9.1 MB at level 3).
+    # A photograph of 4096²: 0.3 s and 8.2 MB; level 6 takes 1.3 s for 8.4 MB (filter paeth, 9.1 MB at level 3).
     image.pngsave(str(target), compression=3, filter="up", keep="none")
 
 
@@ -46,18 +46,18 @@ def encode_webp(image, target: Path) -> None:
 
 
 def encode_tiff(image, target: Path) -> None:
-    # Always BigTIFF, so that one reader serves all sizes: a classic TIFF ends at 4 GiB.
+    # Always BigTIFF, so that one reader handles all sizes: a classic TIFF is limited to 4 GiB.
     tiles = {"tile": True, "tile_width": 512, "tile_height": 512, "pyramid": True, "region_shrink": "mean"}
     packed = {"compression": "deflate", "predictor": "horizontal", "level": 3}
     image.tiffsave(str(target), bigtiff=True, keep="none", **tiles, **packed)
 
 
 def encode_dzi(image, target: Path) -> None:
-    # 254 and a border of 1 are what Deep Zoom tools make and viewers assume: files of 256×256, and smoothing across the
-    # seams. The tiles are in <stem>_files beside the descriptor.
+    # Deep Zoom tools write, and viewers assume, 254 and a border of 1: files of 256×256, and smoothing across the
+    # seams. The tiles are in <stem>_files next to the descriptor.
     tiles = {"tile_size": 254, "overlap": 1, "depth": "onepixel", "suffix": ".png[compression=3,filter=up]"}
     image.dzsave(str(target.with_suffix("")), region_shrink="mean", keep="none", **tiles)
-    # It holds the date, and would make equal images differ.
+    # It contains the date, which would make equal images differ.
     (target.with_name(f"{target.stem}_files") / "vips-properties.xml").unlink(missing_ok=True)
 
 
@@ -76,19 +76,19 @@ FORMATS = {
 
 
 def choose_format(size: tuple[int, int]) -> str:
-    """Return the format for an image of (height, width): PNG while common viewers open it, beyond that TIFF."""
+    """Return the format for an image of (height, width): PNG if common viewers can open it, else TIFF."""
     return "png" if size[0] * size[1] <= PNG_PIXELS else "tiff"
 
 
 def import_vips():
-    """Import pyvips. Raises UserError when it, or the library behind it, is missing."""
+    """Import pyvips. Raises UserError if it, or the library behind it, is missing."""
     try:
         import pyvips
     except (ImportError, OSError) as error:
         raise UserError(
             f"writing images needs pyvips ({error}); install it with: pip install pyvips pyvips-binary"
         ) from error
-    pyvips.cache_set_max(0)  # nothing is computed twice here; a cache would keep pixels and files
+    pyvips.cache_set_max(0)  # nothing is computed twice here, and a cache would hold pixels and files
     return pyvips
 
 
@@ -96,10 +96,10 @@ class Canvas(Unfinished):
     """An image file to be filled by tiles."""
 
     def __init__(self, path: Path, job: dict, *, size: tuple[int, int], channels: int, tiles: int):
-        """Describe the file `path` of size = (height, width), touching nothing. Its suffix says the format.
+        """Describe the file `path` of size = (height, width), touching nothing. Its suffix selects the format.
 
-        job: plain JSON values, everything that the pixels depend on, the positions of the tiles too.
-        Raises UserError when the format cannot hold the image.
+        job: plain JSON values, everything that the pixels depend on, including the positions of the tiles.
+        Raises UserError if the format cannot hold the image.
         """
         super().__init__(path, job)
         self.size, self.channels, self.tiles = size, channels, tiles
@@ -126,7 +126,7 @@ class Canvas(Unfinished):
     def start(self, resume: bool) -> None:
         super().start(resume)
         if self.marks.exists() and (self.marks.stat().st_size == self.tiles or any(self.marks.read_bytes())):
-            return  # resumed; entering checks whether it is whole
+            return  # resumed; __enter__ checks whether it is complete
         try:
             create_tiff(self.pixels, self.size, self.channels)
             self.marks.write_bytes(bytes(self.tiles))
@@ -135,7 +135,7 @@ class Canvas(Unfinished):
             needed, free = self.size[0] * self.size[1] * self.channels, shutil.disk_usage(self.path.parent).free
             raise UserError(
                 f"cannot write {self.path}: {error.strerror}; its pixels need {needed:,} bytes and "
-                f"{self.path.parent} has {free:,} free; make room, or choose another directory"
+                f"{self.path.parent} has {free:,} free; free some space, or choose another directory"
             ) from error
 
     def __enter__(self):
@@ -146,7 +146,7 @@ class Canvas(Unfinished):
                 self._first = file.pages[0].dataoffsets[0]
             for path, length in ((self.pixels, self._first + count), (self.marks, self.tiles)):
                 if path.stat().st_size != length:
-                    raise self.broken(f"{path.name} has {path.stat().st_size} bytes and not {length}")
+                    raise self.broken(f"{path.name} has {path.stat().st_size} bytes instead of {length}")
         except (OSError, IndexError, tifffile.TiffFileError) as error:
             raise self.broken(f"it cannot be read ({error})") from error
         self._file, self._marks = (os.open(path, os.O_RDWR) for path in (self.pixels, self.marks))
@@ -162,7 +162,7 @@ class Canvas(Unfinished):
         if pixels.shape != (*box.shape, self.channels) or pixels.dtype != np.uint8:
             raise ValueError(f"tile {index} at {box} needs uint8 [h,w,C], got {pixels.dtype} {pixels.shape}")
         # Not tifffile.memmap: its pages would count as memory, a full disk would kill the process by SIGBUS, and on a
-        # shared file system one machine's pages would overwrite what another writes beside its tile.
+        # shared file system one machine's pages would overwrite what another writes next to its tile.
         pixels, width = np.ascontiguousarray(pixels), self.size[1]
         pieces = [pixels] if box.shape[1] == width else pixels  # whole rows are contiguous in the file
         with self.writing():
@@ -191,9 +191,9 @@ class Canvas(Unfinished):
 
     def encode(self, folder: Path) -> Path:
         target, vips = folder / f"image{self.path.suffix}", import_vips()
-        # libvips reads a TIFF a strip at a time; files without a header it maps whole, 0.8 GB of memory at 16384².
+        # libvips reads a TIFF strip by strip, but maps files without a header whole: 0.8 GB of memory at 16384².
         image = vips.Image.tiffload(str(self.pixels), access="sequential", fail_on="truncated")
-        # 300 dots per inch, as printers ask for; libvips would say 25.4.
+        # 300 dots per inch, as printers expect; libvips would write 25.4.
         image = image.copy(xres=300 / 25.4, yres=300 / 25.4)
         image.set_progress(True)
         stopped = threading.Event()
@@ -201,7 +201,7 @@ class Canvas(Unfinished):
         def tick(_, done):
             bar.update(max(0, done.percent - bar.n))
             if stopped.is_set():
-                image.set_kill(True)  # ends the encoder within a few rows; before its first row it would be ignored
+                image.set_kill(True)  # stops the encoder within a few rows; ignored before its first row
 
         with progress(None, desc=f"encoding {self.path.name}", total=100, unit="%") as bar:
             image.signal_connect("eval", tick)
@@ -219,7 +219,7 @@ class Canvas(Unfinished):
         return target
 
     def publish(self, encoded: Path) -> None:
-        if self.path.suffix == ".dzi":  # swap the tiles; the former ones are removed with the directory
+        if self.path.suffix == ".dzi":  # swap the tiles; the old ones are removed with the directory
             tiles = self.path.with_name(f"{self.path.stem}_files")
             os.sync()  # thousands of small files
             if tiles.exists():
@@ -229,7 +229,7 @@ class Canvas(Unfinished):
 
 
 def create_tiff(path: Path, size: tuple[int, int], channels: int) -> None:
-    """Write the header of an uncompressed BigTIFF and reserve the disk for its pixels: a full disk shows now."""
+    """Write the header of an uncompressed BigTIFF and reserve its disk space, so that a full disk fails now."""
     tifffile.imwrite(
         path,
         shape=size if channels == 1 else (*size, channels),

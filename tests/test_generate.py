@@ -411,7 +411,7 @@ WRONG = {
     "--format=jpg": "--format",
     "--size=20000x10 --format=webp": "16383",
     "--outdir= --grid=out/sheet.jpg": ".png",
-    "--outdir= --video=out/x.mp4": "stand still",
+    "--outdir= --video=out/x.mp4": "not move",
     "--outdir= --video=out/x.avi --seeds=0-1": ".mp4",
     "--outdir= --video=out/x.mp4 --seeds=0-1 --size=31x32": "30x32",
     "--outdir= --video=out/x.mp4 --seeds=0-1 --fps=0": "--fps",

@@ -378,12 +378,12 @@ def test_only_an_equal_job_resumes(tmp_path, job, words):
         (lambda folder: (folder / "pixels.tif").unlink(), "pixels.tif"),
         (lambda folder: os.truncate(folder / "pixels.tif", 99), "cannot be read"),
         (lambda folder: os.truncate(folder / "pixels.tif", 400), "pixels.tif has 400 bytes"),
-        (lambda folder: os.truncate(folder / "done", 1), "done has 1 bytes and not 2"),
+        (lambda folder: os.truncate(folder / "done", 1), "done has 1 bytes instead of 2"),
     ],
 )
 def test_a_broken_part_is_a_sentence(tmp_path, breaking, words):
     breaking(start_half(tmp_path / "a.png"))
-    with pytest.raises(UserError, match=r"a\.png\.part is broken.*start anew without resume") as caught:
+    with pytest.raises(UserError, match=r"a\.png\.part is broken.*start over without resume") as caught:
         resume(tmp_path / "a.png")
     assert words in str(caught.value)
     resume(tmp_path / "a.png", again=False)
