@@ -45,7 +45,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def choose(run: Path, measured: list[dict], by: str) -> tuple[Path, str]:
-    """Choose the snapshot with the smallest distance `by`, or the newest. Returns it and why. Raises UserError."""
+    """Choose the snapshot with the smallest distance `by`, or the newest. Return it and why. Raises UserError."""
     files = {path.name: path for path in snapshot.snapshots(run)}
     if not files:
         raise UserError(f"{run} holds no network-snapshot-*.safetensors; give the directory of a run")
@@ -77,12 +77,12 @@ def plot_curve(values: dict[str, float], metric: str, hours_per_kimg: float, pat
 
 
 def thousands(snapshot_name: str) -> int:
-    """Return the thousand images that a snapshot has seen, by its name."""
+    """Return the number of images that a snapshot has seen, in thousands, from its name."""
     return int(re.search(r"\d+", snapshot_name)[0])
 
 
 def training_command(run: Path, config: RunConfig) -> str:
-    """Return a train.py command for `config`: the recipe in the run's name, and all that differs from it."""
+    """Return a train.py command for `config`: the recipe in the run's name, and everything that differs from it."""
     names = [path.stem for path in CONFIGS.glob("*.yaml") if re.match(rf"\d+-{re.escape(path.stem)}-", run.name)]
     cfg = max(names, key=len, default="auto")
     data = {"path": Path(config.data.path).name, "cond": config.data.cond, "mirror": config.data.mirror}
@@ -113,11 +113,11 @@ def compact(G: Generator) -> tuple[Generator, float]:
         ws = Styles().map(network, list(range(16)))
         rendered.append(rendering.render(network, ws).clamp(-1, 1))
     change = float((rendered[0] - rendered[1]).abs().max()) / 2
-    return half if change < 1 / 255 else G, change  # weights beyond float16 give nan, and stay as they are
+    return half if change < 1 / 255 else G, change  # weights beyond float16 give nan, so G is returned
 
 
 def write_network(G: Generator, path: Path) -> str:
-    """Write G to `path`, in float16 if its images allow. Returns a clause about it; raises UserError."""
+    """Write G to `path`, in float16 if its images allow. Return a clause about it. Raises UserError."""
     small, change = compact(G)
     kept = small is not G
     with atomic_write(path) as temporary:
@@ -130,7 +130,7 @@ def write_network(G: Generator, path: Path) -> str:
 
 
 def table(rows: list[tuple]) -> str:
-    """Format as Markdown; the first row is the head."""
+    """Format as Markdown; the first row is the header."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ("---",) * len(rows[0]), *rows[1:]])
 
 
@@ -151,16 +151,16 @@ def distances(measured: list[dict], names: set[str]) -> str:
 @click.option("--name", metavar="NAME", required=True, help="In models/.")
 @click.option("--trunc", type=float, default=1, show_default=True, help="Truncation ψ of the grid.")
 @click.option(
-    "--by", metavar="METRIC", help="Distance that chooses the snapshot, or newest.  [default: the run's first metric]"
+    "--by", metavar="METRIC", help="Distance that selects the snapshot, or newest.  [default: the run's first metric]"
 )
 @click.option("--processor", metavar="TEXT", help="Where the run was trained.  [default: this machine]")
-@click.option("--data", metavar="TEXT", help="What the images are and whose.  [required for a new card]")
-@click.option("--licence", metavar="TEXT", help="Of the images.  [required for a new card]")
+@click.option("--data", metavar="TEXT", help="What the images are, and whose.  [required for a new card]")
+@click.option("--licence", metavar="TEXT", help="Licence of the images.  [required for a new card]")
 @click.option("--weaknesses", metavar="TEXT", help="What the network cannot do.  [required for a new card]")
 @command()
 def main(folder, name, trunc, by, processor, **words):
     """Put the best network of a run into models/NAME.safetensors, 64 of its images into docs/images/NAME.png, plots of
-    its metrics over the hours of training beside them, and a card into models/NAME.md.
+    its metrics over the hours of training next to them, and a card into models/NAME.md.
 
     The texts about data, licence and weaknesses end the card. If the card exists, its texts are kept.
     """
@@ -194,7 +194,7 @@ def main(folder, name, trunc, by, processor, **words):
         write_grid(job, group, image)
 
     height, width = G.config.img_shape
-    pace = statistics.median(line["Timing/sec_per_kimg"] for line in reports)  # a pause is in few reports
+    pace = statistics.median(line["Timing/sec_per_kimg"] for line in reports)  # a pause affects few reports
     seen = f"{reports[-1]['Progress/kimg']:,.0f} thousand images in {duration(pace * reports[-1]['Progress/kimg'])}"
     curves = []
     for metric in sorted({record["metric"].split("@")[0] for record in measured if "step" in record}):
@@ -226,7 +226,7 @@ def main(folder, name, trunc, by, processor, **words):
 
 
 def written_by_hand(card: Path, words: dict[str, str | None]) -> str:
-    """Return the end of the card: that of the present one, or else `words`. Raises UserError."""
+    """Return the end of the card: of the existing card, or else `words`. Raises UserError."""
     given = [f"--{name}" for name, text in words.items() if text]
     if card.is_file():
         _, line, hand = card.read_text(encoding="utf-8").partition(HAND)

@@ -1,4 +1,4 @@
-"""Makes the figures of the documentation from any trained network: python -m docs.figures --help"""
+"""Make the figures of the documentation from any trained network: python -m docs.figures --help"""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def sheet(rows: list[dict[str, Image.Image]]) -> Image.Image:
 
 
 def scales(G: Generator, ws: Tensor) -> Image.Image:
-    """Show ×1, ×2 and ×4 of the first style, beside a Lanczos enlargement of ×1."""
+    """Show ×1, ×2 and ×4 of the first style, next to a Lanczos enlargement of ×1."""
     ws = ws[:1]
     height, width = G.config.img_shape
     row = {f"x{k}": render(G, ws, Shot((k * height, k * width))) for k in (1, 2, 4)}
@@ -65,7 +65,7 @@ def views(G: Generator, ws: Tensor) -> Image.Image:
 
 
 def zoom(G: Generator, ws: Tensor) -> Image.Image:
-    """Show the first style, and smaller and smaller parts of it, each magnified three times the last."""
+    """Show the first style, and ever smaller parts of it, each magnified three times as much as the last."""
     row = {}
     for k in (1, 3, 9, 27):
         left, top = (at * (1 - 1 / k) for at in (0.5, 0.54))  # below the middle: often a mouth
