@@ -53,7 +53,7 @@ class Options:
 class Subject:
     """The images to measure and those to compare with.
 
-    source  what the records say about their origin
+    source  what the records state about their origin
     seen    `step` and `kimg` of a run's snapshot, else {}
     folder  where the records are added, if anywhere
     """
@@ -93,7 +93,7 @@ def measure(options: Options, procs: Processes) -> None:
 
 
 def from_network(options: Options, metrics: tuple[Metric, ...], procs: Processes) -> Subject:
-    """Open a generator and, as far as the metrics need them, the images that it was trained on or --data."""
+    """Open a generator and, if the metrics need them, its training images or --data."""
     if options.size and options.scale:
         raise UserError("--size and --scale both set the size; give one of them")
     if not math.isfinite(options.trunc):
@@ -104,7 +104,9 @@ def from_network(options: Options, metrics: tuple[Metric, ...], procs: Processes
     compares = any(metric.family.reals for metric in metrics)
     windows = any(metric.family.windows for metric in metrics)
     if path and path != options.data and (compares or windows or G.config.c_dim) and not os.path.exists(path):
-        raise UserError(f"the network was trained on {path}, which is not there; say with --data where it is now")
+        raise UserError(
+            f"the network was trained on {path}, which does not exist; give its present location with --data"
+        )
     mirror = bool(trained.get("mirror")) if options.mirror is None else options.mirror
     archive = open_labelled(path, G, mirror) if path and (compares or G.config.c_dim) else None
     size = parse_size(options.size, "--size") if options.size else None
@@ -114,7 +116,7 @@ def from_network(options: Options, metrics: tuple[Metric, ...], procs: Processes
     images = Generated(G, size, seed=options.seed, trunc=options.trunc, labelled=labelled)
     seen = read_trained(file)
     source = {"network": Path(options.network).name} | ({"kimg": seen["kimg"]} if seen else {})
-    # The results of networks in models/ are kept only where --outdir says.
+    # The results of networks in models/ are kept only in --outdir.
     beside = file.parent if Path(options.network).is_file() else None
     return Subject(
         images,
@@ -130,7 +132,7 @@ def from_files(options: Options, metrics: tuple[Metric, ...], procs: Processes) 
     """Open --images and --data."""
     for metric in metrics:
         if metric.family.renders:
-            raise UserError(f"{metric.name} takes a generator, not --images; give --network")
+            raise UserError(f"{metric.name} needs a generator, not --images; give --network")
     given = [name for name in ("size", "scale", "scales") if getattr(options, name)]
     if given or options.trunc != 1:
         raise UserError(f"--{(given or ['trunc'])[0]} is for networks; --images are measured as they are")
@@ -148,13 +150,13 @@ def from_files(options: Options, metrics: tuple[Metric, ...], procs: Processes) 
 
 
 def trained_on(network: Path) -> dict:
-    """Return the settings `data` of the run in whose directory the network is; {} when it is elsewhere."""
+    """Return the settings `data` of the run whose directory contains the network; {} if it is elsewhere."""
     path = network.parent / "options.yaml"
     return read_yaml(path).get("data", {}) if path.is_file() else {}
 
 
 def open_labelled(path: str, G: Generator, mirror: bool) -> ImageArchive:
-    """Open images, with labels if they have them and G takes them. Raises UserError when these do not fit."""
+    """Open images, with labels if they have them and G uses them. Raises UserError if these do not fit."""
     settings = {"mirror": mirror, "channels": G.config.img_channels}
     images = ImageArchive(path, **settings)
     if not (G.config.c_dim and images.has_labels):
@@ -162,7 +164,7 @@ def open_labelled(path: str, G: Generator, mirror: bool) -> ImageArchive:
     images = ImageArchive(path, use_labels=True, **settings)
     if images.label_dim != G.config.c_dim:
         raise UserError(
-            f"the labels of {path} have {images.label_dim} numbers, and the network takes {G.config.c_dim}; "
+            f"the labels of {path} have {images.label_dim} numbers, and the network needs {G.config.c_dim}; "
             "give the archive that it was trained on"
         )
     return images
@@ -222,18 +224,18 @@ def add(records: list[dict], folder: Path, seen: dict[str, float]) -> None:
     "--network", metavar="NAME|FILE", help="A name in models/, a network-snapshot-*.safetensors, or a released .pkl."
 )
 @click.option("--images", metavar="ZIP|DIR", help="Images to measure, instead of a network's.")
+@click.option("--data", metavar="ZIP|DIR", help="Real images to compare with.  [default: the training images]")
 @click.option(
-    "--data", metavar="ZIP|DIR", help="Real images to compare with.  [default: those the network was trained on]"
+    "--metrics", metavar="A,B", help="Metrics to compute.  [default: scale_psnr of networks, fid50k_full of images]"
 )
-@click.option("--metrics", metavar="A,B", help="Which.  [default: scale_psnr of networks, fid50k_full of images]")
-@click.option("--num", type=click.IntRange(min=1), help="How many images, instead of the numbers in the names.")
-@click.option("--size", metavar="WxH", help="Size to measure at.  [default: that trained at]")
-@click.option("--scale", type=click.FloatRange(0, 1000, min_open=True), help="Size as a multiple of that trained at.")
+@click.option("--num", type=click.IntRange(min=1), help="Number of images, instead of the numbers in the names.")
+@click.option("--size", metavar="WxH", help="Size to measure at.  [default: the training size]")
+@click.option("--scale", type=click.FloatRange(0, 1000, min_open=True), help="Size as a multiple of the training size.")
 @click.option("--scales", metavar="R,S", help="Sizes that scale_* compares, each with the first.  [default: R,2R]")
 @click.option(
     "--filter",
     type=click.Choice(list(FILTERS)),
-    help="Resizes images.  [default: box for scale_*, lanczos for real images]",
+    help="Filter that resizes images.  [default: box for scale_*, lanczos for real images]",
 )
 @click.option(
     "--mirror",
@@ -241,13 +243,15 @@ def add(records: list[dict], folder: Path, seen: dict[str, float]) -> None:
     is_flag=False,
     flag_value="true",
     metavar="[BOOL]",
-    help="Also take the real images mirrored.  [default: as in training]",
+    help="Also use the real images mirrored.  [default: as in training]",
 )
 @click.option("--trunc", type=float, default=1, show_default=True, help="Truncation ψ of the generated images.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of latents, labels, windows.")
-@click.option("--batch", type=click.IntRange(min=1), help="Images at once.  [default: 32 on a GPU, else 8]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of latents, labels, windows."
+)
+@click.option("--batch", type=click.IntRange(min=1), help="Images per batch.  [default: 32 on a GPU, else 8]")
 @click.option("--weights", metavar="DIR", help="Where the weights of detectors are, if not in the cache.")
-@click.option("--outdir", metavar="DIR", help="Where results are added.  [default: beside the network's file]")
+@click.option("--outdir", metavar="DIR", help="Where results are added.  [default: next to the network's file]")
 @click.pass_context
 @command(memory="give a smaller --batch", interrupted="complete statistics of real images are kept.")
 def main(context, **options):
@@ -261,7 +265,7 @@ def main(context, **options):
 
     \b
     fid50k_full fid50k fd_dinov2_50k_full   Fréchet distance; _full: against all real images
-    fd_lite0_50k_full                       the same by a small network that needs no download
+    fd_lite0_50k_full                       the same with a small network that needs no download
     lines1k_full                            line artefacts: spectral energy along the axes
     kid50k_full pr50k3_full is50k           kernel distance; precision and recall; Inception score
     pfid50k_full                            Fréchet distance of windows of large images
@@ -269,7 +273,7 @@ def main(context, **options):
     eqt50k_int eqt50k_frac eqr50k           equivariance in dB: translation, rotation
     scale_psnr scale_ssim scale_lpips       consistency of two sizes, of 1,000 images
 
-    The number in a name is how many images are generated, and may be any other. Results are printed, and added as
+    The number in a name is the number of generated images; any number is allowed. Results are printed, and added as
     lines to metric-NAME.jsonl. With several GPUs, start the same command with torchrun. docs/metrics.md has the rest.
     """
     if context.invoked_subcommand is None:
@@ -280,7 +284,7 @@ def main(context, **options):
 @main.command()
 @click.argument("runs", metavar="RUN_DIR…", nargs=-1, required=True)
 @click.option("--out", metavar="PNG", default="metrics.png", show_default=True, help="The image, or a .pdf or .svg.")
-@click.option("--published", metavar="NAME", help="Published FIDs as dashed lines, for example of FFHQ-512.")
+@click.option("--published", metavar="NAME", help="Published FIDs as dashed lines, for example FFHQ-512.")
 @command()
 def plot(runs, out, published):
     """Plot what was measured in several run directories: each metric over the training, and scale consistency over
@@ -289,7 +293,7 @@ def plot(runs, out, published):
     try:
         from metrics.plot import plot_runs
     except ModuleNotFoundError as error:
-        raise UserError("plots take matplotlib; run: pip install matplotlib") from error
+        raise UserError("plots need matplotlib; run: pip install matplotlib") from error
     plot_runs([Path(run) for run in runs], Path(out), published)
     click.echo(out)
 

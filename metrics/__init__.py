@@ -1,1 +1,1 @@
-"""Measures images. Metrics know nothing of training: the commands hand them images, by number."""
+"""Measure images. Metrics know nothing about training: the commands pass them images, by number."""

@@ -1,10 +1,10 @@
-"""Statistics of real images, kept on disk under the digest of all that they were computed from, never under a path.
+"""Keep statistics of real images on disk, under the digest of everything that they depend on, never under a path.
 
 content = content_digest(archive bytes or pixels, in order)
 key = cache_key(content, detector=detector.digest, size=[256, 256], filter="lanczos3")
 (moments,) = cached([Statistics("moments", key, detector.num_features)], compute)
 
-A file is whole or absent, and read only when its own checksum is right; otherwise its content is computed again.
+A file is whole or absent, and used only if its checksum is right; otherwise its content is computed again.
 """
 
 import hashlib
@@ -25,16 +25,16 @@ from dnnlib.files import atomic_write, cache_dir
 from metrics.moments import Moments
 from torch_utils.distributed import Processes
 
-FORMAT = "creps-statistics-1"  # part of every key: a new number forgets all older files
+FORMAT = "creps-statistics-1"  # part of every key: a new number invalidates all older files
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 Value = Moments | Tensor
 
 
 def content_digest(images: Iterable[bytes | Tensor]) -> str:
-    """Return the SHA-256, in hexadecimal, of images in their order: the bytes of each file, or its pixels, a tensor.
+    """Return the SHA-256, in hexadecimal, of images in order, each the bytes of a file or a tensor of pixels.
 
-    Both identify the images; the bytes are read ten times as fast as pixels are decoded.
+    Both identify the images; reading bytes is ten times as fast as decoding pixels.
     """
     digest = hashlib.sha256()
     for image in images:
@@ -47,16 +47,16 @@ def content_digest(images: Iterable[bytes | Tensor]) -> str:
 
 
 def cache_key(content: str, **facts: object) -> str:
-    """Return the SHA-256, in hexadecimal, of a content_digest and of all else that decides the statistics.
+    """Return the SHA-256, in hexadecimal, of a content_digest and of everything else that affects the statistics.
 
-    That is the digest of the detector (not its name), the size, the filter, how many images: anything JSON holds.
+    facts: the digest of the detector (not its name), the size, the filter, the number of images: any JSON values.
     """
     text = json.dumps({"format": FORMAT, "content": content, "facts": facts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Statistics(NamedTuple):
-    """Names the "moments" (a Moments, on the CPU) or the "features" (float32 [N,F]) of some images."""
+    """The name of the "moments" (a Moments, on the CPU) or the "features" (float32 [N,F]) of some images."""
 
     kind: str
     key: str  # a cache_key
@@ -72,10 +72,10 @@ def cached(
     compute: Callable[[list[Statistics]], Sequence[Value]],
     procs: Processes = ALONE,
 ) -> list[Value]:
-    """Return the statistics on disk, and compute(those that are missing), which are then kept.
+    """Return the statistics on disk, and compute and keep the missing ones.
 
-    `compute` is called by all processes or by none, and returns the same in all. Files that are damaged, or hold
-    anything but finite statistics of the right form, count as missing.
+    `compute` is called by all processes or by none, and returns the same in all. Files that are damaged, or do not hold
+    finite statistics of the right form, count as missing.
     """
     folder = cache_dir() / "statistics"
     found = {one: _read(folder / f"{one.name}.safetensors", one) for one in wanted}
@@ -108,7 +108,7 @@ def _header(name: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _read(path: Path, wanted: Statistics) -> Value | None:
-    """Return what the file holds; None when there is none, or, with a note, when it is damaged."""
+    """Return the contents of the file; None if there is none, or, with a note, if it is damaged."""
     if not os.path.exists(path):
         return None
     try:
@@ -124,9 +124,9 @@ def _read(path: Path, wanted: Statistics) -> Value | None:
 
 
 def _write(path: Path, name: str, tensors: dict[str, Tensor]) -> None:
-    """Write the tensors; a failure is a note, because the results are worth more than the time of the next call."""
+    """Write the tensors; a failure prints a note only, because the results matter more than the next call."""
     try:
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, {FORMAT: _header(name, tensors)})
     except (UserError, SafetensorError, OSError) as error:
-        print(f"the statistics are not kept for the next time: {error}", file=sys.stderr, flush=True)
+        print(f"the statistics are not kept for later calls: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Distances between two sets of images, given their features or the moments of these. All in float64 on their device.
+"""Distances between two sets of images, given their features or moments. All are computed in float64 on their device.
 
 Legend: N images, F features, K classes. `fake` are the generated images, `real` the reference.
 """
@@ -11,18 +11,18 @@ from dnnlib.console import progress
 from metrics.estimate import Estimate, mean
 from metrics.moments import Moments
 
-SEED = 2020  # that of torch-fidelity, so that equal features give equal numbers
+SEED = 2020  # as in torch-fidelity, so that equal features give equal numbers
 
 
 def frechet_distance(fake: Moments, real: Moments) -> Estimate:
     """Return |m_f - m_r|² + tr(C_f + C_r - 2·(C_f·C_r)^½), 0 and above; 0 for equal moments. It has no standard error.
 
-    With C = F·Fᵀ, the trace of the root is the sum of the singular values of F_fᵀ·F_r. That takes symmetric
+    With C = F·Fᵀ, the trace of the root is the sum of the singular values of F_fᵀ·F_r. This needs symmetric
     eigenproblems only, drops the directions without variance (fewer images than features), and never squares the
-    covariances: eigenvalues of their product lose half of the digits, and scipy's sqrtm fails where it is singular.
+    covariances: eigenvalues of their product lose half of the digits, and scipy's sqrtm fails if it is singular.
     Raises UserError for fewer than two images. Source: Heusel et al. 2017 (https://arxiv.org/abs/1706.08500).
     """
-    covariances = [m.covariance.cpu() for m in (fake, real)]  # before anything else, for its errors
+    covariances = [m.covariance.cpu() for m in (fake, real)]  # first, because it may raise
     gap = (fake.mean.cpu() - real.mean.cpu()).square().sum()
     roots = [_root(covariance) for covariance in covariances]
     traces = sum(root.square().sum() for root in roots)
@@ -31,7 +31,7 @@ def frechet_distance(fake: Moments, real: Moments) -> Estimate:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """F [F,rank] with F·Fᵀ = covariance, without the directions whose variance is rounding."""
+    """Return F [F,rank] with F·Fᵀ = covariance, without the directions whose variance is rounding."""
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()
@@ -43,9 +43,9 @@ def kernel_distance(
     """Return the unbiased squared maximum mean discrepancy of float [N,F] and [M,F] under the kernel (x·y/F + 1)³.
 
     It is the mean over `subsets` pairs of random subsets of `subset_size` images, or as many as the smaller set has.
-    The standard error says how far more subsets could move it (torch-fidelity reports the deviation of a single one,
-    √subsets times as large). It may be negative, as the truth is 0 for equal distributions. The choice depends on
-    `seed` and the counts alone, and is torch-fidelity's.
+    The standard error is the uncertainty due to the choice of subsets (torch-fidelity reports the deviation of a single
+    subset, √subsets times as large). The value may be negative, because the true value is 0 for equal distributions.
+    The subsets depend on `seed` and the counts alone, as in torch-fidelity.
     Source: Bińkowski et al. 2018 (https://arxiv.org/abs/1801.01401).
     """
     size = min(subset_size, len(fake), len(real))
@@ -65,8 +65,8 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = SEED) -> dict[str, Estimate]:
     """Return exp(mean KL(p(class | image) ‖ p(class))) of float [N,K] logits, N ≥ splits, from 1 to K.
 
-    `_mean` is that over `splits` parts, `_std` their deviation, which torch-fidelity and StyleGAN report in place of
-    the standard error of the mean. Images are shuffled by `seed` first, as torch-fidelity does.
+    `_mean` is the mean over `splits` parts, `_std` their deviation, which torch-fidelity and StyleGAN report instead
+    of the standard error of the mean. Images are shuffled by `seed` first, as torch-fidelity does.
     Source: Salimans et al. 2016 (https://arxiv.org/abs/1606.03498).
     """
     num = len(logits)

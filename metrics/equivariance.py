@@ -1,11 +1,11 @@
-"""Equivariance: is the image of a moved scene the moved image? (Karras et al., Alias-Free GAN, 2021)
+"""Measure equivariance: is the image of a moved scene the moved image? (Karras et al., Alias-Free GAN, 2021)
 
 EQ-T and EQ-R of section 2 and appendix E of that paper, https://arxiv.org/abs/2106.12423. With a generator g, a
 transform t of scenes and images, and the pixels V that t(g(x)) knows from the image g(x) alone,
 
-    EQ = 10 · log₁₀(2² / E[(g(t(x)) − t(g(x)))²]) dB,    the mean over images, transforms, colours and V;
+    EQ = 10 · log₁₀(2² / E[(g(t(x)) − t(g(x)))²]) dB,    the mean over images, transforms, channels and V;
 
-2 is the width of the range of colours, [-1,1]. They are neither clamped nor rounded, and compared in float64. Higher is
+2 is the width of the range of values, [-1,1]. They are neither clamped nor rounded, and compared in float64. Higher is
 better, infinite is perfect.
 
     eqt_int    translation by whole pixels; V is where both images overlap
@@ -19,8 +19,8 @@ eqr: with a = 3, as published, an ideal generator of waves of 8, 16, 32 and 64 p
 and 69 dB of eqt_frac at the worst of 8 samples, and 57, 74, 88 and 100 dB of eqr at the worst of 5. Wider kernels lift
 the bound: a = 48 gives eqt_frac 107 dB and more.
 
-Legend: N images, C colours, H rows, W columns; x runs to the right and y down, in pixels, from the image's centre.
-Matrices and angles are those of rendering: counter-clockwise, in degrees.
+Legend: N images, C channels, H rows, W columns; x runs to the right and y down, in pixels, from the image's centre.
+Matrices and angles are as in rendering: counter-clockwise, in degrees.
 """
 
 import math
@@ -43,7 +43,7 @@ UP = 4  # samples per pixel of images to be rotated
 
 
 def shifted_whole(images: Tensor, x: int, y: int) -> tuple[Tensor, tuple[slice, slice]]:
-    """Move [N,C,H,W] by whole pixels: return its known part [N,C,h,w], and the rows and columns where that is."""
+    """Move [N,C,H,W] by whole pixels: return its known part [N,C,h,w], and the rows and columns of that part."""
 
     def kept(length: int, shift: int) -> slice:
         return slice(max(shift, 0), max(length + shift, 0) if shift < 0 else length)
@@ -55,14 +55,14 @@ def shifted_whole(images: Tensor, x: int, y: int) -> tuple[Tensor, tuple[slice, 
 def shifted(images: Tensor, x: float, y: float, a: int = WIDTH) -> tuple[Tensor, tuple[slice, slice]]:
     """Move float64 [N,C,H,W] like `shifted_whole`, by any x and y, with sinc kernels under sinc windows (appendix E.2).
 
-    Kernels are scaled to sum to 1. At most this is lost, at any fraction, of waves of f/2 to f cycles per pixel, in dB:
+    Kernels are scaled to sum to 1. The largest error for any fraction, for waves of f/2 to f cycles per pixel, in dB:
 
         f       1/4   1/8   1/16   1/32   1/64
         a = 3   −31   −43    −45    −49    −54
         a = 8   −51   −59    −61    −61    −64
         a = 48  −81   −89    −92    −92    −92
 
-    Takes 2a pixels per side or more.
+    Needs 2a pixels per side or more.
     """
 
     def along_last(images: Tensor, shift: float) -> tuple[Tensor, slice]:
@@ -80,7 +80,7 @@ def shifted(images: Tensor, x: float, y: float, a: int = WIDTH) -> tuple[Tensor,
 
 
 def oriented_filter(matrix: Tensor, a: int, up: int) -> Tensor:
-    """Return float64 [2p+1,2p+1], p = 2a·up − 1: what passes the band limits of pixels both before and after `matrix`.
+    """Return float64 [2p+1,2p+1], p = 2a·up − 1: the band limits of pixels both before and after `matrix`.
 
     It is the convolution of two square sincs, one rotated by `matrix`, under the convolution of two Lanczos windows
     rotated alike, sampled at 1/up pixels; each of its up² phases sums to 1 (appendix E.3, and the extents of its code).
@@ -109,10 +109,10 @@ def convolve(images: Tensor, kernel: Tensor) -> Tensor:
 
 
 def rotated(images: Tensor, degrees: float, a: int = WIDTH) -> tuple[Tensor, Tensor]:
-    """Rotate float64 [N,C,H,W] about its centre: return the same shape, and bool [H,W], where it is known.
+    """Rotate float64 [N,C,H,W] about its centre: return the same shape, and a mask bool [H,W] of the known pixels.
 
     The filtered image has UP samples per pixel and is interpolated linearly between them, which loses up to
-    (2πf / UP)² / 8 of a wave of f cycles per pixel: −46 dB at 1/8, −70 dB at 1/32.
+    (2πf / UP)² / 8 of a wave with f cycles per pixel: −46 dB at 1/8, −70 dB at 1/32.
     """
     matrix = rotation(degrees)
     kernel = oriented_filter(matrix, a, UP).to(images)
@@ -131,7 +131,7 @@ def rotated(images: Tensor, degrees: float, a: int = WIDTH) -> tuple[Tensor, Ten
 
 
 def band_limited(images: Tensor, degrees: float, a: int = WIDTH) -> tuple[Tensor, Tensor]:
-    """Filter float64 [N,C,H,W] of a rotated scene as `rotated` does: return the same shape, and where it is known."""
+    """Filter float64 [N,C,H,W] of a rotated scene as `rotated` does: return the same shape and the mask."""
     kernel = oriented_filter(rotation(-degrees), a, 1).to(images)
     margin = kernel.shape[-1] // 2
     known = torch.zeros(images.shape[-2:], dtype=torch.bool, device=images.device)
@@ -170,11 +170,11 @@ def eqr(render: Render, images: Tensor, rng: torch.Generator, a: int = WIDTH) ->
 
 
 def errors(render: Render, move: Callable, seed: int = 0, number: int = 0) -> Tensor:
-    """Return float64 [N,2], on the CPU: each image's sum of squared differences, and how many numbers it sums.
+    """Return float64 [N,2], on the CPU: each image's sum of squared differences, and the number of terms.
 
-    render: renders the N images, about [-1,1], moved as asked. move: eqt_int, eqt_frac or eqr.
-    number: of these N in the set. Their transform depends on (move, seed, number) alone, so that the rows of several
-        processes, concatenated, are those of one.
+    render: renders the N images, about [-1,1], after a transform. move: eqt_int, eqt_frac or eqr.
+    number: the number of these N images in the set. Their transform depends on (move, seed, number) alone, so the
+        concatenated rows of several processes equal those of one process.
     Images have 32 pixels per side or more.
     """
     images = render(None).double()
@@ -184,9 +184,9 @@ def errors(render: Render, move: Callable, seed: int = 0, number: int = 0) -> Te
 
 
 def decibels(rows: Tensor) -> Estimate:
-    """Return the equivariance in dB, of the mean squared error of all numbers, for the `errors` [N,2] of one kind.
+    """Return the equivariance in dB, from the mean squared error over all values, for the `errors` [N,2] of one kind.
 
-    The standard error takes images for independent; the logarithm's slope carries it from the error to dB.
+    The standard error assumes independent images; the slope of the logarithm converts it to dB.
     """
     squares, counts = rows.unbind(1)
     error = squares.sum() / counts.sum()

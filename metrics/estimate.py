@@ -8,7 +8,7 @@ from torch import Tensor
 
 class Estimate(NamedTuple):
     value: float
-    standard_error: float = math.nan  # nan where there is none
+    standard_error: float = math.nan  # nan if there is none
     values: Tensor | None = None  # float64 [N] on the CPU, one per image, where a record lists them
 
 

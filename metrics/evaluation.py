@@ -1,11 +1,11 @@
-"""Measures a set of images by several metrics at once, and makes the records of their results.
+"""Measure a set of images with several metrics at once, and return records of the results.
 
 evaluation = Evaluation(parse("fid50k_full,kid50k_full,scale_psnr"), Settings(), procs, reals)
 records = evaluation(Generated(G))
 
-Real images come first, and their statistics are kept on disk (metrics/cache.py). Then the images measured pass once, in
-batches that the processes share; every metric keeps what it needs of a batch, and what several need (a size, the
-activations of a detector) is computed once. At the end, rank 0 computes the results.
+Real images come first; their statistics are kept on disk (metrics/cache.py). Then the measured images pass once, in
+batches that the processes share; every metric keeps what it needs from a batch, and shared inputs (a size, the
+activations of a detector) are computed once. At the end, rank 0 computes the results.
 """
 
 import itertools
@@ -49,9 +49,9 @@ class Evaluation:
         large: Files | None = None,
         weights: str | os.PathLike | None = None,
     ):
-        """Load the networks that the metrics look with. Raises UserError.
+        """Load the networks that the metrics use. Raises UserError.
 
-        reals: the images to compare with. large: those that pfid takes windows of. weights: a folder of weights.
+        reals: the images to compare with. large: the images whose windows pfid uses. weights: a folder of weights.
         """
         self.metrics, self.settings, self.procs, self.reals, self.large = metrics, settings, procs, reals, large
         self.batch = settings.batch or (32 if procs.device.type == "cuda" else 8)
@@ -64,10 +64,10 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self, images: Generated | Given, stop: Callable[[], bool] = lambda: False) -> list[dict]:
-        """Return the lines for metric-<name>.jsonl, in every process; [] when `stop` became true in some process.
+        """Return the lines for metric-<name>.jsonl, in every process; [] if `stop` became true in some process.
 
-        It is asked at every batch. The statistics of real images are kept once all of them were seen. Raises UserError
-        when the images are unfit for a metric.
+        `stop` is called at every batch. Statistics of real images are kept once all images were seen. Raises UserError
+        if the images do not fit a metric.
         """
         began = time.monotonic()
         tasks = self.tasks(images)
@@ -103,7 +103,7 @@ class Evaluation:
         desc: str,
         stop: Callable[[], bool],
     ) -> dict[Need, Moments | Tensor]:
-        """Compute what is needed of the batches, which the processes take in turn."""
+        """Compute the statistics that `needs` asks for; the processes take the batches in turn."""
         procs, kept = self.procs, self.empty(needs)
         own = batches(lists[procs.rank :: procs.world])
         turns = range(0, len(lists), procs.world)
@@ -134,7 +134,7 @@ class Evaluation:
     def estimate(self, images: Generated | Given) -> tuple[float, float]:
         """Estimate the seconds for these images, and for the real images if their statistics are not cached.
 
-        Two batches of each sort are shown to the metrics, and the second one is timed. Raises the UserErrors of
+        The metrics get two batches of each kind, and the second one is timed. Raises the same errors as
         measuring.
         """
         tasks = self.tasks(images)
@@ -185,7 +185,7 @@ def feed(kept: Kept, batch: Batch) -> None:
 
 
 def by_set(tasks: Sequence[Task]) -> dict[Fitted | Windowed, list[Need]]:
-    """Group what is needed of real images by their set, each once."""
+    """Group the needs for real images by their set, each once."""
     groups = {}
     for need in dict.fromkeys(task.real for task in tasks if task.real):
         groups.setdefault(need.images, []).append(need)

@@ -29,7 +29,7 @@ from torch_utils import lite0
 class Detector:
     """A network with its weights, on one device, in eval mode.
 
-    name, digest, standard  those of metrics.weights.Weights
+    name, digest, standard  as in metrics.weights.Weights
     num_features            F
     num_classes             K, or 0
     """
@@ -41,8 +41,8 @@ class Detector:
         device: str | torch.device = "cpu",
         batch: int = 64,
     ):
-        """Build DETECTORS[kind]: find its weights in the cache or in `weights_dir`, or download them; those of "lite0"
-        are in its package. `batch` images pass at once. Raises UserError.
+        """Build DETECTORS[kind]: find its weights in the cache or in `weights_dir`, or download them; the weights of
+        "lite0" are in its package. `batch` images are processed at once. Raises UserError.
         """
         if kind not in DETECTORS:
             raise UserError(f"there is no detector {kind!r}; {nearest(kind, DETECTORS)}")
@@ -60,7 +60,7 @@ class Detector:
         Raises UserError for an alpha channel and for features that are not finite.
         """
         if images.shape[1] == 4:
-            raise UserError(f"{self.name} looks at RGB or grey images, and these have an alpha channel; remove it")
+            raise UserError(f"{self.name} supports RGB and grey images, and these have an alpha channel; remove it")
         parts = [self.module(part.to(self.device).expand(-1, 3, -1, -1)) for part in images.split(self.batch)]
         activations = Activations(*(torch.cat(same) for same in zip(*parts, strict=True)))
         if not all(x is None or x.isfinite().all() for x in activations):
@@ -75,11 +75,11 @@ def inception(state: State) -> nn.Module:
     """Build the network that TensorFlow released in 2015, with its resizing to 299² (bilinear, no antialiasing), as
     torch-fidelity ported it: uint8 [N,3,H,W] -> features [N,2048] before the last layer, logits [N,1008] without bias.
     """
-    # torch-fidelity would unpickle, and so execute, the file. It gets bytes that we wrote ourselves, of tensors only.
+    # torch-fidelity would unpickle, and so execute, the file. It gets bytes that we wrote ourselves, with tensors only.
     harmless = io.BytesIO()
     torch.save(state, harmless)
     harmless.seek(0)
-    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are overwritten
+    with torch.random.fork_rng(devices=[]):  # initial weights are random before they are overwritten
         module = FeatureExtractorInceptionV3(
             "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=harmless
         )
@@ -96,16 +96,16 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's 
 
 
 class DINOv2(nn.Module):
-    """A vision transformer of Oquab et al. 2023 (https://arxiv.org/abs/2304.07193), of any width and depth, by timm.
+    """A vision transformer of Oquab et al. 2023 (https://arxiv.org/abs/2304.07193), of any width and depth, from timm.
 
     uint8 [N,3,H,W] -> (its class token [N,F],). Images are resized to 224² as Stein et al. 2023
-    (https://arxiv.org/abs/2306.04675) do for FD-DINOv2: bicubic with antialiasing, as Pillow does it.
+    (https://arxiv.org/abs/2306.04675) do for FD-DINOv2: bicubic with antialiasing, as in Pillow.
     """
 
     num_classes = 0
 
     def __init__(self, state: State):
-        """Take the tensors of a released file. Raises for those of another network."""
+        """Load the tensors of a released file. Raises for the tensors of another network."""
         from timm.models.vision_transformer import VisionTransformer  # takes a second to import
 
         super().__init__()
@@ -120,18 +120,18 @@ class DINOv2(nn.Module):
                 embed_dim=self.num_features,
                 depth=depth,
                 num_heads=self.num_features // HEAD,
-                init_values=1.0,  # any: it makes timm build the learned scales
+                init_values=1.0,  # any value makes timm build the learned scales
                 num_classes=0,
             )
-        tensors = {name: t.float() for name, t in state.items() if name != "mask_token"}  # of the training alone
+        tensors = {name: t.float() for name, t in state.items() if name != "mask_token"}  # used in training only
         tensors["pos_embed"] = resize_positions(tensors["pos_embed"])
         self.net.load_state_dict(tensors, assign=True)
 
     @staticmethod
     def resize(images: Tensor) -> Tensor:
-        """uint8 [N,3,H,W] -> float32 [N,3,224,224], whole numbers 0..255."""
+        """Resize uint8 [N,3,H,W] to float32 [N,3,224,224], whole numbers 0..255."""
         x = images.float()
-        for size in ((x.shape[2], SIZE), (SIZE, SIZE)):  # Pillow rounds between the two, as well
+        for size in ((x.shape[2], SIZE), (SIZE, SIZE)):  # Pillow also rounds between the two
             x = F.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)
         return x
 
@@ -141,7 +141,7 @@ class DINOv2(nn.Module):
 
 
 def resize_positions(embeddings: Tensor) -> Tensor:
-    """[1,1+side²,F] -> [1,1+16²,F]: the learned embeddings of the class token and of a square of patches, at 16².
+    """Resize the learned embeddings of the class token and a square of patches: [1,1+side²,F] -> [1,1+16²,F].
 
     timm's own resizing has antialiasing and no offset, so the features would not be those of the released code.
     """
@@ -149,7 +149,7 @@ def resize_positions(embeddings: Tensor) -> Tensor:
     wanted, side = SIZE // PATCH, math.isqrt(grid.shape[1])
     if side != wanted:
         grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        # The released code adds 0.1 to the size for fear of rounding, which moves every sample; so must this.
+        # The released code adds 0.1 to the size to avoid rounding, which moves every sample; this must do the same.
         grid = F.interpolate(grid, scale_factor=(wanted + 0.1) / side, mode="bicubic").flatten(2).transpose(1, 2)
     return torch.cat([token, grid], dim=1)
 
@@ -161,7 +161,7 @@ class Lite0Means(nn.Module):
     """uint8 [N,3,H,W] -> (float32 [N,496],): the spatial means of the four features of torch_utils.lite0, side by side.
 
     Images are resized to 224², bilinear with antialiasing. Each feature's means are divided by the root of its number
-    of channels, so that each has its part of the variance (docs/metrics.md).
+    of channels, so that each contributes to the variance (docs/metrics.md).
     """
 
     num_features, num_classes = sum(lite0.CHANNELS), 0
@@ -181,7 +181,7 @@ class Lite0Means(nn.Module):
 class Entry(NamedTuple):
     published: str  # name of the detector with the published weights
     weights: RemoteFile
-    build: Callable[[State], nn.Module]  # uint8 [N,3,H,W] -> what Activations holds; raises for other tensors
+    build: Callable[[State], nn.Module]  # uint8 [N,3,H,W] -> the fields of Activations; raises for other tensors
     find: Callable[[RemoteFile, str | os.PathLike | None], Path] = locate  # (weights, a folder) -> their path
 
 
@@ -191,7 +191,7 @@ DETECTORS = {
         RemoteFile(URL_INCEPTION_V3.rsplit("/", 1)[1], URL_INCEPTION_V3, "6726825d"),
         inception,
     ),
-    # No file of these weights has been seen here, so none is known by its digest: every one is custom.
+    # The standard file has not been available, so its digest is unknown: every file counts as custom.
     "dinov2": Entry(
         "dinov2-vitl14",
         RemoteFile(

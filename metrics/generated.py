@@ -14,20 +14,20 @@ from rendering.grid import Shot, View
 from torch_utils.images import to_uint8
 from torch_utils.randomness import make_rng
 
-EXACT = 64 * 64  # pixels up to which rotated images are computed exactly, at some hundred times the cost
+EXACT = 64 * 64  # pixels up to which rotated images are computed exactly, at about a hundred times the cost
 
 
 class Generated:
     """The images of a generator; image i depends on (seed, i) alone.
 
-    size      measured at
-    native    trained at
-    variant   what is unusual about them, for the names of results
-    points    how rotated ones are computed: "exact", or "interpolated" between samples of lines
+    size      the measured size
+    native    the training size
+    variant   deviations from the defaults, for the names of results
+    points    how rotated images are computed: "exact", or "interpolated" between samples of lines
     """
 
     def __init__(self, G: nn.Module, size: Size | None = None, *, seed: int = 0, trunc: float = 1, labelled=None):
-        """labelled: a training.data.ImageArchive from whose labels those of a conditional generator are sampled;
+        """labelled: a training.data.ImageArchive from which the labels of a conditional generator are sampled;
         without it, classes take turns.
         """
         self.G, self.seed, self.trunc, self.labelled = G, seed, trunc, labelled
@@ -54,10 +54,12 @@ class Generated:
         return self.G.mapping(z, c, self.trunc)
 
     def render(self, ws: Tensor, shot: Shot) -> Tensor:
-        """Render [N,C,H,W] about [-1,1]. Raises UserError for colours that are not finite."""
+        """Render [N,C,H,W] about [-1,1]. Raises UserError for values that are not finite."""
         colours = rendering.render(self.G, ws, shot)
         if not colours.isfinite().all():
-            raise UserError("the network gives colours that are not finite; it is broken, measure an earlier snapshot")
+            raise UserError(
+                "the network returns values that are not finite; it is broken, so measure an earlier snapshot"
+            )
         return colours
 
     def batches(self, lists: Sequence[Sequence[int]]) -> Iterator["GeneratedBatch"]:
@@ -65,7 +67,7 @@ class Generated:
 
 
 class GeneratedBatch(Batch):
-    """Images of a generator, rendered when they are asked for."""
+    """Images of a generator, rendered on request."""
 
     def __init__(self, generated: Generated, numbers: Sequence[int]):
         super().__init__(numbers)
@@ -90,7 +92,9 @@ class GeneratedBatch(Batch):
         height, width = generated.native
         view = View.of(generated.G.config, Shot(generated.size))
         sides = matrix.clone()
-        sides[:2, 2] *= (view.cols if width >= height else view.rows).step  # from pixels to the longer side trained at
+        sides[:2, 2] *= (
+            view.cols if width >= height else view.rows
+        ).step  # from pixels to the longer side of the training size
         shot = Shot(generated.size, transform=sides, exact=generated.points == "exact")
         return generated.render(self.ws[index : index + 1], shot)
 

@@ -18,7 +18,7 @@ class Activations(NamedTuple):
 
 
 class Batch:
-    """Some images of a set, by their numbers in it; what several metrics ask for is computed once."""
+    """Some images of a set, by their numbers in it; anything that several metrics ask for is computed once."""
 
     def __init__(self, numbers: Sequence[int], images: Tensor | None = None):
         """images: uint8 [N,C,H,W], unless a subclass renders them."""
@@ -32,7 +32,7 @@ class Batch:
         return self._computed[key]
 
     def images(self) -> Tensor:
-        """Return uint8 [N,C,H,W], at the size measured."""
+        """Return uint8 [N,C,H,W], at the measured size."""
         return self._images
 
     def activations(self, detector: Callable[[Tensor], Activations]) -> Activations:
@@ -40,7 +40,7 @@ class Batch:
 
 
 def cut(limits: Iterable[int], batch: int) -> list[range]:
-    """Split the numbers below the largest limit into batches, none of which extends over a limit."""
+    """Split the numbers below the largest limit into batches, none of which crosses a limit."""
     edges = sorted({0, *limits})
     return [
         range(start, min(start + batch, end))

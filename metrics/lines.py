@@ -1,13 +1,14 @@
-"""Line artefacts: the share of an image's spectral energy on the frequency axes.
+"""Measure line artefacts: the share of an image's spectral energy on the frequency axes.
 
-An image that is a sum of a function of the row and one of the column (plaid) has all its energy there. With the mean
-over channels less its mean over pixels, x[i,j], and the power spectrum at v cycles per height and u per width
+An image that is a sum of a function of the row and a function of the column (plaid) has all its energy there. With the
+mean over channels less its mean over pixels, x[i,j], and the power spectrum at v cycles per height and u per width
 
     P[v,u] = |DFT(x · h hᵀ)|²,    h the periodic Hann window, which spreads a frequency over 3 bins,
 
     share = Σ P where |u| ≤ 1 or |v| ≤ 1  /  Σ P,    both beyond a tenth of the side: (u/W)² + (v/H)² > 0.1²
 
-that is, beyond 0.1 cycles per pixel. Plaid has share 1. White noise has that of the bins: 0.15 at 32², 0.077 at 64².
+that is, beyond 0.1 cycles per pixel. Plaid has share 1; white noise has the share of the bins (0.15 at 32², 0.077 at
+64²).
 """
 
 import math
@@ -31,7 +32,7 @@ def masks(height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def line_share(images: Tensor) -> Tensor:
-    """Return float64 [N] from 0 to 1 for uint8 [N,C,H,W]; 0 for an image of one colour, which has no energy."""
+    """Return float64 [N] from 0 to 1 for uint8 [N,C,H,W]; 0 for a uniform image, which has no energy."""
     x = images.double().sum(1)  # whole numbers: a flat image less its mean is exactly 0
     x = x - x.mean((1, 2), keepdim=True)
     rows, cols = (torch.hann_window(n, dtype=torch.float64, device=x.device) for n in x.shape[1:])
@@ -41,7 +42,7 @@ def line_share(images: Tensor) -> Tensor:
 
 
 class LineShare:
-    """Takes the place of a metrics.features.Detector, with line_share as its one feature and no weights."""
+    """A stand-in for metrics.features.Detector, with line_share as its only feature and no weights."""
 
     name, digest, standard, num_features = "lines", None, True, 1
 
@@ -50,9 +51,9 @@ class LineShare:
 
 
 def line_ratio(fake: Moments, real: Moments) -> dict[str, Estimate]:
-    """Return the mean shares of generated images, `_fake`, and of real ones, `_real`, and their `_ratio`.
+    """Return the mean shares of generated images, `_fake`, and of real images, `_real`, and their `_ratio`.
 
-    fake, real: moments of the share. Raises UserError when the real images have no energy that counts.
+    fake, real: moments of the share. Raises UserError if the real images have no energy beyond the limit.
     """
     shares = [Estimate(m.mean.item(), math.sqrt(m.covariance.item() / m.count)) for m in (fake, real)]
     if not shares[1].value:

@@ -1,4 +1,4 @@
-"""What is kept of the features of many images: their moments, or the features themselves.
+"""Collect the features of many images: their moments, or the features themselves.
 
 Both take batches in any order, on any process. Legend: N images, F features.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 from dnnlib.console import UserError
 from torch_utils.distributed import Processes
 
-GATHER_ROWS = 4096  # of a Table at once: 32 MiB for 2048 features
+GATHER_ROWS = 4096  # rows of a Table at once: 32 MiB for 2048 features
 
 
 class Moments:
@@ -30,14 +30,14 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """float64 [F,F], with N - 1 below. Raises UserError for fewer than two images."""
+        """Return float64 [F,F], divided by N - 1. Raises UserError for fewer than two images."""
         if self.count < 2:
-            raise UserError(f"a covariance takes 2 images or more, and there are {self.count}")
+            raise UserError(f"a covariance needs 2 images or more, and there are {self.count}")
         return self.scatter / (self.count - 1)
 
     @torch.no_grad()
     def update(self, features: Tensor, numbers: Tensor | None = None) -> None:
-        """Count in float [N,F]; whose features they are does not matter."""
+        """Add float [N,F]; the numbers of the images do not matter."""
         if not len(features):
             return
         x = features.to(self.mean)
@@ -63,12 +63,12 @@ class Moments:
         return whole
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a file holds; `from_tensors` reads it back."""
+        """Return the tensors of a file; `from_tensors` reads them back."""
         return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], num_features: int) -> "Moments":
-        """Raises ValueError for anything but finite moments of `num_features` features."""
+        """Read the tensors of a file. Raises ValueError for anything but finite moments of `num_features` features."""
         expected = {
             "count": (torch.int64, ()),
             "mean": (torch.float64, (num_features,)),
@@ -91,13 +91,13 @@ class Table:
 
     @torch.no_grad()
     def update(self, rows: Tensor, numbers: Tensor) -> None:
-        """Keep float [N,F] of the images `numbers`, int64 [N] on the CPU."""
+        """Store float [N,F] of the images `numbers`, int64 [N] on the CPU."""
         self.rows[numbers] = rows.cpu().to(self.rows)
         self.filled[numbers] += 1
 
     @torch.no_grad()
     def gather(self, procs: Processes) -> Tensor:
-        """Return [num,F] of all processes. Raises ValueError unless each image came exactly once."""
+        """Return [num,F] of all processes. Raises ValueError unless each image was added exactly once."""
         filled = procs.sum_(self.filled.to(procs.device, copy=True))
         if not (filled == 1).all():
             raise ValueError(f"{int((filled != 1).sum())} of {len(filled)} images were not measured exactly once")

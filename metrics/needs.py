@@ -1,4 +1,4 @@
-"""What a metric gets (Inputs), what it asks to be kept of the images (Need), and what it computes of that (Task).
+"""Define the inputs of a metric (Inputs), the statistics that it needs (Need), and what it computes from them (Task).
 
 Legend: N images, F numbers per image. Sizes are (H, W).
 """
@@ -22,7 +22,7 @@ class Settings(NamedTuple):
     scales: tuple[Size, ...] = ()  # of scale_*: the first is compared with each other one; () is (R, 2R)
     filter: str | None = None  # None: box for scale_*, lanczos for real images
     seed: int = 0
-    batch: int | None = None  # images at once, None: 32 on a GPU, else 8; it changes results by rounding alone
+    batch: int | None = None  # images at once, None: 32 on a GPU, else 8; it changes results only by rounding
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Inputs:
 
     @functools.cached_property
     def fitted(self) -> Fitted:
-        """The real images at the size measured."""
+        """The real images at the measured size."""
         return Fitted(self.reals, self.images.size, self.settings.filter or "lanczos", self.device)
 
 
@@ -44,10 +44,10 @@ class Inputs:
 class Need:
     """Statistics of the first `limit` images of a set; equal needs are computed once.
 
-    key     says what is looked at: of real images, the digest of the detector
-    kind    a key of EMPTY; of real images "moments" or "features", which are kept on disk
+    key     identifies what is measured: for real images, the digest of the detector
+    kind    a key of EMPTY; for real images "moments" or "features", which are kept on disk
     look    batch -> [N,width]
-    images  real ones, or None: those measured
+    images  real images, or None: the measured images
     """
 
     key: Hashable
@@ -70,9 +70,9 @@ class Task(NamedTuple):
     """One line of results.
 
     name     of the metric
-    compute  what was gathered for `need`, and for `real` if any -> an estimate, or several by their names' endings
-    variant  what differs from the usual, for the name: the size, the truncation, the detector's weights, …
-    facts    all else that a reader may want to know, as JSON holds it
+    compute  statistics for `need`, and for `real` if any -> an estimate, or several by the endings of their names
+    variant  deviations from the defaults, for the name: the size, the truncation, the detector's weights, …
+    facts    other details for the reader, as JSON values
     """
 
     name: str
@@ -83,5 +83,5 @@ class Task(NamedTuple):
     facts: dict
 
     def named(self, ending: str = "") -> str:
-        """Return "fid50k_full", or with all that is unusual "fid50k_full@512x512@inception-custom-1a2b3c4d"."""
+        """Return "fid50k_full", or with all deviations "fid50k_full@512x512@inception-custom-1a2b3c4d"."""
         return "@".join((self.name + ending, *self.variant))

@@ -1,11 +1,11 @@
-"""Perceptual path length in W: how far images move for a small step of the style (Karras et al., 2019 and 2020).
+"""Measure path length in W: how far images move for a small step of the style (Karras et al., 2019 and 2020).
 
     PPL = E[d(g(w), g(lerp(w, w', ε))) / ε²],   w = f(z), w' = f(z') with the same label
 
 at the ends of paths (t = 0; `ppl2_wend` of StyleGAN2 and its successors, whose settings these are): ε = 10⁻⁴, whole
 images averaged down by the largest integer that leaves 256 pixels on the shorter side, d = LPIPS with VGG16
-(metrics/perceptual.py), and the mean without the lowest and the highest percent. Lower is smoother. Styles, images and
-the distance must be float32 or better: at bfloat16 a step of 10⁻⁴ rounds to none.
+(metrics/perceptual.py), and the mean without the lowest and the highest 1 %. Lower is smoother. Styles, images and
+the distance must be float32 or better: in bfloat16 a step of 10⁻⁴ rounds to 0.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def path_lengths(
 
 
 def trimmed(lengths: Tensor) -> Tensor:
-    """Return those of float64 [N] from the 1st to the 99th percentile, both included."""
+    """Return the values of float64 [N] from the 1st to the 99th percentile, both included."""
     low = lengths.quantile(0.01, interpolation="lower")
     high = lengths.quantile(0.99, interpolation="higher")
     return lengths[(lengths >= low) & (lengths <= high)]

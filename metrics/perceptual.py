@@ -1,4 +1,4 @@
-"""LPIPS, the learned perceptual distance of two images (Zhang et al., 2018, https://arxiv.org/abs/1801.03924).
+"""Compute LPIPS, the learned perceptual distance of two images (Zhang et al., 2018, https://arxiv.org/abs/1801.03924).
 
 The package `lpips` computes it (version 0.1, with its heads); the weights of the backbone, VGG16 or AlexNet, are the
 files that torchvision publishes.
@@ -18,7 +18,7 @@ from torch_utils.precision import full_precision
 
 
 class Backbone(NamedTuple):
-    least: int  # pixels per side that reach the last layer
+    least: int  # minimum pixels per side for the last layer
     weights: RemoteFile
 
 
@@ -36,10 +36,10 @@ BACKBONES = {
 
 
 class LPIPS(nn.Module):
-    """Images a and b, [N,3,H,W] or [N,1,H,W] in [-1,1] -> [N], 0 for equal ones and larger for others.
+    """Images a and b, [N,3,H,W] or [N,1,H,W] in [-1,1] -> [N], 0 for equal images and larger for others.
 
     net: "vgg" (as in path lengths) or "alex" (which its authors recommend for comparing images).
-    `name`, `digest` and `standard` are those of metrics.weights.Weights.
+    `name`, `digest` and `standard` as in metrics.weights.Weights.
     """
 
     def __init__(self, net: str, weights_dir: str | os.PathLike | None = None):
@@ -51,7 +51,7 @@ class LPIPS(nn.Module):
         self.module = weights.build(lambda state: build(net, state)).eval().requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Raises ValueError for other shapes, and for less than 16 (vgg) or 31 (alex) pixels per side."""
+        """Return [N]. Raises ValueError for other shapes, and for less than 16 (vgg) or 31 (alex) pixels per side."""
         if a.shape != b.shape or a.ndim != 4 or a.shape[1] not in (1, 3) or min(a.shape[-2:]) < self.least:
             raise ValueError(
                 f"LPIPS compares [N,3,H,W] or [N,1,H,W] of one shape and at least {self.least} pixels per side; "
@@ -64,11 +64,11 @@ class LPIPS(nn.Module):
 
 def build(net: str, state: State) -> lpips.LPIPS:
     """Build the package's network with the tensors `state` of torchvision's backbone. Raises for other tensors."""
-    # On "meta", parameters have no values: nothing is downloaded or drawn, and what `state` lacks cannot stay random.
+    # On "meta", parameters have no values: nothing is downloaded or random, even if `state` lacks tensors.
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's, about the arguments that the package gives
         module = lpips.LPIPS(net=net, pnet_rand=True, pretrained=False, verbose=False)
-    # Layers are in slices, under the numbers that they have in torchvision: slice2.3.weight is features.3.weight.
+    # Layers are in slices, with the numbers of torchvision: slice2.3.weight is features.3.weight.
     names = {name: f"features.{name.split('.', 1)[1]}" for name in module.net.state_dict()}
     module.net.load_state_dict({name: state[there].float() for name, there in names.items()}, assign=True)
     heads = os.path.join(os.path.dirname(lpips.__file__), "weights", "v0.1", f"{net}.pth")

@@ -1,4 +1,4 @@
-"""Plots what was measured in several runs, from their metric-*.jsonl."""
+"""Plot the measurements of several runs, from their metric-*.jsonl."""
 
 import json
 import math
@@ -30,7 +30,7 @@ Point = tuple[float, float, float]  # x, value, standard error
 
 
 def read(run: Path) -> list[dict]:
-    """Read the measurements in a run directory, each with its `kimg`. Raises UserError when there are none."""
+    """Read the measurements in a run directory, each with its `kimg`. Raises UserError if there are none."""
     records = []
     for path in sorted(run.glob("metric-*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -47,7 +47,7 @@ def read(run: Path) -> list[dict]:
 
 
 def over_training(records: list[dict]) -> dict[str, list[Point]]:
-    """Return {name of a result: its last value at each kimg}; of those of `over_scales`, the usual scales alone."""
+    """Return {name of a result: its last value at each kimg}; for metrics of `over_scales`, only the default scales."""
     curves = {}
     for record in records:
         if "scales" in record and "@" in record["metric"]:

@@ -1,4 +1,4 @@
-"""Real images, by number: as files, and as batches at the size measured. Sizes are (H, W)."""
+"""Read real images by number: as files, and as batches at the measured size. Sizes are (H, W)."""
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,15 +26,15 @@ TOGETHER = 64  # windows of one image in a batch, at most
 class Files:
     """Images in files: subclasses define read(index) -> uint8 [C,H,W] and contents(), the bytes of each file.
 
-    num       how many
-    size      of all of them, or None: each has its own
-    channels  of all of them
-    facts     what else decides their pixels, besides the files
+    num       number of images
+    size      of all images, or None: each has its own
+    channels  of all images
+    facts     everything else that affects their pixels
     """
 
     @functools.cached_property
     def digest(self) -> str:
-        """The metrics.cache.content_digest of the files."""
+        """Return the metrics.cache.content_digest of the files."""
         return content_digest(progress(self.contents(), desc="digest of the real images"))
 
     def lists(self, lists: Sequence[Sequence[int]]) -> Iterator[list[Tensor]]:
@@ -50,7 +50,7 @@ class EqualFiles(Files):
     """Images of one size."""
 
     def __init__(self, images, mirror: bool = False):
-        """images: a training.data.ImageArchive. mirror: whether it counts every image mirrored as well."""
+        """images: a training.data.ImageArchive. mirror: whether it includes every image mirrored as well."""
         self.images, self.num = images, len(images)
         self.channels, *size = images.shape
         self.size = tuple(size)
@@ -69,7 +69,7 @@ class LargeFiles(Files):
     size = None
 
     def __init__(self, files, channels: int, side: int):
-        """files: a training.data.ImageFiles. Raises UserError when all images are smaller."""
+        """files: a training.data.ImageFiles. Raises UserError if all images are smaller."""
         self.files, self.channels, self.facts = files, channels, {"channels": channels}
         names = files.names()
         self.names = [name for name in progress(names, desc="sizes of images") if min(files.size(name)) >= side]
@@ -93,10 +93,10 @@ class Fitted:
 
     def __init__(self, files: Files, size: Size, filter: str, device: torch.device):
         self.files, self.size, self.filter, self.device = files, size, filter, device
-        self.order = np.random.RandomState(0).permutation(files.num)  # the first ones are a fair sample of all
+        self.order = np.random.RandomState(0).permutation(files.num)  # the first images are a fair sample of all
 
     def facts(self, limit: int) -> dict:
-        """What decides the first `limit` images, besides the files."""
+        """Return everything that affects the first `limit` images, besides the files."""
         return {**self.files.facts, "size": self.size, "filter": self.filter, "limit": limit}
 
     def cut(self, limits: Iterable[int], batch: int) -> list[range]:
@@ -109,7 +109,7 @@ class Fitted:
 
 
 class Given(Fitted):
-    """Images of files in the place of generated ones."""
+    """Images of files, used instead of generated images."""
 
     variant = ()
 
@@ -120,9 +120,9 @@ class Given(Fitted):
 
 @dataclass(frozen=True)
 class Windows:
-    """Random windows of the central squares of images, window i of image i mod their number.
+    """Random windows of the central squares of images, window i from image i mod the number of images.
 
-    A square is taken for an image of at least `large` pixels per side. A window is 1/zoom of it, with log-uniform zooms
+    A square counts as an image of at least `large` pixels per side. A window is 1/zoom of it, with log-uniform zooms
     from 1 to large / size, and is resized to size × size.
     """
 
@@ -157,11 +157,11 @@ class Windowed:
         self.order = np.random.RandomState(0).permutation(files.num)
 
     def facts(self, limit: int) -> dict:
-        """What decides the windows, besides the files."""
+        """Return everything that affects the windows, besides the files."""
         return {**self.files.facts, "windows": vars(self.windows), "limit": limit}
 
     def cut(self, limits: Iterable[int], batch: int) -> list[range]:
-        """Group the windows of an image, up to TOGETHER, so that it is decoded once for them."""
+        """Group the windows of an image, up to TOGETHER, so that it is decoded once for all of them."""
         step = self.files.num
         wanted = [range(first, self.limit, step) for first in range(min(step, self.limit))]
         return [part[i : i + TOGETHER] for part in wanted for i in range(0, len(part), TOGETHER)]

@@ -1,4 +1,4 @@
-"""The table of metrics: what each needs, how it computes, and its names.
+"""Define the metrics: their inputs, computations and names.
 
 (metric,) = parse("fid50k_full")
 metric.num, metric.full  # 50000, True
@@ -34,15 +34,15 @@ MOST_FEATURES = 200_000  # real images whose features are kept for kid and pr: 1
 
 
 class Family(NamedTuple):
-    """Metrics that differ in their numbers alone."""
+    """Metrics that differ only in their numbers."""
 
     # A template of the name: # is the number of images, [_#] is dropped at the default, _? is _ unless it ends in k.
     pattern: str
     tasks: Callable[["Metric", Inputs], list[Task]]  # raises UserError for inputs that are insufficient or unfit
     tool: Callable | None = None  # (device, folder of weights) -> the network that looks at the images
-    reals: bool = False  # compares with real images: all when the name ends in _full, else as many as the number
+    reals: bool = False  # compares with real images: all if the name ends in _full, else as many as the number
     windows: bool = False  # compares with windows of large real images
-    renders: bool = False  # takes a generator; files of its images are not enough
+    renders: bool = False  # needs a generator; files of its images are not enough
     least: int = 2  # images
     side: int = 1  # pixels, at least
     default: int = 50_000  # images, where the name has no number
@@ -63,13 +63,13 @@ class Metric:
         return name.replace("_?", "" if number.endswith("k") else "_") + "_full" * self.full
 
     def of(self, num: int) -> "Metric":
-        """Return the same of `num` images. Raises UserError when that is too few."""
+        """Return the same metric of `num` images. Raises UserError if they are too few."""
         if num < self.family.least:
-            raise UserError(f"{self.name} takes {self.family.least} images or more, not {num}")
+            raise UserError(f"{self.name} needs {self.family.least} images or more, not {num}")
         return replace(self, num=num)
 
 
-# --- how metrics compute ---------------------------------------------------------------------------------------------
+# --- computations of metrics ------------------------------------------------------------------------------------------
 
 
 def task(
@@ -82,18 +82,18 @@ def task(
     facts: dict | None = None,
     sizes: tuple[Size, ...] = (),
 ) -> Task:
-    """Return the task with what all tasks have in common. Raises UserError for unfit images.
+    """Return the task with the attributes common to all. Raises UserError for unsuitable images.
 
-    sizes: at which the images are looked at; () is the size measured, which the name states if it is unusual.
+    sizes: the sizes of the images; () is the measured size, which the name states if it is not the default.
     """
     images, family, tool = inputs.images, metric.family, inputs.tools.get(metric.family.tool)
     for height, width in sizes or (images.size,):
         if min(height, width) < family.side:
             raise UserError(
-                f"{metric.name} takes images of {family.side}x{family.side} pixels or more, not {width}x{height}"
+                f"{metric.name} needs images of {family.side}x{family.side} pixels or more, not {width}x{height}"
             )
     if tool and images.channels not in (1, 3):
-        raise UserError(f"{metric.name} looks at RGB or grey images, and these have {images.channels} channels")
+        raise UserError(f"{metric.name} supports RGB and grey images, and these have {images.channels} channels")
     known = {"num_fake": metric.num, "size": list(images.size), "seed": inputs.settings.seed}
     if not sizes and images.size != images.native:
         variant = (f"{images.size[1]}x{images.size[0]}", *variant)
@@ -105,7 +105,7 @@ def task(
 
 
 def features(tool, kind: str, limit: int) -> Need:
-    """Return the need of the "moments" or the "features" that a detector sees in the images measured."""
+    """Return the need of the "moments" or the "features" that a detector computes from the measured images."""
     key = tool.digest or tool.name
     return Need(key, kind, limit, tool.num_features, lambda batch: batch.activations(tool).features)
 
@@ -121,7 +121,7 @@ def compare(kind: str, distance: Callable) -> Callable:
         if kind == "features":
             limit = min(limit, MOST_FEATURES)
         if limit < metric.family.least:
-            raise UserError(f"{metric.name} takes {metric.family.least} real images or more, and data has {limit}")
+            raise UserError(f"{metric.name} needs {metric.family.least} real images or more, and data has {limit}")
         need = features(tool, kind, metric.num)
         real = replace(need, limit=limit, images=inputs.fitted)
         filter = inputs.fitted.filter
@@ -147,10 +147,10 @@ def windows(metric: Metric, inputs: Inputs) -> list[Task]:
     images, tool = inputs.images, inputs.tools[metric.family.tool]
     (large, width), (size, other) = images.size, images.native
     if size != other:
-        raise UserError(f"{metric.name} takes a generator trained on squares, not on {other}x{size}")
+        raise UserError(f"{metric.name} needs a generator trained on squares, not on {other}x{size}")
     if large != width or large <= size:
         raise UserError(
-            f"{metric.name} looks at windows of {size}x{size} pixels in larger squares; give the size of these, "
+            f"{metric.name} compares windows of {size}x{size} pixels in larger squares; give the size of the squares, "
             f"for example {4 * size}x{4 * size}"
         )
     if inputs.large is None:
@@ -175,7 +175,7 @@ def path_length(metric: Metric, inputs: Inputs) -> list[Task]:
 
 
 def equivariance(move: Callable) -> Callable:
-    """Compare images of moved scenes with moved images; each has a transform of its own, whatever batch it is in."""
+    """Compare images of moved scenes with moved images; each image has its own transform, in any batch."""
 
     def tasks(metric: Metric, inputs: Inputs) -> list[Task]:
         def look(batch: GeneratedBatch) -> Tensor:
@@ -189,7 +189,7 @@ def equivariance(move: Callable) -> Callable:
 
 
 def consistency(distance_of: Callable[[object], Distance]) -> Callable:
-    """Compare images with the same ones at another size, the larger downsampled."""
+    """Compare images with the same images at another size, the larger downsampled."""
 
     def tasks(metric: Metric, inputs: Inputs) -> list[Task]:
         native = inputs.images.native
@@ -200,7 +200,7 @@ def consistency(distance_of: Callable[[object], Distance]) -> Callable:
         for other in others:
             if first[0] * other[1] != first[1] * other[0]:
                 raise UserError(
-                    f"scales {side(first)} and {side(other)} have different shapes, so they show other parts"
+                    f"scales {side(first)} and {side(other)} have different shapes, so they show different parts"
                 )
             small, large = sorted((first, other))
 
@@ -219,7 +219,7 @@ def consistency(distance_of: Callable[[object], Distance]) -> Callable:
 
 
 def listed_mean(values: Tensor) -> Estimate:
-    """Return the mean of [N,1], with the values."""
+    """Return the mean of [N,1], and the values."""
     return mean(values.flatten())._replace(values=values.flatten().cpu())
 
 
@@ -233,7 +233,7 @@ def side(size: Size) -> str:
 
 def detector(kind: str) -> Callable:
     def load(device, weights_dir):
-        from metrics.features import Detector  # torch-fidelity takes seconds to import
+        from metrics.features import Detector  # importing torch-fidelity takes seconds
 
         return Detector(kind, weights_dir, device)
 
@@ -249,7 +249,7 @@ def lpips(net: str) -> Callable:
     return load
 
 
-# Metrics that share a network name the same loader: it is loaded once, and looks at each image once.
+# Metrics that share a network name the same loader: it is loaded once, and runs once per image.
 INCEPTION, DINOV2, LITE0 = map(detector, ("inception", "dinov2", "lite0"))
 
 

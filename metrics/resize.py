@@ -1,4 +1,4 @@
-"""Resizes uint8 images in float64, with the filters of image libraries.
+"""Resize uint8 images in float64, with the filters of image libraries.
 
 Legend: N images, C channels, H rows, W columns. Sizes are (H, W).
 """
@@ -26,7 +26,7 @@ def lanczos(distance: Tensor, ratio: float) -> Tensor:
 
 
 # name -> function(distance of the centres in source pixels, source pixels per target pixel but 1 at least) -> weight,
-# not normalised. bicubic and lanczos widen with the ratio and are those of Pillow's Image.resize. For smaller images,
+# not normalised. bicubic and lanczos widen with the ratio, as in Pillow's Image.resize. For smaller images,
 # box is the exact area; for larger ones, it is linear between pixels.
 FILTERS = {"box": box, "bicubic": bicubic, "lanczos": lanczos}
 
@@ -35,7 +35,7 @@ def resize(images: Tensor, size: tuple[int, int], filter: str) -> Tensor:
     """Resize uint8 [N,C,H',W'] to uint8 [N,C,H,W]: rounded (halves to even) and clamped. `filter`: a key of FILTERS."""
 
     def weights(before: int, after: int) -> Tensor:
-        """float64 [after,before], rows that sum to 1."""
+        """Return float64 [after,before], rows that sum to 1."""
         ratio = before / after
         centres, pixels = (torch.arange(count, dtype=torch.float64) + 0.5 for count in (after, before))
         matrix = FILTERS[filter](pixels - centres[:, None] * ratio, max(ratio, 1))
@@ -46,7 +46,7 @@ def resize(images: Tensor, size: tuple[int, int], filter: str) -> Tensor:
 
 
 def fit(images: Tensor, size: tuple[int, int], filter: str) -> Tensor:
-    """Crop uint8 [N,C,H',W'] to the largest central part of the shape of `size`, and resize that to [N,C,H,W]."""
+    """Crop uint8 [N,C,H',W'] to the largest central part of the shape of `size`, and resize it to [N,C,H,W]."""
     height, width = images.shape[-2:]
     if (height, width) == size:
         return images

@@ -1,4 +1,4 @@
-"""Scale consistency: is the larger image the same image? (paper, table 2: 256² against 512² downsampled to 256²)
+"""Measure scale consistency: is the larger image the same? (paper, table 2: 256² against 512² downsampled to 256²)
 
 A set of images rendered at R is compared, one by one, with the same set rendered at sR and downsampled to R:
 
@@ -6,7 +6,7 @@ A set of images rendered at R is compared, one by one, with the same set rendere
     scale_ssim    structural similarity (Wang et al., 2004), up to 1; higher is more consistent
     scale_lpips   a learned distance (metrics/perceptual.py), from 0; lower is more consistent
 
-Both sets are uint8, as files would hold them. Downsampling (metrics/resize.py) takes pixels for areas, as image files
+Both sets are uint8, as files would hold them. Downsampling (metrics/resize.py) treats pixels as areas, as image files
 do, so a network whose outer pixels are on the edges ("endpoints") differs by that offset too.
 
 Legend: N images, C channels, H rows, W columns.
@@ -34,14 +34,14 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
     The settings of Wang et al., https://doi.org/10.1109/TIP.2003.819861: Gaussian weights with σ = 1.5, population
     covariance, K = 0.01 and 0.03, range 255. Equals scikit-image's structural_similarity with gaussian_weights=True,
-    sigma=1.5, use_sample_covariance=False, data_range=255 and a channel_axis. Takes 11 pixels per side or more.
+    sigma=1.5, use_sample_covariance=False, data_range=255 and a channel_axis. Needs 11 pixels per side or more.
     """
     a, b = a.double(), b.double()
     weights = torch.exp(-torch.arange(-5, 6).to(a).square() / (2 * 1.5**2))
     weights /= weights.sum()
 
     def around(x: Tensor) -> Tensor:
-        """[N,C,H,W] -> [N,C,H−10,W−10], weighted means."""
+        """Compute weighted means: [N,C,H,W] -> [N,C,H−10,W−10]."""
         return (x.unfold(2, 11, 1) @ weights).unfold(3, 11, 1) @ weights
 
     mean_a, mean_b = around(a), around(b)
@@ -53,5 +53,5 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def on_uint8(distance: Distance) -> Distance:
-    """Turn a distance of colours in [-1,1] into one of uint8 images: x / 127.5 − 1, as StyleGAN reads files."""
+    """Turn a distance of images in [-1,1] into a distance of uint8 images: x / 127.5 − 1, as StyleGAN reads files."""
     return lambda a, b: distance(a.float() / 127.5 - 1, b.float() / 127.5 - 1)

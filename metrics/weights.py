@@ -1,4 +1,4 @@
-"""Files of weights that others published: found or downloaded, never executed, and named after what they hold."""
+"""Find or download published weights; never execute them, and name them after their contents."""
 
 import os
 from collections.abc import Callable
@@ -16,19 +16,19 @@ T = TypeVar("T")
 
 
 class Weights:
-    """The tensors in a file that torch.save wrote.
+    """The tensors of a file written by torch.save.
 
-    A result is only as good as the weights behind it. So a network has the name `published` with the published weights
-    alone; with others its name is `kind`-custom- and 8 digits of the file's SHA-256.
+    A result is only as good as the weights behind it. So a network is named `published` only with the published
+    weights; with others it is named `kind`-custom- and 8 digits of the file's SHA-256.
 
     state     the tensors by their names
     digest    SHA-256 of the file, hexadecimal
-    standard  whether that is the published one
+    standard  whether the file is the published one
     name      of the network with these weights
     """
 
     def __init__(self, path: str | os.PathLike, source: RemoteFile, kind: str, published: str):
-        """Read the file and execute nothing. Raises UserError when it holds no dictionary of tensors."""
+        """Read the file and execute nothing. Raises UserError unless it holds a dictionary of tensors."""
         self.path, self.source, self.kind = Path(path), source, kind
         try:
             self.digest = sha256(path)
@@ -45,7 +45,7 @@ class Weights:
         self.name = published if self.standard else f"{kind}-custom-{self.digest[:8]}"
 
     def build(self, network: Callable[[State], T]) -> T:
-        """Return network(state). Raises UserError when the file holds the tensors of another network."""
+        """Return network(state). Raises UserError if the file holds the tensors of another network."""
         try:
             return network(self.state)
         except (KeyError, IndexError, ValueError, RuntimeError) as error:  # the last is load_state_dict's

@@ -375,7 +375,7 @@ def test_labels_are_distributed_as_those_of_the_real_images_or_take_turns(bench)
     assert c.argmax(1).tolist() == [1, 2, 0, 1, 2, 0]
     assert bench.measure(metrics="fd_dinov2_4_full", network=network)
     other = bench.save("other.safetensors", c_dim=5)
-    assert "the network takes 5" in bench.refused(metrics="fd_dinov2_4_full", network=other)
+    assert "the network needs 5" in bench.refused(metrics="fd_dinov2_4_full", network=other)
 
 
 def test_truncation_and_other_sizes_are_in_the_name(bench):
@@ -407,7 +407,7 @@ def test_the_training_images_of_a_run_are_found(bench):
     events = EventAccumulator(str(bench.folder)).Reload()
     assert {e.step for tag in events.Tags()["scalars"] for e in events.Scalars(tag)} == {567}
     bench.data.rename(bench.folder / "elsewhere")
-    assert "say with --data" in bench.refused(metrics="fd_dinov2_4_full", data=None, network=network)
+    assert "present location with --data" in bench.refused(metrics="fd_dinov2_4_full", data=None, network=network)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ def test_the_training_images_of_a_run_are_found(bench):
         ({"metrics": "pfid50k_full", "weights": None}, "is needed and was not found"),
         ({"network": "gone.safetensors"}, "gone.safetensors does not exist"),
         ({"network": None}, "either --network"),
-        ({"network": None, "images": "x", "metrics": "scale_psnr"}, "scale_psnr takes a generator"),
+        ({"network": None, "images": "x", "metrics": "scale_psnr"}, "scale_psnr needs a generator"),
         ({"size": "64x64", "scale": 2}, "give one of them"),
         ({"size": "big"}, "--size=big"),
         ({"scales": "32"}, "two sizes or more"),
