@@ -4,7 +4,7 @@ python -m benchmarks.faults --out=benchmarks/results/faults.json             # e
 python -m benchmarks.faults --part=kills --count=10 --out=/tmp/faults.json   # one part, shorter
 
 A command passes if it ends within a minute of the fault, prints no traceback, fails with a sentence or succeeds, leaves
-no incomplete file under a final name, and gives the result of an undisturbed run when it is started again.
+no incomplete file under a final name, and gives the result of an undisturbed run when started again.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from dnnlib.files import atomic_write
 from torch_utils.command import command
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 60  # seconds: a command that is still running so long after a fault hangs
+LIMIT = 60  # seconds: a command that still runs this long after a fault counts as hanging
 RECIPE = """
 base: demo
 G: {channel_base: 256, channel_max: 16, mapping_layers: 1, z_dim: 16, w_dim: 16}
@@ -55,13 +55,13 @@ class Tally:
 
 @dataclass
 class Ended:
-    """How a process ended: its exit code (None if it hung and was killed) and what it printed."""
+    """The end of a process: its exit code (None if it hung and was killed) and what it printed."""
 
     code: int | None
     text: str
 
     def check(self, tally: Tally, what: str) -> None:
-        """Require an end without hang or traceback, and a sentence where it failed."""
+        """Require an end without hang or traceback, and a sentence if it failed."""
         tally.require(self.code is not None, f"{what}: still running after {LIMIT} s")
         tally.require("Traceback" not in self.text, f"{what}: traceback: {self.text[-300:]}")
         tally.require(self.code in (0, None) or "Error" in self.text, f"{what}: exit {self.code} without a sentence")
@@ -75,7 +75,7 @@ class Command:
     arguments: list[str]
     again: Callable[[Path], list[str]]
     digest: Callable[[Path], str | None]
-    incomplete: Callable[[Path], list[str]] = lambda folder: []  # files under a final name that are not whole
+    incomplete: Callable[[Path], list[str]] = lambda folder: []  # files with a final name that are not whole
 
     def start(self, folder: Path, again: bool = False, **environment: str) -> subprocess.Popen:
         arguments = self.again(folder) if again else self.arguments
@@ -105,18 +105,18 @@ def kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-# --- the commands that are disturbed ---------------------------------------------------------------------------------
+# --- commands under test --------------------------------------------------------------------------------------------
 
 
 def sha256(*paths: Path) -> str | None:
-    """The digest of files, None if one is missing."""
+    """Return the digest of files, None if one is missing."""
     if not paths or not all(path.exists() for path in paths):
         return None
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def trained(folder: Path) -> str | None:
-    """The digest of a finished run: its last snapshot and the steps of its reports."""
+    """Return the digest of a finished run: its last snapshot and the steps of its reports."""
     logs = sorted(folder.glob("*/stats.jsonl"))
     if not logs:
         return None
@@ -126,13 +126,13 @@ def trained(folder: Path) -> str | None:
 
 
 def again(train: list[str], folder: Path) -> list[str]:
-    """The arguments that resume the newest run directory with a training state, or start a new run."""
+    """Return the arguments that resume the newest run directory with a training state, or start a new run."""
     states = sorted(folder.glob("*/training-state-*.pt"))
     return ["train.py", f"--resume={states[-1].parent}", train[-1]] if states else train
 
 
 def commands(base: Path) -> list[Command]:
-    """The commands under test; `base` holds their inputs."""
+    """Return the commands under test; `base` holds their inputs."""
     archive, recipe = base / "letters.zip", base / "faults.yaml"
     train = ["train.py", "--outdir=OUT", f"--cfg={recipe}", "--cond", f"--data={archive}", "--gpus=1"]
     render = ["generate.py", "--network=letters", "--seeds=0", "--size=3000x3000", "--format=tiff", "--outdir=OUT"]
@@ -216,7 +216,7 @@ def kills(count: int, rng: random.Random) -> dict[str, Tally]:
 
 
 def full_disk(count: int, rng: random.Random) -> dict[str, Tally]:
-    """Fail every write of a command from one on, for `count` of its writes, then start it again on a disk with room."""
+    """Fail all writes of a command from one on, for `count` of its writes, then start it again on a disk with space."""
     tallies = {}
     with inputs() as base:
         library, counter = base / "full_disk.so", base / "counter"
@@ -253,7 +253,7 @@ def full_disk(count: int, rng: random.Random) -> dict[str, Tally]:
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
-    """Cut a file off, flip some of its bits, overwrite a part with noise or zeros, or repeat a part."""
+    """Truncate a file, flip some of its bits, overwrite a part with noise or zeros, or repeat a part."""
     at, length = rng.randrange(len(data)), rng.randrange(1, 1 + min(len(data), 64))
     kind = rng.randrange(5)
     if kind == 0:

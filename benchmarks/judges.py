@@ -3,10 +3,11 @@
 - Class accuracy. A small CNN learns the classes of a labelled archive, in about two minutes on one core, and is tested
   on a held-out tenth of the images. Then it classifies images generated with each class.
 - Fréchet distance in its penultimate features, between generated images and its training images. As many are generated
-  as are held out; the distance of the held-out ones is that of a perfect generator.
-- Nearest neighbours. Each generated image has a distance to the nearest image of the archive, and so has each image of
-  the archive to the nearest other one. The ratio of the medians is about 1 where nothing is memorised and 0 for copies.
-  Distances are Euclidean, of pixels at 32² and of Lite0's features (metrics.features.Lite0Means).
+  as are held out; a perfect generator would have the distance of the held-out images.
+- Nearest neighbours. The distance from each generated image to the nearest image of the archive is compared with the
+  distance from each image of the archive to the nearest other one. The ratio of the medians is about 1 if nothing is
+  memorised, and 0 for copies.
+  Distances are Euclidean, between pixels at 32² and between Lite0's features (metrics.features.Lite0Means).
 
 Without labels, only neighbours are measured.
 
@@ -41,21 +42,21 @@ from training.data import ImageArchive, epoch_order, index_at
 from training.networks import Generator
 from training.snapshot import load_generator
 
-SIDE = 32  # pixels, for the classifier and the distances of pixels
+SIDE = 32  # pixels, for the classifier and the pixel distances
 WIDTHS = (32, 64, 128)  # channels of the classifier's convolutions; the last is its number of features
 SEEN = 60_000  # images that the classifier is trained on, counting repetitions
-SHIFT = 3  # pixels by which they are shifted at most
+SHIFT = 3  # largest shift in pixels
 BATCH = 64
 MIN_IMAGES = 100  # labelled
-CHOSEN = 16  # generated images to find neighbours of
-MAX_IMAGES = 1000  # generated, held out, and of the archive to find neighbours of
+CHOSEN = 16  # generated images whose neighbours are found
+MAX_IMAGES = 1000  # generated images, held-out images, and archive images whose neighbours are found
 
 
 # --- the classifier --------------------------------------------------------------------------------------------------
 
 
 class Classifier(nn.Module):
-    """Maps [N,3,32,32] in [-1,1] to logits [N,K]; `features` gives the layer before, [N,128]."""
+    """Map [N,3,32,32] in [-1,1] to logits [N,K]; `features` returns the previous layer, [N,128]."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -75,8 +76,8 @@ class Classifier(nn.Module):
 def train_classifier(images: Tensor, classes: Tensor, num_classes: int, seed: int, seen: int) -> Classifier:
     """Train on float [N,3,32,32] in [-1,1] and int64 [N]; on a CPU, the same arguments give the same weights.
 
-    AdamW with a cosine schedule from 2e-3 to 0, random shifts, dropout of 0.5, and label smoothing of 0.1, without
-    which the features of training images are far from those of other images.
+    AdamW with a cosine schedule from 2e-3 to 0, random shifts, dropout of 0.5, and label smoothing of 0.1; without it,
+    the features of training images are far from the features of other images.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -134,7 +135,7 @@ def find_nearest(points: Tensor, others: Tensor, own: Tensor | None = None) -> t
     """
     found = []
     for rows in torch.arange(len(points)).split(256):
-        # By differences: the expanded square, |a|² − 2ab + |b|², has a rounding error where a copy's distance is 0.
+        # From differences: the expanded square, |a|² − 2ab + |b|², has a rounding error if a copy's distance is 0.
         distances = torch.cdist(points[rows], others, compute_mode="donot_use_mm_for_euclid_dist")
         if own is not None:
             distances[torch.arange(len(rows)), own[rows]] = torch.inf
@@ -174,7 +175,7 @@ def read_batches(images: ImageArchive) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def lite0_of(images: ImageArchive, detector: Detector) -> Tensor:
-    """Return Lite0's features of the archive, [N,496], from the cache if they are in it."""
+    """Return Lite0's features of the archive, [N,496], from the cache if present."""
     key = cache_key(content_digest(images.contents()), detector=detector.digest, shape=images.shape)
 
     def compute(missing: list[Statistics]) -> list[Tensor]:
@@ -207,7 +208,7 @@ def summarise(found: dict) -> str:
 
 
 class Judges:
-    """What is learned from an archive, to judge generators by."""
+    """The classifier and features of an archive, used to judge generators."""
 
     def __init__(self, images: ImageArchive, seed: int, trunc: float, device: torch.device):
         self.images, self.seed, self.trunc = images, seed, trunc
@@ -223,7 +224,7 @@ class Judges:
         if not ((labels == 0) | (labels == 1)).all() or not (labels.sum(1) == 1).all():
             raise UserError("the labels are vectors; a classifier needs one class number per image")
         classes = labels.argmax(1)
-        order = torch.from_numpy(epoch_order(len(images), 0, 0).copy())  # the same are held out for every seed
+        order = torch.from_numpy(epoch_order(len(images), 0, 0).copy())  # the same images are held out for every seed
         held, kept = order.tensor_split([len(images) // 10])
         began = time.perf_counter()
         self.classifier = train_classifier(self.small[kept], classes[kept], images.label_dim, seed, SEEN)
@@ -273,13 +274,13 @@ class Judges:
 
 
 def open_networks(paths: tuple[str, ...], images: ImageArchive, device: torch.device) -> dict[str, Generator]:
-    """Load networks by path. Raises UserError for those that this archive cannot judge."""
+    """Load networks by path. Raises UserError for networks that this archive cannot judge."""
     networks = {}
     for path in paths:
         G = load_generator(path, device)
         if G.config.img_channels not in (1, 3):
             raise UserError(
-                f"{path} makes images of {G.config.img_channels} channels, and only RGB and grey can be judged"
+                f"{path} generates images of {G.config.img_channels} channels, and only RGB and grey can be judged"
             )
         if images.label_dim and G.config.c_dim not in (0, images.label_dim):
             raise UserError(
@@ -291,7 +292,7 @@ def open_networks(paths: tuple[str, ...], images: ImageArchive, device: torch.de
 
 
 @click.command()
-@click.option("--data", required=True, metavar="ZIP|DIR", help="The images that the networks were trained on.")
+@click.option("--data", required=True, metavar="ZIP|DIR", help="Training images of the networks.")
 @click.option("--network", "networks", multiple=True, metavar="FILE", help="A snapshot to judge; may be repeated.")
 @click.option(
     "--samples",

@@ -1,4 +1,4 @@
-"""Describes the machine of a measurement, times tasks, and writes random images."""
+"""Describe the machine of a measurement, time tasks, and write random images."""
 
 import os
 import platform
@@ -73,7 +73,7 @@ def interleaved(
 
 
 def write_images(folder: Path, count: int, size: int) -> None:
-    """Write `count` PNGs of random pixels into a folder that exists."""
+    """Write `count` PNGs of random pixels into an existing folder."""
     rng = np.random.default_rng(0)
     for i in range(count):
         Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i}.png")

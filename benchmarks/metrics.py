@@ -1,6 +1,6 @@
-"""Compare metrics of two folders with torch-fidelity's: python -m benchmarks.metrics A B --help
+"""Compare metrics of two folders with torch-fidelity: python -m benchmarks.metrics A B --help
 
-Both get the same images, weights of Inception and threads, and no cache. The figures come from one call of each; the
+Both use the same images, Inception weights and threads, and no cache. The values come from one call of each; the
 times from calls that take turns, each in a fresh process, including the start of Python.
 """
 
@@ -27,7 +27,7 @@ from torch_utils.command import command
 
 BATCH = 64
 WEIGHTS = DETECTORS["inception"].weights.name
-PAIRS = {  # our figure -> torch-fidelity's
+PAIRS = {  # our value -> torch-fidelity's
     "fid": "frechet_inception_distance",
     "kid": "kernel_inception_distance_mean",
     "is_mean": "inception_score_mean",
@@ -77,7 +77,7 @@ def theirs(a: str, b: str, weights: str, everything: bool) -> dict:
 
 
 def ours(a: str, b: str, weights: str, everything: bool) -> dict:
-    """Call calc_metrics.py with an empty cache; return its figures by kind of metric."""
+    """Call calc_metrics.py with an empty cache; return its values by kind of metric."""
     names = "fid50k_full,kid50k_full,is50k,pr50k3_full" if everything else "fid50k_full"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "calc_metrics.py", f"--images={a}", f"--data={b}", f"--metrics={names}"]

@@ -1,8 +1,8 @@
-"""Times of the operations against their references: python -m benchmarks.ops --help
+"""Time the operations against their references: python -m benchmarks.ops --help
 
-Shapes are those of the paper's 512² network. For each of them the methods take turns; times are medians. Two floors are
+Shapes are from the paper's 512² network. For each, the methods take turns; times are medians. Two floors are
 measured in the same run: the bytes of an operation at the bandwidth of a copy, and its FLOPs at the rate of a large
-matrix product. The share of the floor can exceed 1 where tensors stay in the cache.
+matrix product. The share of the floor can exceed 1 if tensors stay in the cache.
 """
 
 import functools
@@ -39,7 +39,7 @@ class Case(NamedTuple):
     inputs: Callable[[torch.device, torch.dtype], list[Tensor]]  # the first is large, in this dtype; the rest float32
     call: Callable[..., Tensor]  # (*inputs, impl=…)
     impls: tuple[str, ...]
-    bytes: dict[str, float]  # moved at least, in numbers of the dtype, by kind of run
+    bytes: dict[str, float]  # minimum number of elements moved, by kind of run
     flops: dict[str, float]
 
 
@@ -75,7 +75,7 @@ def modulated_case(n: int, p: int, i: int, o: int) -> Case:
     )
 
 
-# Tiles and warps of the Triton kernel that are measured beside the default.
+# Tiles and warps of the Triton kernel that are measured next to the default.
 TILES = {"8×16, 4 warps": ((8, 16), 4), "8×16, 8 warps": ((8, 16), 8), "16×16, 8 warps": ((16, 16), 8)}
 
 
@@ -137,7 +137,7 @@ class Clock(NamedTuple):
             torch.cuda.synchronize()
 
     def seconds(self, tasks: dict[str, Callable]) -> dict[str, list[float]]:
-        """Time each task in each round. Short ones are repeated for 2 ms, so that synchronising does not count."""
+        """Time each task in each round. Short ones are repeated for 2 ms, so that synchronising is negligible."""
         for task in tasks.values():  # compiles, and grows the memory pool
             task()
         repeats = {}
@@ -169,12 +169,12 @@ def floors(clock: Clock, dtypes: list[str]) -> dict:
 
 def compiled(call: Callable) -> Callable:
     torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # gradients are taken again and again
+    torch._functorch.config.donated_buffer = False  # gradients are computed repeatedly
     return torch.compile(lambda *inputs: call(*inputs, impl="reference"), dynamic=False)
 
 
 def tasks(case: Case, kind: str, methods: dict[str, Callable], inputs: list[Tensor]) -> dict[str, Callable]:
-    """Return what is timed: forward without a graph, the gradient of the first input, or training: all of both."""
+    """Return the tasks to time: forward without a graph, the gradient of the first input, or training (all of both)."""
     if kind == "forward":
         return {name: torch.no_grad()(lambda m=method: m(*inputs)) for name, method in methods.items()}
     leaves = [t.detach().requires_grad_(kind == "training" or t is inputs[0]) for t in inputs]
@@ -193,12 +193,12 @@ def leave_out(method: str, problem: Exception) -> None:
 def measure(case: Case, dtype: str, clock: Clock, rates: dict, compile: bool) -> list[dict]:
     inputs = case.inputs(clock.device, DTYPES[dtype])
     methods = {"eager": lambda *t: case.call(*t, impl="reference")}
-    if compile and case.op != "pixel_path":  # it would compile the making of the weights as well
+    if compile and case.op != "pixel_path":  # it would also compile the creation of the weights
         try:
             fast = compiled(case.call)
             fast(*inputs)
             methods["compile"] = fast
-        except Exception as problem:  # it needs its own compilers
+        except Exception as problem:  # it requires its own compilers
             leave_out("torch.compile", problem)
     for impl in case.impls:
         try:
@@ -268,24 +268,26 @@ def table(result: dict) -> str:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results", show_default=True)
 @click.option("--device", "kind", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--dtypes", default=None, help="Of bf16, fp16 and fp32. [default: bf16,fp32 on a GPU, fp32 on a CPU]")
+@click.option("--dtypes", default=None, help="Any of bf16, fp16 and fp32. [default: bf16,fp32 on a GPU, fp32 on a CPU]")
 @click.option("--ops", "wanted", default="bias_act,modulated_linear,pixel_path", show_default=True)
 @click.option("--share", type=click.IntRange(1), default=1, help="Divide the positions by this square. [default: 1]")
 @click.option("--rounds", type=click.IntRange(1), default=11, show_default=True)
 @click.option(
-    "--minutes", type=click.FloatRange(0), default=5, show_default=True, help="Start no case after this time."
+    "--minutes", type=click.FloatRange(0), default=5, show_default=True, help="Start no new case after this time."
 )
 @click.option("--compile/--no-compile", default=True, show_default=True, help="Also measure torch.compile.")
 @command()
 def main(out, kind, dtypes, wanted, share, rounds, minutes, compile):
-    """Time each operation, and compare it with its floor. Writes ops-<device>.json and a table beside it."""
+    """Time each operation, and compare it with its floor. Writes ops-<device>.json and a table next to it."""
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device to measure; use --device=cpu --share=64")
     start, clock = time.monotonic(), Clock(torch.device(kind, 0) if kind == "cuda" else torch.device(kind), rounds)
     names = (dtypes or ("bf16,fp32" if kind == "cuda" else "fp32")).split(",")
     result = {"machine": describe(), **floors(clock, names), "runs": [], "left out": []}
     for module in (bias_act, modulated_linear) if kind == "cuda" else ():
-        choose("cuda", module.IMPLS, module.SOURCE, torch.empty(0, device=clock.device))  # raises if unavailable
+        choose(
+            "cuda", module.IMPLS, module.SOURCE, torch.empty(0, device=clock.device)
+        )  # raises an error if unavailable
     for dtype in names:
         for case in (case for case in cases(share) if case.op in wanted.split(",")):
             if time.monotonic() - start > 60 * minutes:

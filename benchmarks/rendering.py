@@ -1,8 +1,8 @@
 """Compare the rendering engine with plain synthesis of whole images: python -m benchmarks.rendering --help
 
-Network: the paper's 512² one with random weights; times do not depend on them. For each size the methods take turns in
-one fresh process, so that no size inherits the state of the allocator from another; peak memory is that of fresh
-processes too. FLOPs are those of the matrix products: 2 for each multiplication and addition.
+The network is the paper's for 512², with random weights; times do not depend on them. For each size the methods take
+turns in one fresh process, so that no size inherits the allocator's state from another; peak memory is also measured in
+fresh processes. FLOPs count the matrix products: 2 for each multiplication and addition.
 """
 
 import copy
@@ -113,7 +113,7 @@ def compare(G: Generator, size: int, batch: int, rounds: int, rates: dict[str, f
 
 
 def on_gpu(G: Generator, sizes: list[int], batches: list[int], rounds: int) -> Iterator[dict]:
-    """Yield the results so far after each image. Peaks of memory exclude the network's weights."""
+    """Yield the results so far after each image. Peak memory excludes the network's weights."""
 
     def peak(method: Callable, ws: torch.Tensor, size: int) -> float:
         torch.cuda.reset_peak_memory_stats()
@@ -196,7 +196,7 @@ def plot(result: dict, path: Path) -> None:
 @click.option("--turns", nargs=3, type=int, hidden=True)
 @command()
 def main(out, sizes, batches, kind, rounds, once, turns):
-    """Measure time, memory and error of the engine and of plain synthesis; write JSON and a plot beside it."""
+    """Measure time, memory and error of the engine and of plain synthesis; write JSON and a plot next to it."""
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device to measure; use --device=cpu")
     torch.set_grad_enabled(False)

@@ -1,7 +1,7 @@
 """Measure images per second and memory of train.py in several checkouts: python -m benchmarks.speed --help
 
 Each run is a fresh process on random images, and the checkouts take turns. The first report of a run, which includes
-building the kernels and the first allocations, is left out.
+building the kernels and the first allocations, is excluded.
 """
 
 import json
@@ -44,11 +44,11 @@ def train(checkout: Path, cfg: Path, data: Path, kimg: float, outdir: Path, opti
     type=(str, Path),
     multiple=True,
     metavar="NAME DIR",
-    help="Another checkout, e.g. before ../old.",
+    help="Another checkout: a name and a folder, e.g. before ../old.",
 )
 @click.option("--cfg", type=click.Path(exists=True, path_type=Path), required=True, help="A recipe for all of them.")
 @click.option("--size", type=click.IntRange(8), default=64, show_default=True, help="Side of the images.")
-@click.option("--kimg", type=float, default=0.5, show_default=True, help="Thousand images between two reports.")
+@click.option("--kimg", type=float, default=0.5, show_default=True, help="Thousands of images between two reports.")
 @click.option("--turns", type=click.IntRange(1), default=3, show_default=True)
 @click.option(
     "--busy", type=click.IntRange(0), default=0, show_default=True, help="Processes that keep other cores busy."

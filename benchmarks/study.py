@@ -3,7 +3,7 @@
     python -m benchmarks.study --data=clothing64.zip --minutes=15 --seeds=3 --runs=runs --out=study.json \\
         --recipe projected "--cfg=projected --mirror" --recipe residual "--cfg=projected --mirror -o D.kind=residual"
 
-Each run is a fresh process with one thread. Minutes are processor time, which other work on the machine hardly changes.
+Each run is a fresh process with one thread. Minutes are processor time, which other work on the machine hardly affects.
 Recipes take turns, seed by seed, so that a busy hour affects all of them.
 """
 
@@ -37,7 +37,7 @@ def train(data: Path, options: str, seed: int, minutes: float, folder: Path) -> 
 
     def limit():
         seconds = round(60 * minutes)
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 60))  # at the first limit the kernel sends SIGXCPU
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 60))  # the kernel sends SIGXCPU at the first limit
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     ran = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, preexec_fn=limit)
@@ -51,7 +51,7 @@ def train(data: Path, options: str, seed: int, minutes: float, folder: Path) -> 
 
 
 def measure(data: Path, network: Path) -> dict[str, float]:
-    """Measure a snapshot, in its run's directory; return each metric."""
+    """Measure a snapshot in its run's directory; return each metric."""
     run = network.parent
     command = [sys.executable, "calc_metrics.py", f"--network={network}", f"--data={data}", f"--metrics={METRICS}"]
     command += [f"--outdir={run}"]
@@ -63,7 +63,7 @@ def measure(data: Path, network: Path) -> dict[str, float]:
 
 
 def show(runs: list[dict]) -> str:
-    """Return a Markdown table of each recipe's medians and, with several seeds, extremes."""
+    """Return a Markdown table of each recipe's medians and, with several seeds, ranges."""
     keys = [key for key in runs[0] if key not in ("recipe", "seed", "network")]
     lines = [f"| recipe | {' | '.join(keys)} |", "| --- " * (len(keys) + 1) + "|"]
     for recipe in dict.fromkeys(run["recipe"] for run in runs):

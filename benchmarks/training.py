@@ -1,6 +1,6 @@
 """Measure a training step with and without recomputation: python -m benchmarks.training --help
 
-The paper's networks at their published widths with random images, float32 on a CPU and bfloat16 on a GPU that has it.
+Networks: the paper's, at their published widths, with random images, in float32 on a CPU and bfloat16 on GPUs with it.
 Each setting runs in a fresh process, and they take turns. A step is the mean over its schedule: G and D in each, path
 lengths in every 4th, R1 in every 16th.
 """
@@ -34,7 +34,7 @@ EAGER = {"eager": {"train": {"recompute": "none", "impl": "reference"}}}
 
 
 def phases(folder: str, name: str, batch: int, rounds: int) -> dict:
-    """Seconds of each phase, `rounds` times, and the peak of memory in MiB."""
+    """Measure the seconds of each phase, `rounds` times, and the peak memory in MiB."""
     gpu = torch.cuda.is_available()
     images = ImageArchive(folder)
     fixed = {"data": {"path": folder}, "train": {"batch": batch}, "loss": {"r1_gamma": 10}, "augment": {"mode": "none"}}
@@ -56,7 +56,7 @@ def phases(folder: str, name: str, batch: int, rounds: int) -> dict:
                 if gpu:
                     torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - start)
-                trainer.state.step += 1  # other latents
+                trainer.state.step += 1  # new latents
         return {
             "seconds": seconds,
             "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if gpu else peak_mib(),
@@ -118,7 +118,7 @@ def main(out, sizes, batch, turns, rounds, once):
         with atomic_write(out / f"training-{device_name(kind)}.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
     if failed:
-        raise UserError(f"{'; '.join(failed)}: left out (see the errors above; -9 is most often a lack of memory)")
+        raise UserError(f"{'; '.join(failed)}: left out (see the errors above; -9 usually means a lack of memory)")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def parse_path(name: str, text: str, count: int, example: str) -> list[Stop]:
 
 
 def follow(path: list[Stop], t: float, between: Callable[[Stop, Stop, float], Stop]) -> Stop:
-    """Return the point of `path` at t in [0,1]; each leg takes the same time and is between(a, b, t)."""
+    """Return the point of `path` at t in [0,1]; each leg takes the same time and follows between(a, b, t)."""
     leg = min(int(t * (len(path) - 1)), len(path) - 2)
     return path[0] if len(path) == 1 else between(path[leg], path[leg + 1], t * (len(path) - 1) - leg)
 

@@ -65,7 +65,7 @@ class Shot:
         ):
             raise UserError(f"a transform is an invertible matrix [3,3]; got {matrix.tolist()}")
         if self.supersample < 1:
-            raise UserError(f"supersample={self.supersample} takes no samples; use 1 or more")
+            raise UserError(f"supersample={self.supersample} has no samples; use 1 or more")
         if self.tile is not None and self.tile < 1:
             raise UserError(f"tile={self.tile} has no pixels; use 1 or more")
 

@@ -16,7 +16,7 @@ THREADS = 4  # fixed, because the bytes of H.264 depend on the number of threads
 
 
 def import_av():
-    """Import PyAV. Raises UserError when it is missing."""
+    """Import PyAV. Raises UserError if it is missing."""
     try:
         import av
         import av.video.reformatter
