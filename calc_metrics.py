@@ -76,6 +76,9 @@ def measure(options: Options, procs: Processes) -> None:
         raise UserError(f"--metrics={options.metrics} measures nothing; known are {', '.join(KNOWN)}")
     settings = Settings(parse_scales(options.scales), options.filter, options.seed, options.batch)
     subject = (from_network if options.network else from_files)(options, metrics, procs)
+    for metric in metrics:
+        if (metric.family.reals and not subject.reals) or (metric.family.windows and not subject.large):
+            raise UserError(f"{metric.name} compares with real images; give them with --data")
     if options.images:
         metrics = tuple(metric.of(min(metric.num, subject.images.files.num)) for metric in metrics)
     if procs.is_first:

@@ -74,7 +74,9 @@ class LargeFiles(Files):
         names = files.names()
         self.names = [name for name in progress(names, desc="sizes of images") if min(files.size(name)) >= side]
         if not self.names:
-            raise UserError(f"no image of {files.path} has {side} pixels per side; give larger ones, or a smaller size")
+            raise UserError(
+                f"no image of {files.path} has {side} pixels per side; give larger ones, or choose a smaller size"
+            )
         self.num, self.left_out = len(self.names), len(names) - len(self.names)
 
     def read(self, index: int) -> Tensor:

@@ -419,7 +419,7 @@ def test_the_training_images_of_a_run_are_found(bench):
         ({"metrics": "fidd50k_full"}, "did you mean fid50k_full?"),
         ({"metrics": "none"}, "measures nothing"),
         ({"metrics": "is50k", "num": 9}, "10 images"),
-        ({"metrics": "fd_dinov2_5_full", "data": None}, "compares with real images"),
+        ({"metrics": "fd_dinov2_5_full", "data": None}, "compares with real images; give them with --data"),
         ({"metrics": "fd_dinov2_5_full", "data": "gone"}, "gone does not exist"),
         ({"metrics": "pfid50k_full", "weights": None}, "is needed and was not found"),
         ({"network": "gone.safetensors"}, "gone.safetensors does not exist"),

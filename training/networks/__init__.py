@@ -11,7 +11,7 @@ from training.networks.lines import Lines
 from training.networks.projected import ProjectedConfig, ProjectedDiscriminator
 
 # Another kind is another file and an entry. Its config extends DiscriminatorConfig by another `kind`. Its module has
-# `config`, `forward(images, c, batches)` -> logits [N,…], and `regularised(images, c)`, the logits that R1 penalizes.
+# `config`, `forward(images, c, batches)` -> logits [N,…], and `regularised(images, c)`, the logits that R1 penalises.
 DISCRIMINATORS = {DiscriminatorConfig: Discriminator, ProjectedConfig: ProjectedDiscriminator}
 AnyDiscriminatorConfig = Union[tuple(DISCRIMINATORS)]  # noqa: UP007 (made from the table)
 
