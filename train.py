@@ -98,7 +98,7 @@ def flags_of_settings(function):
 @click.option(
     "--init-from",
     metavar="NAME|FILE",
-    help="Begin a new run from the weights of a network in models/, a snapshot, a training state or a released .pkl.",
+    help="Start a new run from the weights of a network in models/, a snapshot, a training state or a released .pkl.",
 )
 @click.option("--desc", metavar="TEXT", help="Added to the name of the run directory.")
 @click.option(
@@ -117,8 +117,8 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
     given = [FLAGS[name.replace("_", "-")][1](value) for name, value in flags.items() if value is not None]
     settings = gather(cfg, *given, *map(override, overrides))
     if resume and init_from:
-        raise UserError("--resume continues a run and --init-from begins one; give one of them")
-    if resume and Path(resume).is_file():  # as users of StyleGAN begin a new run from old weights
+        raise UserError("--resume continues a run and --init-from starts one; give one of them")
+    if resume and Path(resume).is_file():  # as users of StyleGAN start a new run from old weights
         resume, init_from = None, resume
     if resume:
         task = ResumedRun(read_config(Path(resume), settings), Path(resume))

@@ -19,7 +19,7 @@ TIMEOUT = 30  # seconds without a byte until a download fails
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; after the block, flush it to disk and rename it to `path`.
+    """Yield a temporary path next to `path`; after the block, flush it to disk and rename it to `path`.
 
     `path` keeps its former content when the block raises or the process dies.
     Raises UserError when the directory cannot be made or written.
@@ -43,7 +43,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it to `path`, which may be an empty folder, after the block."""
+    """Yield a temporary folder next to `path`; rename it to `path`, which may be an empty folder, after the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp"))
     try:

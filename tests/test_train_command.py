@@ -157,7 +157,7 @@ def test_a_run_begins_from_a_network_in_models(tiny, models):
     total = len(load_generator(snapshot).state_dict())
     assert f"G: {total} of {total} tensors from {snapshot}" in result.output
     assert f"G_ema: {total} of {total} tensors" in result.output
-    assert "D: begins from new weights" in result.output
+    assert "D: starts from new weights" in result.output
     (new,) = tiny.runs() - {old}
     state, weights = checkpoint.load(checkpoint.found(new)[0]), load_generator(snapshot).state_dict()
     for name, tensor in state["G"].items():

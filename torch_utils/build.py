@@ -174,7 +174,7 @@ def kernels(source: Path, device: torch.device, impl: str = "auto") -> tuple[Ker
     """Build the kernels of `source`, a .cu file with a function `probe`, for `device`; return None and the reason if
     they are unavailable. The reason is empty where "auto" expects no kernels.
 
-    On a CPU, impl "auto" and "cpp" build the .cpp file beside it, which has the same functions.
+    On a CPU, impl "auto" and "cpp" build the .cpp file next to it, which has the same functions.
     """
     native = source.with_suffix(".cpp")
     if device.type == "cpu" and impl in ("auto", "cpp") and native.exists():

@@ -95,7 +95,7 @@ def verdict(impl: str, kind: str, dtypes: tuple[torch.dtype, ...], example: Call
             error = ((got.cpu().double() - truth).norm() / truth.norm()).item()
         except UserError as problem:
             return f"no: {problem}"
-        except Exception as problem:  # whatever fails in a driver or a kernel: the page continues
+        except Exception as problem:  # any failure in a driver or a kernel: the page continues
             return f"FAILS in {dtype}: {brief(problem)}"
         if not error <= 10 * torch.finfo(dtype).eps:
             return f"WRONG in {dtype}: its distance to the reference is {error:.1e}"

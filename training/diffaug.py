@@ -56,7 +56,7 @@ class Augmentations:
 
 
 def sample(policy: Policy, count: int, image_shape: tuple[int, int], rng: torch.Generator) -> Augmentations:
-    """Sample for `count` images of `image_shape` (H, W). The same numbers are consumed whatever the policy is."""
+    """Sample for `count` images of `image_shape` (H, W). Every policy consumes the same random numbers."""
     height, width = image_shape
     numbers = torch.rand(count, 7, generator=rng)
     colour = numbers[:, :3] * torch.tensor([1.0, 2.0, 1.0]) + torch.tensor([-0.5, 0.0, 0.5])

@@ -20,7 +20,7 @@ from training.state import new_state
 from training.trainer import Trainer
 
 GIB = 2**30
-USABLE = 0.9  # of the memory: the rest is for fragmentation, metrics and whatever else runs on the machine
+USABLE = 0.9  # of the memory: the rest is for fragmentation, metrics and other processes on the machine
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -56,7 +56,7 @@ def largest_micro_batch(config: RunConfig, images: ImageArchive, procs: Processe
 
 
 def _fits_by_trying(run: Callable[[int], None], procs: Processes) -> Callable[[int], bool]:
-    """Return a predicate: does `run` of so many images fit into the memory of the GPU?"""
+    """Return a predicate: does `run` of N images fit into the GPU memory?"""
 
     def fits(micro: int) -> bool:
         torch.cuda.set_per_process_memory_fraction(USABLE, procs.device)
@@ -75,7 +75,7 @@ def _fits_by_trying(run: Callable[[int], None], procs: Processes) -> Callable[[i
 
 
 def _fits_by_measuring(run: Callable[[int], None], procs: Processes, few: int) -> Callable[[int], bool]:
-    """Return a predicate: do so many images fit into the memory of the machine, by what each of `few` takes?"""
+    """Return a predicate: do N images fit into the memory of the machine, by what each of `few` uses?"""
     available = USABLE * available_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", procs.world))
     before = peak_bytes(procs.device)
     run(few)

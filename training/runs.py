@@ -65,7 +65,7 @@ def open_images(settings: dict) -> ImageArchive:
 def read_config(folder: Path, changes: dict) -> RunConfig:
     """Read the config of the run in `folder`, with the allowed `changes`. Raises UserError for others."""
     if not folder.exists():
-        raise UserError(f"{folder} does not exist; give a run directory, or a file of weights to begin from")
+        raise UserError(f"{folder} does not exist; give a run directory, or a file of weights to start from")
     saved = folder / "options.yaml"
     if not saved.is_file():
         raise UserError(f"{folder} is not a run directory: it has no options.yaml")
@@ -78,7 +78,7 @@ def read_config(folder: Path, changes: dict) -> RunConfig:
     if refused:
         listed = ", ".join(f"{key}={new[key]} (was {old[key]})" for key in refused)
         raise UserError(
-            f"{folder} is resumed with its own settings, but {listed}; leave that out, or begin a new run from its "
+            f"{folder} is resumed with its own settings, but {listed}; leave that out, or start a new run from its "
             "weights"
         )
     images = open_images(after.model_dump())
@@ -229,5 +229,5 @@ def find_state(folder: Path, say: Callable[[str], None]) -> Path:
         except UserError as error:
             say(f"passed over: {error}")
     if paths:
-        raise UserError(f"no training state in {folder} is intact; begin a new run from a snapshot instead")
+        raise UserError(f"no training state in {folder} is intact; start a new run from a snapshot instead")
     raise UserError(f"{folder} holds no training-state-*.pt to resume from; give the directory of a run")

@@ -1,4 +1,4 @@
-"""The state of a run that a crash must not lose: made new, begun from other weights, saved and restored."""
+"""The state of a run that a crash must not lose: made new, started from other weights, saved and restored."""
 
 import copy
 import math
@@ -137,5 +137,5 @@ def initialise(state: TrainState, path: Path) -> list[str]:
     if not taken:
         raise UserError(f"nothing in {path} fits these networks; compare its sizes with G and D of the config")
     if "D" not in sources:
-        report.append(f"D: begins from new weights, because {path} holds none")
+        report.append(f"D: starts from new weights, because {path} holds none")
     return report

@@ -2,7 +2,7 @@
 
 Legend: N images of a micro-batch, z latents, c labels. A step takes one batch of real images over all processes.
 
-Randomness is a function of (seed, step). Every rank samples that of the whole batch and uses its own part: image i
+Randomness is a function of (seed, step). Every rank samples it for the whole batch and uses its own part: image i
 belongs to rank i mod world and to micro-batch i mod M, where M counts those of all ranks. So the split of a batch
 changes only the order of float additions; minibatch-std groups stay whole (see minibatch_std).
 """
@@ -96,7 +96,7 @@ class Trainer:
             if bad >= self.config.train.max_bad_steps:
                 raise UserError(
                     f"the gradients of {name} were not finite in {int(bad)} updates in a row, up to step "
-                    f"{self.state.step}; the run has diverged; begin a new one from an earlier training-state-*.pt, "
+                    f"{self.state.step}; the run has diverged; start a new run from an earlier training-state-*.pt, "
                     f"with a lower optim.{name[0].lower()}_lr"
                 )
 

@@ -35,7 +35,7 @@ class DiscriminatorConfig(ImageConfig):
     def _buildable(self):
         height, width = self.img_shape
         if min(self.img_shape) < 8:
-            raise ValueError(f"images of {width}x{height} are too small for the discriminator; it takes 8x8 or more")
+            raise ValueError(f"images of {width}x{height} are too small for the discriminator; use 8x8 or more")
         unit = 1 << len(self.resolutions)
         if height % unit or width % unit:
             near = f"{width // unit * unit}x{height // unit * unit}"

@@ -1,6 +1,6 @@
 """The CREPS generator: mapping, lines, pixels.
 
-Legend: N images, L blocks, H×W pixels, w the style dimension. Images are [N,C,H,W] with colours about [-1,1].
+Legend: N images, L blocks, H×W pixels, w the style dimension. Images are [N,C,H,W] with values about [-1,1].
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The projected discriminator: heads on frozen features of a pretrained network, beside a residual one on pixels.
+"""The projected discriminator: heads on frozen features of a pretrained network, next to a residual one on pixels.
 
 Sauer et al., "Projected GANs Converge Faster" (NeurIPS 2021). The features hardly
 respond to colours and fine texture; the residual discriminator does.
