@@ -127,7 +127,7 @@ def test_without_classes_a_seed_has_one_of_its_own(networks, tmp_path):
     call = ("--network", networks / "cond.safetensors", "--outdir")
     result = run(*call, tmp_path / "alone", "--seeds=5")
     assert result.exit_code == 0
-    assert "seed i takes class i mod 3" in result.output
+    assert "seed i gets class i mod 3" in result.output
     assert run(*call, tmp_path / "among", "--seeds=4-6").exit_code == 0
     assert run(*call, tmp_path / "chosen", "--seeds=5", "--class=2").exit_code == 0
     assert len({(tmp_path / name / "seed0005.png").read_bytes() for name in ("alone", "among", "chosen")}) == 1

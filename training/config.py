@@ -131,7 +131,7 @@ class RunConfig(Config):
             divisor = next(n for n in range(group, 0, -1) if own % n == 0)
             raise UserError(
                 f"{own} images per process do not divide into minibatch-std groups of {group}; set train.batch to a "
-                f"multiple of {group * world}, or D.mbstd_group={divisor}"
+                f"multiple of {self.D.mbstd_group * world}, or D.mbstd_group={divisor}"
             )
         return [n for n in range(group, own + 1, group) if own % n == 0]
 

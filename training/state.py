@@ -48,6 +48,9 @@ class TrainState:
         try:
             for name in (field.name for field in fields(self)):
                 own, value = getattr(self, name), saved[name]
+                if isinstance(own, torch.optim.Adam):  # states of earlier versions were not fused
+                    groups = [group | {"fused": True, "foreach": None} for group in value["param_groups"]]
+                    value = value | {"param_groups": groups}
                 if hasattr(own, "load_state_dict"):
                     own.load_state_dict(value)
                 else:
@@ -55,9 +58,6 @@ class TrainState:
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(f"the training state does not fit the networks in options.yaml ({reason})") from error
-        for optimizer in (self.G_opt, self.D_opt):
-            for group in optimizer.param_groups:  # states of earlier versions were not fused
-                group.update(fused=True, foreach=None)
         if not procs.is_first:
             self._zero_sums()
 
