@@ -27,6 +27,9 @@ def peak_bytes(device: torch.device) -> int:
     """Return the peak of allocations on the GPU since its last reset, or of this process's memory since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # On Linux, ru_maxrss starts at the peak of the process that started this one.
+    with contextlib.suppress(OSError, TypeError):
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
