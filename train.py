@@ -46,7 +46,7 @@ OTHERS = {
         lambda value: {"train": {"precision": "float32" if value else "auto"}},
     ),
     "metrics": (
-        {"metavar": "A,B|none", "help": "Measured at every snapshot.  [default: none]"},
+        {"metavar": "A,B|none", "help": "Metrics of every snapshot.  [default: none]"},
         lambda value: {"metrics": [metric.name for metric in parse(value)]},
     ),
 }

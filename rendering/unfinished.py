@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 
 
-class Unfinished:
+class Unfinished(ABC):
     """An unfinished file, and which of its parts are missing.
 
     Several processes may share it: one starts it, each writes its own parts inside `with`, and one finishes it after
@@ -72,19 +73,19 @@ class Unfinished:
                 )
 
     @property
+    @abstractmethod
     def missing(self) -> Sequence[int]:
         """Return the numbers of the parts still to be written."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, folder: Path) -> Path:
         """Write the final file into `folder` and return its path. Raises UserError when the disk is full."""
-        raise NotImplementedError
 
     def __enter__(self):
         self.check()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception):  # noqa: B027 (only a subclass with open files has something to close)
         pass
 
     def finish(self) -> None:

@@ -247,7 +247,7 @@ def test_fits(coords, size, window):
 
 @pytest.mark.parametrize(("coords", "shape"), [("endpoints", (12, 20)), ("centers", (20, 12))])
 def test_images_of_a_network_trained_on_rectangles(coords, shape):
-    """In pixels of the size trained at, whatever the shape: the grid, a window, a turn by 90° and one by 30°."""
+    """In pixels of the training size, for any shape: the grid, a window, a turn by 90° and one by 30°."""
     height, width = shape
     G = tiny(torch.float64, img_shape=shape, coords=coords)
     ws = styles(G)

@@ -188,7 +188,7 @@ def test_a_state_counts_the_bytes_written_before_it(tiny):
     interrupted(folder, config, 1)
     for name, size in checkpoint.load(checkpoint.found(folder)[0])["written"].items():
         lines = (folder / name).read_bytes()[:size].decode().splitlines()
-        assert "interrupted" not in lines[-1], name  # that line is for the console; a continued run goes on without it
+        assert "interrupted" not in lines[-1], name  # that line is for the console; a resumed run lacks it
         assert size <= (folder / name).stat().st_size, name
 
 

@@ -28,7 +28,7 @@ class AugmentSettings(AugmentConfig):
         "ada", description="none, adaptive, at fixed strength p, or DiffAugment"
     )
     policy: Policy = Field(("translation", "cutout"), description="parts of diffaug; also color")
-    p: float = setting(0.0, ge=0, le=1, flag="p", description="strength: the first of ada, or that of fixed")
+    p: float = setting(0.0, ge=0, le=1, flag="p", description="strength: initial for ada, constant for fixed")
     target: float = setting(0.6, ge=-1, le=1, flag="target", description="mean sign of D(real) that ada aims at")
     kimg: float = Field(500.0, gt=0, description="thousand images in which ada can change p by 1")
 
@@ -59,9 +59,9 @@ class TrainConfig(Config):
         description="images per process at a time, the rest accumulated; auto: the most that fit into memory",
     )
     kimg: float = setting(25000.0, gt=0, flag="kimg", may_change=True, description="length in thousands of real images")
-    tick: float = setting(4.0, gt=0, flag="tick", may_change=True, description="thousand images between reports")
+    tick: float = setting(4.0, gt=0, flag="tick", may_change=True, description="kimg between reports")
     snap: int = setting(50, ge=1, flag="snap", may_change=True, description="ticks between snapshots")
-    seed: int = setting(0, ge=0, lt=2**31, flag="seed", description="of weights, data order and latents")
+    seed: int = setting(0, ge=0, lt=2**31, flag="seed", description="seed of weights, data order and latents")
     precision: Literal["auto", "float32", "float64", "bfloat16"] = Field(
         "auto",
         description="bfloat16 mixes with float32; auto does so where it is fast: GPUs and CPUs with bfloat16",

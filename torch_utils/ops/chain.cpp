@@ -9,16 +9,8 @@
 #include <cstring>
 
 // ROWS x WIDE sums, WIDE inputs and one weight fit into the registers: 32 of 16 floats, 16 of 8, or (NEON) 32 of 4.
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 6, WIDE = 4;
-#elif defined(__AVX__)
-constexpr int LANES = 8, ROWS = 4, WIDE = 3;
-#else
-constexpr int LANES = 4, ROWS = 6, WIDE = 4;
-#endif
+constexpr int ROWS = LANES == 8 ? 4 : 6, WIDE = LANES == 8 ? 3 : 4;
 constexpr int64_t STRIP = LANES * WIDE;
-
-using Vector = float __attribute__((vector_size(LANES * sizeof(float))));
 
 // y[0 … N-1] of `layer` from x [I], with weights [I][N].
 template <int N>

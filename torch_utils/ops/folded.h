@@ -1,4 +1,5 @@
-// A folded layer (chain.py): y = clamp(leaky ReLU(weight @ x + bias)). Its ctypes twin is CLayer in chain.py.
+// A folded layer (chain.py): y = clamp(leaky ReLU(weight @ x + bias)), and the vectors that it is computed in. Its ctypes
+// twin is CLayer in chain.py.
 
 #pragma once
 
@@ -13,3 +14,12 @@ struct Folded {
     int64_t term;       // whether the next term is added to y
     float slope, clamp;
 };
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+using Vector = float __attribute__((vector_size(LANES * sizeof(float))));

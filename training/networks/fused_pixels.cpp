@@ -11,15 +11,8 @@
 #include <new>
 
 // ROWS x WIDE sums, WIDE inputs and one weight fit into the registers: 32 of 16 floats, 16 of 8, or (NEON) 32 of 4.
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 6, WIDE = 4;
-#elif defined(__AVX__)
-constexpr int LANES = 8, ROWS = 6, WIDE = 2;
-#else
-constexpr int LANES = 4, ROWS = 6, WIDE = 4;
-#endif
+constexpr int ROWS = 6, WIDE = LANES == 8 ? 2 : 4;
 constexpr int STRIP = LANES * WIDE;
-using Vector = float __attribute__((vector_size(LANES * sizeof(float))));
 
 struct Shape {
     int64_t images, fusions, channels, thickness, height;
