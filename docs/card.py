@@ -54,31 +54,27 @@ def choose(run: Path, measured: list[dict], by: str) -> tuple[Path, str]:
     (metric,) = parse(by)
     if not metric.family.reals or metric.name.startswith("pr"):
         raise UserError(f"{by} is not a distance from the data; choose the snapshot by another metric with --by")
-    values = {name: value for name, value in trained(measured, metric.name).items() if name in files}
+    values = {record["network"]: value for record, value in in_training(measured, metric.name)}
+    values = {name: value for name, value in values.items() if name in files}
     if not values:
         raise UserError(f"{run} holds no snapshot with {by}; choose by another metric with --by")
     return files[min(values, key=values.get)], f"the smallest {by} of {len(values)}"
 
 
-def trained(measured: list[dict], metric: str) -> dict[str, float]:
-    """Return {snapshot: value} of a metric as measured in training (with a step), oldest first."""
+def in_training(measured: list[dict], metric: str) -> list[tuple[dict, float]]:
+    """Return the records of a metric that training wrote (they have a step), oldest first, each with its value."""
     ours = [record for record in measured if "step" in record and record["metric"].split("@")[0] == metric]
-    return {r["network"]: next(iter(r["results"].values())) for r in sorted(ours, key=lambda r: r["step"])}
+    return [(r, next(iter(r["results"].values()))) for r in sorted(ours, key=lambda r: r["step"])]
 
 
-def plot_curve(values: dict[str, float], metric: str, hours_per_kimg: float, path: Path) -> None:
+def plot_curve(hours: list[float], values: list[float], metric: str, path: Path) -> None:
     """Plot a metric over the hours of training."""
     figure = Figure(figsize=(6, 2.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="hours of training", ylabel=metric, ylim=(0, 1.1 * max(values.values())))
-    axes.plot([thousands(name) * hours_per_kimg for name in values], list(values.values()), marker=".")
+    axes = figure.add_subplot(xlabel="hours of training", ylabel=metric, ylim=(0, 1.1 * max(values)))
+    axes.plot(hours, values, marker=".")
     axes.grid(alpha=0.3)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
-
-
-def thousands(snapshot_name: str) -> int:
-    """Return the number of images that a snapshot has seen, in thousands, from its name."""
-    return int(re.search(r"\d+", snapshot_name)[0])
 
 
 def training_command(run: Path, config: RunConfig) -> str:
@@ -174,8 +170,8 @@ def main(folder, name, trunc, by, processor, **words):
     measured = [record for path in sorted(folder.glob("metric-*.jsonl")) for record in read_lines(path)]
     by = by or next(iter(config.metrics), "newest")
     best, why = choose(folder, measured, by)
-    kimg = thousands(best.name)
-    reports = [line for line in read_lines(folder / "stats.jsonl") if int(line["Progress/kimg"]) <= kimg]
+    kimg = snapshot.read_trained(best)["kimg"]
+    reports = [line for line in read_lines(folder / "stats.jsonl") if line["Progress/kimg"] <= kimg]
     if not reports:
         raise UserError(f"{folder / 'stats.jsonl'} has no report up to {best.name}; give a complete run")
     train_command = training_command(folder, config)
@@ -198,9 +194,9 @@ def main(folder, name, trunc, by, processor, **words):
     seen = f"{reports[-1]['Progress/kimg']:,.0f} thousand images in {duration(pace * reports[-1]['Progress/kimg'])}"
     curves = []
     for metric in sorted({record["metric"].split("@")[0] for record in measured if "step" in record}):
-        values = {n: v for n, v in trained(measured, metric).items() if thousands(n) <= kimg}
-        if len(values) > 1:
-            plot_curve(values, metric, pace / 3600, images / f"{name}-{metric}.png")
+        points = [(r["kimg"] * pace / 3600, v) for r, v in in_training(measured, metric) if r["kimg"] <= kimg]
+        if len(points) > 1:
+            plot_curve(*zip(*points, strict=True), metric, images / f"{name}-{metric}.png")
             curves.append(f"![{metric} over the hours of training](../docs/images/{name}-{metric}.png)")
     facts = [
         ("", ""),

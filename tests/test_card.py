@@ -33,12 +33,14 @@ def run(tiny, models):
     folder = tiny.run("--cond", "--mirror", "-o", "optim.eps=1e-9", data=tiny.labelled)
     first, better = (folder / f"network-snapshot-00000{i}.safetensors" for i in range(2))
     torch.manual_seed(1)
-    save_generator(Generator(load_generator(first).config), better)
+    save_generator(Generator(load_generator(first).config), better, step=1, kimg=1.0)
     lines = [
         {"metric": "fid1k_full@custom", "results": {"fid1k_full@custom": value}, "network": path.name, "num_fake": 1000}
         for path, value in ((first, 50.5), (better, 40.25))
     ]
-    lines = [line | {"step": i} for i, line in enumerate(lines)] + [lines[0] | {"results": {"fid1k_full": 1.0}}]
+    lines = [line | {"step": i, "kimg": float(i)} for i, line in enumerate(lines)] + [
+        lines[0] | {"results": {"fid1k_full": 1.0}}
+    ]
     (folder / "metric-fid1k_full.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
