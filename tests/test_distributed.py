@@ -1,18 +1,23 @@
 """Laws of several processes and of accumulation: how a batch is split changes only the order of additions."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dnnlib.console import UserError
 from torch_utils import checkpoint
-from torch_utils.distributed import Processes, processes
+from torch_utils.distributed import Processes, check_capability, processes
 from torch_utils.randomness import make_rng
 from torch_utils.stats import Stats
 
@@ -156,6 +161,42 @@ def test_without_a_launcher_there_is_one_process(monkeypatch):
     with processes() as procs:
         assert (procs.rank, procs.world) == (0, 1)
     assert not torch.distributed.is_initialized()
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+def test_gpus_that_this_pytorch_cannot_use_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # by the driver's tools …
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # … where the driver is too old
+    with pytest.raises(UserError, match=r"cannot use the 2 GPUs .* update it"), processes():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [
+        ((7, 0), False),
+        ((7, 5), True),
+        ((8, 9), True),
+        ((9, 0), True),
+        ((10, 0), True),
+        ((10, 3), False),
+        ((12, 1), True),
+    ],
+)
+def test_binaries_run_on_gpus_of_their_major_version_and_ptx_on_later_ones(capability, runs):
+    built = ["sm_75", "sm_86", "sm_90", "sm_100a", "compute_120"]
+    with contextlib.nullcontext() if runs else pytest.raises(UserError, match="install a PyTorch for it"):
+        check_capability(capability, built)
+
+
+def test_float32_products_are_exact_whatever_the_environment_asks_for():
+    code = "import torch; from torch_utils import precision; b = torch.backends; before = b.cuda.matmul.allow_tf32; "
+    code += "precision.disable_tf32(); print(before, b.cuda.matmul.allow_tf32, b.cudnn.allow_tf32)"
+    environment = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}  # as in NVIDIA's containers
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout.split() == ["True", "False", "False"]
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------

@@ -3,13 +3,15 @@
 import contextlib
 import datetime
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from dnnlib.console import UserError
+from dnnlib.console import UserError, brief
+from torch_utils.precision import disable_tf32
 
 
 @dataclass(frozen=True)
@@ -58,23 +60,54 @@ def launched() -> bool:
     return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
+def count_gpus() -> int:
+    """Count the GPUs. Raises UserError when this PyTorch cannot use them."""
+    count = torch.cuda.device_count()  # includes GPUs whose driver is too old for this PyTorch
+    if count and not torch.cuda.is_available():
+        raise UserError(
+            f"PyTorch for CUDA {torch.version.cuda} cannot use the {count} GPUs of this machine, probably because the "
+            "driver is too old; update it, install a PyTorch for it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+    return count
+
+
+def check_capability(capability: tuple[int, int], built: list[str]) -> None:
+    """Raise UserError unless a PyTorch `built` for sm_90, compute_120, … has code for a GPU of this capability."""
+    found = re.findall(r"(sm|compute)_(\d+)([af]?)", " ".join(built))  # none on AMD's GPUs
+    for kind, number, letter in found:
+        least = divmod(int(number), 10)
+        newer = (
+            kind == "compute" or least[0] == capability[0]
+        )  # PTX is for all later GPUs, a binary for those of its major
+        if capability == least or (newer and capability >= least and not letter):
+            return
+    if found:
+        raise UserError(
+            f"this GPU has compute capability {capability[0]}.{capability[1]}, and this PyTorch is built for "
+            f"{', '.join(built)}; install a PyTorch for it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+
+
 @contextlib.contextmanager
 def processes() -> Iterator[Processes]:
     """Join the process group given by torchrun's environment (none: a single process); leave it after the block.
 
-    Uses nccl with one GPU per process where there are GPUs, else gloo. Raises UserError when there are too few GPUs.
+    Uses nccl with one GPU per process where there are GPUs, else gloo. Raises UserError when there are too few GPUs, or
+    when this PyTorch cannot use them.
     """
     rank, world, local_rank = (
         (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if launched() else (0, 1, 0)
     )
-    gpus = torch.cuda.device_count()
-    if gpus and local_rank >= gpus:
+    gpus = count_gpus()
+    alone = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # each process may see another GPU, as cuda:0
+    if gpus and local_rank >= gpus and not alone:
         raise UserError(f"there are more processes than the {gpus} GPUs of this machine; use --nproc-per-node={gpus}")
-    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
     if gpus:
+        check_capability(torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32; speed comes from bfloat16
+        disable_tf32()
     elif "OMP_NUM_THREADS" not in os.environ:
         # Divide the cores evenly: more threads than cores would wait for each other.
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -82,7 +115,12 @@ def processes() -> Iterator[Processes]:
     if world > 1:
         # The other ranks wait while rank 0 measures a snapshot; the launcher notices a process that died.
         timeout = datetime.timedelta(hours=6)
-        dist.init_process_group("nccl" if gpus else "gloo", timeout=timeout, device_id=device if gpus else None)
+        try:
+            dist.init_process_group("nccl" if gpus else "gloo", timeout=timeout, device_id=device if gpus else None)
+        except dist.DistBackendError as error:
+            raise UserError(
+                f"NCCL cannot connect the processes, each of which needs its own GPU: {brief(error)}"
+            ) from error
     yield Processes(rank, world, device)
     if world > 1:  # not after an error: nccl would wait for the other ranks, which wait for this one
         dist.destroy_process_group()

@@ -17,8 +17,10 @@ from dnnlib.files import cache_dir
 from rendering.pixel_path import PixelPath
 from torch_utils import build
 from torch_utils.command import command
+from torch_utils.distributed import check_capability, count_gpus
 from torch_utils.ops import bias_act, modulated_linear
 from torch_utils.ops.chain import Chain, Folded
+from torch_utils.precision import disable_tf32
 from training.networks.fused_pixels import fused_pixels
 
 
@@ -116,13 +118,22 @@ def first_line(compiler: Callable[[], list[str]], word: str) -> str:
 def devices() -> Iterator[str]:
     yield f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"
     if torch.version.cuda is None:
-        yield "no CUDA: this is a build of PyTorch for CPUs; install one for CUDA to use an NVIDIA GPU"
-    elif not torch.cuda.is_available():
-        yield "no CUDA device: there is no NVIDIA GPU, or its driver is missing or older than this PyTorch needs"
-    for i in range(torch.cuda.device_count()):
+        yield "no CUDA: this PyTorch is built without it; install one for CUDA to use an NVIDIA GPU"
+    try:
+        count = count_gpus()
+    except UserError as problem:
+        count = 0
+        yield f"no CUDA device: {problem}"
+    if torch.version.cuda and not torch.cuda.device_count():
+        yield "no CUDA device: there is no NVIDIA GPU, or no driver for it"
+    for i in range(count):
         card = torch.cuda.get_device_properties(i)
         size = f"{card.total_memory / 2**30:.0f} GiB"
         yield f"cuda:{i}: {card.name}, {size}, compute capability {card.major}.{card.minor}"
+        try:
+            check_capability((card.major, card.minor), torch.cuda.get_arch_list())
+        except UserError as problem:
+            yield f"cuda:{i} cannot be used: {problem}"
 
 
 def triton() -> str:
@@ -136,6 +147,7 @@ def triton() -> str:
 @command()
 def main():
     """One page on this machine and on which implementation of each operation works on it."""
+    disable_tf32()
     facts = {
         "Python": [f"{platform.python_version()} ({sys.executable})"],
         "PyTorch": [f"{torch.__version__}, for CUDA {torch.version.cuda or '(none)'}"],

@@ -13,6 +13,12 @@ def multiplies_bfloat16_fast(device: torch.device) -> bool:
     return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
+def disable_tf32() -> None:
+    """Compute float32 products in float32, also where the environment asks for TF32: speed comes from bfloat16."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def full_precision(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Return a context that disables autocast on the device of x, if that device has autocast."""
     if torch.amp.is_autocast_available(x.device.type):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
 
 from dnnlib.config import build, fields, merge, read_yaml
@@ -22,7 +21,7 @@ from metrics.reals import EqualFiles
 from metrics.registry import Metric, parse
 from torch_utils import checkpoint
 from torch_utils.command import command
-from torch_utils.distributed import Processes, processes
+from torch_utils.distributed import Processes, count_gpus, processes
 from torch_utils.precision import multiplies_bfloat16_fast
 from training.config import RunConfig
 from training.data import ImageArchive
@@ -117,7 +116,7 @@ def launch(world: int, task: NewRun | ResumedRun) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    count = torch.cuda.device_count()
+    count = count_gpus()
     if count and world > count:
         raise UserError(f"{world} processes need as many GPUs, and this machine has {count}; use {count} or fewer")
     if not count:
