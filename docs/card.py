@@ -19,6 +19,7 @@ from dnnlib.console import UserError
 from dnnlib.files import atomic_write, sha256
 from metrics.registry import parse
 from rendering.camera import Camera
+from rendering.engine import NotFinite
 from rendering.jobs import Job, write_grid
 from rendering.styles import Styles
 from torch_utils.command import command
@@ -107,9 +108,12 @@ def compact(G: Generator) -> tuple[Generator, float]:
     rendered = []
     for network in (G, copy.deepcopy(half).float()):  # as load_generator reads them
         ws = Styles().map(network, list(range(16)))
-        rendered.append(rendering.render(network, ws).clamp(-1, 1))
+        try:
+            rendered.append(rendering.render(network, ws).clamp(-1, 1))
+        except NotFinite:  # weights beyond float16
+            return G, math.inf
     change = float((rendered[0] - rendered[1]).abs().max()) / 2
-    return half if change < 1 / 255 else G, change  # weights beyond float16 give nan, so G is returned
+    return half if change < 1 / 255 else G, change
 
 
 def write_network(G: Generator, path: Path) -> str:

@@ -33,8 +33,13 @@ POINTS_TILE = {"cpu": 32, "cuda": 256}
 PIECE = {"cpu": 1024, "cuda": 65536}
 BLOCK = 16384  # samples along a block's side: 2 · 118 MB of lines with the paper's widths
 POINTS_BLOCK = 1024
+MOST = 1e9  # of a style: float32 holds the squares of what the affine layers make of it
 # Types of the matrix products; sums of lines, features and colours are at least float32.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+class NotFinite(UserError):
+    """Styles or colours that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def render_tiles(
 
     ws: [N,num_ws,w_dim]. dtype: of the matrix products, by default the dtype of G. only: for each tile, whether
     to render it. finish: runs in the threads that render. impl: of rendering.pixel_path, by default as in G.
-    Raises UserError for other shapes or dtypes.
+    Raises UserError for other shapes or dtypes, and NotFinite.
     """
     if only is not None and len(only) != tiling.tiles:
         raise ValueError(f"`only` has {len(only)} entries for {tiling.tiles} tiles")
@@ -111,6 +116,11 @@ def render_tiles(
         def render_tile(box: Box) -> Tensor:
             samples = tiling.view.rows.samples
             colours = torch.stack([lines.colours(i, box) for i in range(len(networks))])
+            if not colours.isfinite().all():  # before conversion to bytes, which hides it
+                raise NotFinite(
+                    "the network returns colours that are not finite; it is broken, or too large for this dtype: use "
+                    "an earlier snapshot, or dtype fp32"
+                )
             colours = colours.unflatten(2, [side * samples for side in box.shape])
             return finish(F.avg_pool2d(colours, samples) if samples > 1 else colours)
 
@@ -125,10 +135,15 @@ def render_tiles(
 def fold(
     G: Generator, ws: Tensor, dtype: torch.dtype | None, imap: Callable, impl: str | None = None
 ) -> list[FoldedGenerator]:
-    """Return G folded for each of ws [N,num_ws,w_dim]. Raises UserError for other shapes or dtypes."""
+    """Return G folded for each of ws [N,num_ws,w_dim]. Raises UserError for other shapes or dtypes, and NotFinite."""
     expected = (G.config.num_ws, G.config.w_dim)
     if ws.ndim != 3 or ws.shape[1:] != expected or not len(ws):
         raise UserError(f"ws must be [N,{expected[0]},{expected[1]}], as G.mapping returns it; got {list(ws.shape)}")
+    if not ws.abs().amax() <= MOST:  # nan too
+        raise NotFinite(
+            f"styles must be finite numbers up to {MOST:g}, and these are not; give a truncation between 0 and 1, or "
+            "another file of styles"
+        )
     own = G.synthesis.lines.input.weight.dtype
     dtype = dtype or own
     if dtype not in DTYPES.values():

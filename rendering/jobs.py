@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dnnlib.console import progress
 from rendering.camera import Camera
-from rendering.engine import DTYPES, Tiling, render_tiles
+from rendering.engine import DTYPES, NotFinite, Tiling, render_tiles
 from rendering.grid import Box, Shot
 from rendering.styles import Styles
 from rendering.unfinished import Unfinished
@@ -75,8 +75,13 @@ def shared(output: Unfinished, group: Processes, resume: bool) -> Iterator[np.nd
     if group.is_first:
         output.start(resume)
     missing = group.broadcast(output.missing if group.is_first else None)
-    with output:
-        yield np.array_split(missing, group.world)[group.rank]
+    try:
+        with output:
+            yield np.array_split(missing, group.world)[group.rank]
+    except NotFinite:
+        if group.is_first:
+            output.discard()  # resuming would fail again
+        raise
     group.barrier()
     if group.is_first:
         output.finish()

@@ -434,6 +434,40 @@ def test_a_wrong_call_is_a_sentence_and_writes_nothing(networks, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def overflowing(G: Generator) -> None:
+    """Weights that are finite, with products that are not."""
+    for layer in G.synthesis.pixels.refinement:
+        layer.head.weight.fill_(3e38)
+        layer.head.affine.bias.fill_(3e38)
+    G.synthesis.pixels.decoder_img.weight.fill_(3e38)
+
+
+@pytest.mark.parametrize(
+    ("breaking", "out"),
+    [
+        ("weights", "--outdir={}"),
+        ("styles", "--outdir={}"),
+        ("products", "--outdir={} --resume --format=tiff"),
+        ("products", "--grid={}/x.png"),
+        ("products", "--video={}/x.mp4"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_a_sentence_and_no_file(tmp_path, breaking, out):
+    G = tiny().requires_grad_(False)
+    if breaking == "weights":
+        G.synthesis.pixels.refinement[0].head.bias.fill_(torch.inf)  # a clamp would make it 256
+    elif breaking == "products":
+        overflowing(G)
+    save_generator(G, tmp_path / "net.safetensors")
+    result = run(
+        *("--network", tmp_path / "net.safetensors", "--seeds=0-1", f"--trunc={1e30 if breaking == 'styles' else 1}"),
+        *out.format(tmp_path / "out").split(),
+    )
+    assert result.exit_code == 2, result.output
+    assert "finite" in result.output
+    assert not list(tmp_path.glob("out/*"))
+
+
 def test_a_folder_that_cannot_be_made_is_a_sentence(networks, tmp_path):
     (tmp_path / "file").write_text("")
     result = run("--network", networks / "plain.safetensors", "--seeds", "0", "--outdir", tmp_path / "file")

@@ -61,11 +61,17 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
     """Load the generator in `path`, or of a name in models/, in eval mode and without gradients.
 
     Reads files of `save_generator`, and the G_ema of a `.pkl` that the authors released. Raises UserError when the file
-    is missing, broken or something else.
+    is missing, broken or something else, or holds numbers that are not finite.
     """
     path = find_network(path)
-    if path.suffix == ".pkl":
-        return load_released(path, ("G_ema",))["G_ema"].to(device)
+    G = load_released(path, ("G_ema",))["G_ema"] if path.suffix == ".pkl" else _load(path)
+    for name, tensor in G.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds numbers that are not finite; use an earlier snapshot")
+    return G.eval().requires_grad_(False).to(device)
+
+
+def _load(path: Path) -> Generator:
     settings, tensors = _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     for name in ("trained", "impl", "recompute"):  # the last two in older files
         settings.pop(name, None)
@@ -81,7 +87,7 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
     # Files in half precision are fine to keep, but the networks compute in float32 at least.
     tensors = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in tensors.items()}
     G.load_state_dict(tensors, assign=True)
-    return G.eval().requires_grad_(False).to(device)
+    return G
 
 
 def read_trained(path: Path) -> dict[str, float]:
