@@ -1,6 +1,5 @@
 """Measure a trained generator, or a folder of images."""
 
-import json
 import math
 import os
 import re
@@ -12,7 +11,7 @@ import click
 
 from dnnlib.config import read_yaml
 from dnnlib.console import UserError
-from dnnlib.files import check_writable
+from dnnlib.files import append_line, check_writable, to_json
 from metrics.evaluation import Evaluation
 from metrics.generated import Generated
 from metrics.images import Size
@@ -194,7 +193,7 @@ def table(records: Iterable[dict]) -> str:
     for record in records:
         for name, value in record["results"].items():
             error = record["standard_error"][name]
-            error = "" if error is None else f"{error:.4f}"
+            error = "" if math.isnan(error) else f"{error:.4f}"
             rows.append((name, f"{value:.4f}", error, f"{record['num_fake']:,}", f"{record['total_time']:.1f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -207,8 +206,7 @@ def table(records: Iterable[dict]) -> str:
 def add(records: list[dict], folder: Path, seen: dict[str, float]) -> None:
     """Add lines to metric-<name>.jsonl and, for a snapshot of a run, points to TensorBoard in the run directory."""
     for record in records:
-        with open(folder / f"metric-{record['metric']}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(folder / f"metric-{record['metric']}.jsonl", to_json(record))
     if seen and (folder / "options.yaml").is_file():
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 

@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import http.client
+import json
+import math
 import os
 import shutil
 import tempfile
@@ -58,6 +60,32 @@ def _publish(temporary: Path, path: Path, mode: int) -> None:
     os.umask(umask)
     temporary.chmod(mode & ~umask)  # tempfile makes private files and folders
     os.replace(temporary, path)
+
+
+def append_line(path: str | os.PathLike, line: str) -> None:
+    """Add a line to a text file: all of it, or, on a full disk, nothing of it."""
+    data = f"{line}\n".encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def to_json(value: object) -> str:
+    """Return `value` as a line of JSON; numbers that are not finite become null, because JSON has none."""
+
+    def finite(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False)
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -63,9 +63,13 @@ def choose(run: Path, measured: list[dict], by: str) -> tuple[Path, str]:
 
 
 def in_training(measured: list[dict], metric: str) -> list[tuple[dict, float]]:
-    """Return the records of a metric that training wrote (they have a step), oldest first, each with its value."""
+    """Return the records of a metric that training wrote (they have a step), oldest first, each with its value.
+
+    Those without a finite value are left out.
+    """
     ours = [record for record in measured if "step" in record and record["metric"].split("@")[0] == metric]
-    return [(r, next(iter(r["results"].values()))) for r in sorted(ours, key=lambda r: r["step"])]
+    values = [(r, next(iter(r["results"].values()))) for r in sorted(ours, key=lambda r: r["step"])]
+    return [(record, value) for record, value in values if value is not None]
 
 
 def plot_curve(hours: list[float], values: list[float], metric: str, path: Path) -> None:
@@ -141,7 +145,8 @@ def distances(measured: list[dict], names: set[str]) -> str:
         if record.get("network") in names:
             for name, value in record["results"].items():
                 error = (record.get("standard_error") or {}).get(name)
-                rows[name] = (name, f"{value:.4g}", "" if error is None else f"{error:.2g}", f"{record['num_fake']:,}")
+                value = "not finite" if value is None else f"{value:.4g}"
+                rows[name] = (name, value, "" if error is None else f"{error:.2g}", f"{record['num_fake']:,}")
     head = ("metric", "value", "± standard error", "images")
     return table([head, *(rows[name] for name in sorted(rows))]) if rows else "Not measured."
 

@@ -9,7 +9,6 @@ activations of a detector) are computed once. At the end, rank 0 computes the re
 """
 
 import itertools
-import math
 import os
 import re
 import time
@@ -64,7 +63,7 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self, images: Generated | Given, stop: Callable[[], bool] = lambda: False) -> list[dict]:
-        """Return the lines for metric-<name>.jsonl, in every process; [] if `stop` became true in some process.
+        """Return the records for metric-<name>.jsonl, in every process; [] if `stop` became true in some process.
 
         `stop` is called at every batch. Statistics of real images are kept once all images were seen. Raises UserError
         if the images do not fit a metric.
@@ -168,7 +167,7 @@ class Evaluation:
         return {
             "results": {name: estimate.value for name, estimate in results.items()},
             "metric": task.named(),
-            "standard_error": {name: None if math.isnan(error) else error for name, error in errors.items()},
+            "standard_error": errors,
             **task.facts,
             **({} if values is None else {"values": [float(f"{value:.6g}") for value in values.tolist()]}),
             "total_time": seconds,

@@ -36,10 +36,12 @@ def read(run: Path) -> list[dict]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 record = json.loads(line)
+                for name, value in record["results"].items():
+                    record["results"][name] = math.nan if value is None else value
                 snapshot = re.search(r"(\d+)\.\w+$", record.get("network", record.get("snapshot_pkl")) or "")
                 record.setdefault("kimg", float(snapshot[1]) if snapshot else 0.0)
                 records.append(record)
-            except (ValueError, AttributeError, TypeError) as error:
+            except (ValueError, LookupError, AttributeError, TypeError) as error:
                 raise UserError(f"line {number} of {path} is not a measurement ({error}); remove it") from error
     if not records:
         raise UserError(f"{run} holds no metric-*.jsonl; give the directories of runs that were measured")
@@ -76,7 +78,7 @@ def panel(axes: Axes, title: str, unit: str, curves: dict[str, list[Point]], pub
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
     for run, points in curves.items():
-        x, y, error = zip(*points, strict=True)  # infinite values are left out by matplotlib
+        x, y, error = zip(*points, strict=True)  # matplotlib leaves out what is not finite
         axes.errorbar(x, y, error, marker="o", markersize=3, capsize=2, label=run)
     for i, (who, value) in enumerate(published.items()):
         axes.axhline(value, linestyle="--", linewidth=1, color=str(0.2 + 0.2 * i), label=f"{who} (published)")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from test_features import DINO, crops, dino_state, inception_file  # noqa: F401 
 from torchvision.models import alexnet
 
 import calc_metrics
+from dnnlib.files import append_line
 from metrics import features, generated
 from metrics.evaluation import Evaluation
 from metrics.images import cut
@@ -460,6 +462,37 @@ def test_the_help_is_quick_and_names_every_metric():
     output = CliRunner().invoke(calc_metrics.main, ["--help"]).output
     assert all(name in output for name in KNOWN)
     assert max(map(len, output.splitlines())) <= 110
+
+
+def test_what_is_not_finite_is_null_in_the_file_and_left_out_of_the_plot(bench):
+    """The images of a network without weights are uniform, so its PSNR is infinite."""
+    G = load_generator(bench.network)
+    for parameter in G.synthesis.parameters():
+        parameter.zero_()
+    save_generator(G, bench.folder / "uniform.safetensors")
+    result = bench.call(metrics="scale_psnr_2,scale_ssim_2", network=bench.folder / "uniform.safetensors")
+    assert result.exit_code == 0, result.output
+    assert " inf " in result.output
+    line = (bench.folder / "metric-scale_psnr_2.jsonl").read_text()
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (value(record), record["values"]) == (None, [None, None])
+    result = CliRunner().invoke(calc_metrics.main, ["plot", str(bench.folder), f"--out={bench.folder / 'plot.png'}"])
+    assert result.exit_code == 0, result.output
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "lines"
+    append_line(path, "whole")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limit[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            append_line(path, "cut off")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert path.read_text() == "whole\n"
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dnnlib.files import atomic_write
+from dnnlib.files import append_line, atomic_write, to_json
 
 
 class RunLog:
@@ -40,7 +40,7 @@ class RunLog:
 
     def stats(self, record: dict, step: int) -> None:
         """Add a report, {name: number or {"mean": number, …}}, to stats.jsonl and TensorBoard."""
-        self._append("stats.jsonl", json.dumps(record))
+        self._append("stats.jsonl", to_json(record))
         for name, value in record.items():
             self.events.add_scalar(name, value["mean"] if isinstance(value, dict) else value, step)
         self.events.flush()
@@ -52,7 +52,7 @@ class RunLog:
         """
         for name, value in record["results"].items():
             print(f"{name} {value:.4f}", flush=True)
-        self._append(f"metric-{record['metric']}.jsonl", json.dumps(record))
+        self._append(f"metric-{record['metric']}.jsonl", to_json(record))
         add_scalars(self.events, record, step)
 
     def image(self, name: str, grid: np.ndarray, step: int) -> None:
@@ -69,8 +69,7 @@ class RunLog:
         self.events.close()
 
     def _append(self, name: str, line: str) -> None:
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append_line(self.folder / name, line)
 
 
 def add_scalars(events, record: dict, step: int) -> None:
