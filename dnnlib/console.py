@@ -9,6 +9,18 @@ class UserError(ValueError):
     Commands end with `Error: <sentence>` and exit code 2 (torch_utils.command).
     """
 
+    exit_code = 2
+
+
+class MemoryFull(UserError):
+    """The memory of a GPU or of the machine is full. Commands add how to need less of it."""
+
+
+class Unexpected(UserError):
+    """An error that nobody foresaw, as a sentence that names the file with its traceback."""
+
+    exit_code = 1
+
 
 def brief(problem: Exception) -> str:
     """Return the first line of an exception's message, or its name: compilers and drivers write pages."""

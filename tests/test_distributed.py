@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -128,6 +129,27 @@ def test_a_mistake_found_by_one_of_two_processes_is_one_sentence(tiny):
     assert "Traceback" not in err
     assert err.count("Error: ") == 1
     assert not tiny.runs()
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_is_named(tiny):
+    process = tiny.process(*tiny.new("--kimg", 20, "--tick", 0.08, "--gpus", 2))
+    for line in process.stdout:
+        if line.startswith("kimg"):
+            break
+    victim = next(child for child in children(process.pid) if b"spawn_main" in command_line(child))
+    os.kill(victim, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert re.fullmatch(r"Error: process \d of 2 was killed by SIGKILL.*resume the run.*\n", err)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 # --- accumulation ----------------------------------------------------------------------------------------------------

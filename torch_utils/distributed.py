@@ -11,7 +11,22 @@ import torch
 import torch.distributed as dist
 
 from dnnlib.console import UserError, brief
+from torch_utils.errors import memory_full
 from torch_utils.precision import disable_tf32
+
+
+class PeerLost(UserError):
+    """A collective failed, as it does when another process of the run has ended."""
+
+
+@contextlib.contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if memory_full(error):
+            raise
+        raise PeerLost(f"another process of this run has ended ({brief(error)}); resume the run") from error
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,8 @@ class Processes:
     def sum_(self, x: torch.Tensor) -> torch.Tensor:
         """All-reduce x in place to its sum; return it."""
         if self.world > 1:
-            dist.all_reduce(x)
+            with _peers():
+                dist.all_reduce(x)
         return x
 
     def mean_(self, x: torch.Tensor) -> torch.Tensor:
@@ -51,13 +67,29 @@ class Processes:
         """Return rank 0's value on every rank."""
         box = [value]
         if self.world > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device)
+            with _peers():
+                dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
 
 def launched() -> bool:
     """Tell whether torchrun, or train.py through its launcher, started this process."""
     return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def is_first() -> bool:
+    """Tell whether this process has rank 0, or was not launched with others."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def claim_report() -> bool:
+    """Return True on the first rank that calls this, which then reports the error that the run ends with."""
+    if not dist.is_initialized():
+        return is_first()
+    try:
+        return dist.distributed_c10d._get_default_store().add("reported", 1) == 1
+    except RuntimeError:  # the store is gone, with the launcher
+        return True
 
 
 def count_gpus() -> int:
@@ -121,6 +153,8 @@ def processes() -> Iterator[Processes]:
             raise UserError(
                 f"NCCL cannot connect the processes, each of which needs its own GPU: {brief(error)}"
             ) from error
+        except RuntimeError as error:
+            raise UserError(f"the processes cannot reach each other ({brief(error)}); check the network") from error
     yield Processes(rank, world, device)
     if world > 1:  # not after an error: nccl would wait for the other ranks, which wait for this one
         dist.destroy_process_group()

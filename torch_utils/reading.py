@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch.utils.data import DataLoader
 
 from dnnlib.console import UserError
+from torch_utils.signals import STOPS
 
 T = TypeVar("T")
 
@@ -55,5 +56,5 @@ def _unwrap(loader: DataLoader) -> Iterator:
 def _leave_signals_to_the_parent(worker: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group. A worker that died of them would end the training
     # process in the middle of a step; a worker whose parent is gone ends by itself.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)

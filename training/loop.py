@@ -3,7 +3,6 @@
 import contextlib
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from pathlib import Path
 import torch
 
 from torch_utils import checkpoint
-from torch_utils.distributed import Processes
+from torch_utils.distributed import PeerLost, Processes
 from torch_utils.reading import cores
+from torch_utils.signals import note_signals
 from training.config import RunConfig
 from training.data import ImageArchive, batches
 from training.grids import generated_grid, real_grid
@@ -23,27 +23,6 @@ from training.report import RunLog, SilentLog, duration
 from training.snapshot import save_generator, snapshot_name
 from training.state import TrainState
 from training.trainer import CHECK_INTERVAL, Trainer
-
-
-@contextlib.contextmanager
-def note_signals() -> Iterator[list[tuple[int, float]]]:
-    """Yield a list to which SIGTERM and Ctrl-C are added with their times; a later one ends the process at once.
-
-    Within a second it is the same one: Ctrl-C reaches every process of a terminal, and a launcher passes it on as well.
-    """
-    noted: list[tuple[int, float]] = []
-
-    def note(number, frame):
-        if noted and time.monotonic() - noted[0][1] > 1:
-            sys.exit(128 + number)
-        noted.append((number, time.monotonic()))
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclass
@@ -75,17 +54,22 @@ class Loop:
         listen = CHECK_INTERVAL if self.procs.world > 1 and self.procs.device.type == "cuda" else 1
         stream = self.stream()
         with note_signals() as self.signals, contextlib.closing(self.log):
-            if s.step == 0:
-                self.introduce()
-            while s.step < last:
-                self.step(stream)
-                for interval, job in jobs:
-                    if s.step % interval == 0 or s.step == last:
-                        job()
-                if s.step < last and s.step % listen == 0 and self.procs.any(bool(self.signals)):
-                    self.save()
-                    self.log.print(f"interrupted at {self.kimg:.3f} kimg; to continue: --resume={self.folder}")
-                    return 128 + (self.signals[0][0] if self.signals else signal.SIGTERM)
+            try:
+                if s.step == 0:
+                    self.introduce()
+                while s.step < last:
+                    self.step(stream)
+                    for interval, job in jobs:
+                        if s.step % interval == 0 or s.step == last:
+                            job()
+                    if s.step < last and s.step % listen == 0 and self.procs.any(bool(self.signals)):
+                        self.save()
+                        self.log.print(f"interrupted at {self.kimg:.3f} kimg; to continue: --resume={self.folder}")
+                        return 128 + (self.signals[0][0] if self.signals else signal.SIGTERM)
+            except PeerLost:
+                if not self.signals:
+                    raise
+                return 128 + self.signals[0][0]  # the launcher ends all processes, because one has ended
         return 0
 
     @property

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch_utils import checkpoint
 from torch_utils.command import command
 from torch_utils.distributed import Processes, count_gpus, processes
 from torch_utils.precision import multiplies_bfloat16_fast
+from torch_utils.signals import heeded
 from training.config import RunConfig
 from training.data import ImageArchive
 from training.loop import Loop
@@ -123,6 +125,7 @@ def launch(world: int, task: NewRun | ResumedRun) -> int:
         print(f"no GPU found: {world} processes share the CPU")
     # This process only waits from here on, and its log would repeat in many lines what our own sentence says.
     logging.disable(logging.CRITICAL)
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(number.name for number in heeded()))
     # Seconds that a stopped process may take to end its step and save the state before it is killed.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     config = LaunchConfig(
@@ -138,7 +141,13 @@ def launch(world: int, task: NewRun | ResumedRun) -> int:
     try:
         elastic_launch(config, work)(task)
     except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:  # it has printed a sentence
+            return failure.exitcode
+        raise UserError(
+            f"process {rank} of {world} was killed by {signal.Signals(-failure.exitcode).name}, as systems do when "
+            "memory runs out; resume the run, with less memory per process or fewer of them"
+        ) from error
     except SignalException as error:
         return 128 + error.sigval
     return 0

@@ -1,0 +1,63 @@
+"""Turns exceptions into sentences."""
+
+import contextlib
+import errno
+import os
+import re
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+
+from dnnlib.console import MemoryFull, Unexpected, UserError, brief
+
+# Failed allocations in CUDA's libraries and on the CPU are RuntimeErrors.
+ALLOCATION = re.compile(r"out of memory|ALLOC_FAILED|can.?t allocate memory|bad_alloc|Failed to CUDA [cm]alloc", re.I)
+ON_GPU = re.compile(r"CUDA|CUDNN|CUBLAS|CUSOLVER|CUFFT|NCCL|HIP", re.I)
+REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another disk",
+    errno.EDQUOT: "free some space, or choose another disk",
+    errno.EACCES: "give yourself permission, or choose another folder",
+    errno.EPERM: "give yourself permission, or choose another folder",
+    errno.EROFS: "choose a folder that you may write to",
+    errno.EIO: "check the disk",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.EAGAIN: "allow more processes (ulimit -u)",
+    errno.EPIPE: "keep what reads the output open, or write it to a file",
+}
+
+
+def memory_full(error: BaseException) -> bool:
+    """Tell whether an allocation failed, on a GPU or on the CPU."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    found = isinstance(error, RuntimeError) and ALLOCATION.search(str(error))
+    return bool(found) or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def explain(error: Exception, log: Path | None = None) -> UserError:
+    """Return an exception as a sentence.
+
+    The traceback of an unexpected one is added to the file `log`, by default one in the folder of temporary files.
+    """
+    if isinstance(error, UserError):
+        return error
+    if memory_full(error):
+        on_gpu = isinstance(error, torch.OutOfMemoryError) or ON_GPU.search(str(error))
+        return MemoryFull("the GPU's memory is full" if on_gpu else "the memory of this machine is full")
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        what = error.filename or ("standard output" if error.errno == errno.EPIPE else "the system")
+        return UserError(f"{what}: {error.strerror}; {REMEDIES[error.errno]}")
+    return Unexpected(f"an unexpected error, {type(error).__name__}: {brief(error)}{_keep_traceback(error, log)}")
+
+
+def _keep_traceback(error: Exception, log: Path | None) -> str:
+    """Write the traceback of an error to a file. Return where it is, as the end of a sentence."""
+    text = "".join(traceback.format_exception(error))
+    for path in (log, Path(tempfile.gettempdir()) / f"creps-traceback-{os.getpid()}.txt"):
+        with contextlib.suppress(OSError, TypeError):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(text)
+            return f"; its traceback is in {path}"
+    return f"\n{text}"

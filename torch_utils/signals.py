@@ -1,0 +1,36 @@
+"""Notes the signals that ask a process to end, so that it can save its work first."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+# kill and schedulers, Ctrl-C, a closed terminal, and Slurm's warning.
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def note_signals() -> Iterator[list[tuple[int, float]]]:
+    """Yield a list to which STOPS are added with their times; a later one ends the process at once.
+
+    Within a second it is the same one: Ctrl-C reaches every process of a terminal, and a launcher passes it on as well.
+    """
+    noted: list[tuple[int, float]] = []
+
+    def note(number, frame):
+        if noted and time.monotonic() - noted[0][1] > 1:
+            sys.exit(128 + number)
+        noted.append((number, time.monotonic()))
+
+    before = {number: signal.signal(number, note) for number in heeded()}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def heeded() -> list[signal.Signals]:
+    """Return STOPS without SIGHUP where it is ignored, as nohup wants."""
+    return [number for number in STOPS if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
