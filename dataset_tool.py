@@ -2,11 +2,9 @@
 
 import re
 import string
-import warnings
 from pathlib import Path
 
 import click
-from PIL import Image
 
 from dnnlib.console import UserError
 from torch_utils.command import command
@@ -34,6 +32,7 @@ def open_source(
     characters: str | None,
     drawings: int | None,
     seed: int,
+    bits: int | None,
 ) -> Source:
     """Open a folder, a ZIP, or "letters"."""
     if name != "letters":
@@ -41,7 +40,7 @@ def open_source(
             raise UserError(
                 "--characters and --drawings only say what --source letters draws; leave them out, or use that source"
             )
-        return ImageFiles(name)
+        return ImageFiles(name, bits)
     if resolution is None or transform:
         raise UserError(
             "letters are drawn at the size of the result; give --resolution, e.g. 64x64, and no --transform"
@@ -55,7 +54,7 @@ def open_source(
 
 
 @click.group(invoke_without_command=True, context_settings={"max_content_width": 100})
-@click.option("--source", metavar="DIR|ZIP|letters", help="Where the images come from.")
+@click.option("--source", metavar="DIR|ZIP|TAR|letters", help="Where the images come from.")
 @click.option(
     "--dest", type=click.Path(path_type=Path), metavar="ZIP|DIR", help="What to write; a ZIP if it ends in .zip."
 )
@@ -78,6 +77,16 @@ def open_source(
 @click.option(
     "--max-images", type=click.IntRange(min=1), metavar="N", help="Use only the first N images, sorted by name."
 )
+@click.option(
+    "--bits", type=click.IntRange(8, 16), metavar="N", help="Bits of the values in 16-bit files; by default, found out."
+)
+@click.option(
+    "--format",
+    type=click.Choice(["png", "jpg"]),
+    default="png",
+    show_default=True,
+    help="Of the result; jpg: quality 95.",
+)
 @click.option("--skip-bad", is_flag=True, help="Leave out unreadable images instead of stopping at the first.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which random crops or letters.")
 @click.pass_context
@@ -94,10 +103,12 @@ def main(
     labels,
     channels,
     max_images,
+    bits,
+    format,
     skip_bad,
     seed,
 ):
-    """Make a training dataset of equal-size PNGs, in the format of StyleGAN, from a folder or ZIP of images.
+    """Make a training dataset of equal-size PNGs, in the format of StyleGAN, from a folder, ZIP or TAR of images.
 
     \b
     python dataset_tool.py --source photos --dest photos256.zip --resolution 256x256 --transform center-crop
@@ -113,8 +124,9 @@ def main(
     random-crops      --crops crops per image of the shape of WxH, of random size (from WxH up) and place
     (none)            resized to WxH without regard to proportions
 
-    Resizing is Lanczos. Photographs are turned upright by their EXIF data, 16-bit grey is scaled to 8 bits, transparent
-    parts are composited over white (unless --channels 4), and animations give their first frame.
+    Resizing is Lanczos. Photographs are turned upright by their EXIF data, colours are converted from their profile
+    to sRGB, 16-bit files are scaled to 8 bits, transparent parts are composited over white (unless --channels 4), and
+    animations give their first frame.
 
     \b
     --labels folders  one class per top-level folder, numbered in sorted order
@@ -131,12 +143,10 @@ def main(
     for name, value in (("--source", source), ("--dest", dest)):
         if not value:
             raise click.UsageError(f"Missing option '{name}'.")
-    # Panoramas above 89 million pixels are fine and would each print a warning; Pillow still refuses twice that.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     recipe = Transform(resolution, transform, crops, seed)
-    images = open_source(source, resolution, transform, characters, drawings, seed)
+    images = open_source(source, resolution, transform, characters, drawings, seed, bits)
     try:
-        line = convert(images, dest, recipe, read_labels(labels, images), int(channels), max_images, skip_bad)
+        line = convert(images, dest, recipe, read_labels(labels, images), int(channels), max_images, skip_bad, format)
     except BadImage as error:
         raise UserError(f"{error}, or leave such files out with --skip-bad") from error
     click.echo(line)

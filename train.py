@@ -130,7 +130,11 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
         if init_from:
             settings = merge(nested("augment.kimg", 100.0), settings)
             init_from = find_network(init_from)
-        config = resolve(settings, open_images(settings), f"recipe {cfg}")
+        images = open_images(settings)
+        config = resolve(settings, images, f"recipe {cfg}")
+        if os.environ.get("RANK", "0") == "0":
+            for note in images.notes():
+                click.echo(f"note: {note}", err=True)
         task = NewRun(config, Path(outdir), cfg, desc, init_from)
 
     under_torchrun = launched()

@@ -54,7 +54,7 @@ class EqualFiles(Files):
         self.images, self.num = images, len(images)
         self.channels, *size = images.shape
         self.size = tuple(size)
-        self.facts = {"mirror": mirror, "channels": self.channels}
+        self.facts = {"mirror": mirror, "channels": self.channels, **images.facts()}
 
     def read(self, index: int) -> Tensor:
         return self.images[index][0]
@@ -70,7 +70,7 @@ class LargeFiles(Files):
 
     def __init__(self, files, channels: int, side: int):
         """files: a training.data.ImageFiles. Raises UserError if all images are smaller."""
-        self.files, self.channels, self.facts = files, channels, {"channels": channels}
+        self.files, self.channels, self.facts = files, channels, {"channels": channels, **files.facts()}
         names = files.names()
         self.names = [name for name in progress(names, desc="sizes of images") if min(files.size(name)) >= side]
         if not self.names:

@@ -295,11 +295,28 @@ def test_impossible_batches_are_refused_before_anything_is_read(archive, options
         batches(ImageArchive(archive), **options)
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("L", 1), ("RGB", 3), ("RGBA", 4), ("P", 3), ("LA", 4), ("1", 1)])
-def test_an_archive_keeps_the_channels_of_its_images(tmp_path, mode, expected):
-    has_alpha = mode in ("RGBA", "LA")
-    Image.new("RGBA" if has_alpha else "RGB", (8, 8), "green").convert(mode).save(tmp_path / "a.png")
+@pytest.mark.parametrize(
+    ("modes", "expected"),
+    [
+        (["L", "1", "I;16"], 1),
+        (["L", "RGB"], 3),
+        (["RGB", "L"], 3),
+        (["P"], 3),
+        (["RGBA", "LA"], 4),
+        (["RGBA", "RGB"], 3),
+        (["opaque"], 3),
+    ],
+)
+def test_all_files_decide_the_channels_not_the_first_one(tmp_path, modes, expected):
+    clear = Image.new("RGBA", (8, 8), (0, 128, 0, 100))
+    for number, mode in enumerate(modes):
+        image = clear if mode in ("RGBA", "LA") else clear.convert("RGB")
+        image = (
+            image.convert("L").convert(mode) if mode == "I;16" else image.convert({"opaque": "RGBA"}.get(mode, mode))
+        )
+        image.save(tmp_path / f"{number}.png")
     images = ImageArchive(tmp_path)
     assert images.shape == (expected, 8, 8)
-    assert images[0][0].shape == (expected, 8, 8)
+    assert {image.shape for image, _ in images} == {(expected, 8, 8)}
+    assert ("grey" in " ".join(images.notes())) == (modes.count("L") == 1 and expected == 3)
     assert ImageArchive(tmp_path, channels=3).shape == (3, 8, 8)

@@ -15,20 +15,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dnnlib.config import build
 from dnnlib.console import UserError, progress
 from dnnlib.files import atomic_folder, atomic_write
-from training.networks import DiscriminatorConfig
-from training.sources import (
-    BadImage,
-    ImageFiles,
-    Labels,
-    Source,
-    count_channels,
-    label_array,
-    parse_labels,
-    to_channels,
-)
+from training.colours import count_channels, to_channels
+from training.config import gather, resolve
+from training.data import ImageArchive
+from training.sources import BadImage, ImageFiles, Labels, Source, label_array, parse_labels
 
 TRANSFORMS = ("center-crop", "center-crop-wide", "random-crops")
 
@@ -165,9 +157,15 @@ def convert(
     channels: int = 3,
     max_images: int | None = None,
     skip_bad: bool = False,
+    form: str = "png",
 ) -> str:
-    """Write the archive `dest` atomically, a ZIP if it ends in .zip; return a summary of one line. Raises UserError."""
+    """Write the archive `dest` atomically, a ZIP if it ends in .zip; return a summary. Raises UserError.
+
+    The first line says what was written, further ones what was changed or left out.
+    """
     check_dest(dest, source.path)
+    if form == "jpg" and channels == 4:
+        raise UserError("JPEG has no transparency; write PNGs, or 3 channels")
     names = source.names()
     values = None if labels.by_name is None else label_array(labels.by_name, names, "labels").tolist()
     entries, used, skipped, enlarged, first = [], 0, 0, 0, None
@@ -191,8 +189,8 @@ def convert(
                         f"{name} is {size_text(result.size)}, but {first[0]} is {size_text(first[1])}; bring all "
                         "images to one resolution (transform center-crop keeps their proportions)"
                     )
-                target = f"{len(entries) // 1000:05d}/img{len(entries):08d}.png"
-                write(target, encode_png(result))
+                target = f"{len(entries) // 1000:05d}/img{len(entries):08d}.{form}"
+                write(target, encode(result, form))
                 entries.append([target, values[number]] if values else target)
                 enlarged += larger
             used += 1
@@ -207,7 +205,7 @@ def convert(
         text += f" Skipped {count(skipped, 'unreadable file')}."
     if enlarged:
         text += f" {count(enlarged, 'image')} had to be enlarged: the source is smaller there."
-    return text
+    return "\n".join([text, *source.notes(channels)])
 
 
 def check_dest(dest: Path, source: Path) -> None:
@@ -251,10 +249,12 @@ def is_zip_name(path: Path) -> bool:
     return path.suffix.lower() == ".zip"
 
 
-def encode_png(image: Image.Image) -> bytes:
+def encode(image: Image.Image, form: str) -> bytes:
     data = io.BytesIO()
-    # Uncompressed, as in StyleGAN: twice the bytes of compressed photographs, read in half the time.
-    image.save(data, format="png", compress_level=0)
+    if form == "jpg":
+        image.save(data, format="jpeg", quality=95, subsampling=0)
+    else:  # uncompressed, as in StyleGAN: twice the bytes of compressed photographs, read in half the time
+        image.save(data, format="png", compress_level=0, icc_profile=None)
     return data.getvalue()
 
 
@@ -286,9 +286,12 @@ def examine(files: ImageFiles) -> tuple[list[str], list[str]]:
             f"{count(sizes.total() - times, 'image')} not of the most frequent size {size_text(common)}, "
             f"e.g. {example[other]} of {size_text(other)}; convert all to one resolution"
         )
-    else:
+    notes = files.notes(channels.most_common(1)[0][0])
+    if not problems:
         try:  # as train.py will
-            build(DiscriminatorConfig, {"img_shape": common[::-1]}, str(files.path))
+            archive = ImageArchive(files.path)
+            notes = archive.notes()
+            resolve(gather("auto", {"data": {"path": str(files.path)}}), archive, str(files.path))
         except UserError as error:
             problems.append(str(error))
     label_line, label_problems = examine_labels(files)
@@ -298,6 +301,7 @@ def examine(files: ImageFiles) -> tuple[list[str], list[str]]:
         + (f", and {count(len(sizes) - 5, 'size')} more" if len(sizes) > 5 else ""),
         f"channels  {', '.join(f'{number} ({times:,})' for number, times in channels.most_common())}",
         f"labels    {label_line}",
+        *notes,
     ]
     return report, problems + label_problems
 

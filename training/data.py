@@ -16,7 +16,8 @@ import torch
 
 from dnnlib.console import UserError
 from torch_utils.reading import read_ahead
-from training.sources import MODES, ImageFiles, count_channels, label_array
+from training.colours import MODES
+from training.sources import ImageFiles, label_array
 
 
 class ImageArchive:
@@ -30,7 +31,7 @@ class ImageArchive:
     use_labels  read them; class numbers become one-hot vectors of length (largest number of the archive) + 1
     mirror      each image counts twice: index i and, flipped left to right, i + len/2
     channels    1, 3 or 4: images are converted to it by to_channels (grey is repeated into RGB, and so on); by default
-                as many as the first image has
+                the fewest that hold all images (ImageFiles.common_channels)
     max_images  use this many, chosen by `seed`, before mirroring
     """
 
@@ -51,9 +52,10 @@ class ImageArchive:
         self._files = files = ImageFiles(path)
         self._mirror = mirror
         self._kept = np.sort(epoch_order(len(files), seed, 0)[:max_images])
-        first = files.image(files.name(self._kept[0]), channels)
-        self.shape = (channels or count_channels(first), first.height, first.width)
-        self.name = files.path.resolve().stem if files.is_zip else files.path.resolve().name
+        channels = channels or files.common_channels()
+        first = files.image(files.filename(self._kept[0]), channels)
+        self.shape = (channels, first.height, first.width)
+        self.name = files.name
         labels = files.labels().by_name
         self.has_labels = labels is not None
         self.label_dim = 0
@@ -74,7 +76,7 @@ class ImageArchive:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         mirrored, item = divmod(index, len(self._kept))
-        name = self._files.name(self._kept[item])
+        name = self._files.filename(self._kept[item])
         channels, height, width = self.shape
         image = self._files.image(name, channels)
         if image.size != (width, height):
@@ -95,9 +97,17 @@ class ImageArchive:
             return torch.from_numpy(value.astype(np.float32))
         return torch.nn.functional.one_hot(torch.tensor(value), self.label_dim).float()
 
+    def notes(self) -> list[str]:
+        """Return lines on what reading leaves out or changes, as far as it is known."""
+        return self._files.notes(self.shape[0])
+
+    def facts(self) -> dict:
+        """Return what affects the pixels, besides the files, the channels and mirroring."""
+        return self._files.facts()
+
     def contents(self) -> Iterator[bytes]:
         """Yield the bytes of the files in use, in their order, each once."""
-        return self._files.contents(self._files.name(number) for number in self._kept)
+        return self._files.contents(self._files.filename(number) for number in self._kept)
 
 
 @functools.lru_cache(maxsize=2)

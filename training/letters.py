@@ -16,7 +16,8 @@ from matplotlib.transforms import Affine2D
 from PIL import Image
 
 from dnnlib.console import UserError
-from training.sources import Labels, to_channels
+from training.colours import to_channels
+from training.sources import Labels
 
 EXTENT = (0.65, 0.85)  # the longer side of a letter's box, in shorter sides of the image
 MARGIN = 0.06  # the least distance of that box, made square, from the edge, in the same unit
@@ -75,6 +76,9 @@ class Letters:
         image = Image.new("RGB", self._size, ground)
         image.paste(ink, mask=mask)
         return to_channels(image, channels)
+
+    def notes(self, channels: int) -> list[str]:
+        return []
 
 
 @functools.cache

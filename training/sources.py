@@ -1,28 +1,40 @@
-"""Reads image files, and labels from `dataset.json`, out of a folder or a ZIP."""
+"""Reads image files, and labels from `dataset.json`, out of a folder, a ZIP or another container."""
 
 import contextlib
+import functools
 import io
 import json
 import os
-import stat
-import struct
-import zipfile
-import zlib
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from dnnlib.console import UserError
+from dnnlib.console import UserError, progress
+from training.colours import (
+    ENDINGS,
+    HINTS,
+    MODES,
+    count_channels,
+    decode,
+    deep_values,
+    depth_of,
+    is_deep,
+    known_depth,
+    looks_like_image,
+    open_image,
+    profile_of,
+    to_channels,
+    to_srgb,
+)
+from training.containers import READ_ERRORS, open_container
 
-ENDINGS = ("png", "jpg", "jpeg", "jfif", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "tga", "jp2")
-# Only these decoders are tried on the bytes: a file named .png may hold PostScript, which Pillow would execute.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "JPEG2000")
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-ZIP_ERRORS = (OSError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
-MAX_FILE_BYTES = 2**30  # Pillow refuses images above 179 million pixels, which are 0.5 GiB in RGB
+WRITTEN = re.compile(r"\d{5}/img\d{8}\.(png|jpg)")  # the names in archives of StyleGAN and of dataset_tool.py
+SAMPLE = 64  # files that decide how many bits the values in 16-bit files have
 MAX_CLASSES = 100_000  # a one-hot vector of this length is 0.4 MB per image; more is a mistake in the labels
 
 
@@ -48,88 +60,133 @@ class Source(Protocol):
 
     def labels(self) -> Labels: ...
 
-
-# --- colours ----------------------------------------------------------------------------------------------------------
-
-
-def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Convert an image to 8-bit grey (1), RGB (3) or RGBA (4).
-
-    16-bit grey is scaled from 0..65535 to 0..255. Without an alpha channel in the result, transparent parts are
-    composited over white. RGB becomes grey by the luma of ITU-R 601. Colour profiles are ignored. Raises ValueError for
-    32-bit pixels, which have no standard range.
-    """
-    if image.mode == "F":
-        raise ValueError("32-bit float pixels have no agreed range: save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("32-bit integer pixels have no agreed range: save it with 8 or 16 bits")
-        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if channels != 4:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert(MODES[channels])
-
-
-def count_channels(image: Image.Image) -> int:
-    """Return 1 for grey, 4 with an alpha channel or a transparent colour, else 3."""
-    if image.has_transparency_data:
-        return 4
-    return 1 if image.mode in ("1", "L", "F") or image.mode.startswith("I") else 3
+    def notes(self, channels: int) -> list[str]: ...
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 class ImageFiles:
-    """The image files of a folder (with its sub-folders) or a ZIP, as sorted names with forward slashes.
+    """The image files of a folder (with its sub-folders), a ZIP or another container, by sorted names.
 
-    Hidden files and the `__MACOSX` folder of Apple's ZIPs are left out. Objects can be pickled, and used after a fork.
-    Raises UserError when `path` is not a folder or a readable ZIP, or holds no images.
+    A file is an image if its name ends like one or, without any ending, if it begins like one. Hidden files and the
+    `__MACOSX` folder of Apple's ZIPs are left out. Objects can be pickled, and used after a fork.
+
+    name     of the folder, or of the file without its ending
+    written  whether the names are those of an archive for training: its images are equal, and are read as they are
+    bits     how many bits the values in 16-bit files have that do not say so; by default a sample decides
+
+    Raises UserError when `path` is not a folder or a readable container, or holds no images.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, bits: int | None = None):
         self.path = Path(path)
-        self._zip, self._zip_owner = None, None
-        if not os.path.exists(self.path):
-            raise UserError(f"{self.path} does not exist or is out of reach; give a folder or a ZIP of images")
-        self.is_zip = not self.path.is_dir()
-        names = sorted(filter(is_image, self._list_zip() if self.is_zip else self._list_folder()))
-        if not names:
-            raise UserError(f"{self.path} holds no images; known endings are {', '.join(ENDINGS)}")
+        self._files, names = open_container(self.path)
+        resolved = self.path.resolve()
+        self.name = resolved.name if resolved.is_dir() else re.sub(r"(\.tar)?\.\w+$", "", resolved.name)
+        found, self._left_out = [], Counter()
+        for name in names:
+            if is_hidden(name):
+                continue
+            ending = PurePosixPath(name).suffix[1:].lower()
+            if self._files.all_images or ending in ENDINGS or (not ending and self._begins_like_image(name)):
+                found.append(name)
+            elif name != "dataset.json":
+                self._left_out[ending] += 1
+        if not found:
+            others = f" ({self._left_out_text()})" if self._left_out else ""
+            raise UserError(f"{self.path} holds no images{others}; known endings are {', '.join(ENDINGS)}")
         # Bytes in one array: a list of a million str costs 100 MB, copied page by page into every forked worker.
-        self._names = np.array([os.fsencode(name) for name in names])
+        self._names = np.array([os.fsencode(name) for name in sorted(found)])
+        self.written = all(WRITTEN.fullmatch(name) for name in found)
+        if bits is not None:
+            self.bits = bits
+        # Of the headers if they were all read, else of the images read so far.
+        self._channels, self._profiles, self._surveyed = Counter(), Counter(), False
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_zip": None, "_zip_owner": None}
-
-    def name(self, index: int) -> str:
+    def filename(self, index: int) -> str:
         return os.fsdecode(self._names[index])
 
     def names(self) -> list[str]:
         return [os.fsdecode(name) for name in self._names]
 
-    def image(self, name: str, channels: int | None = None) -> Image.Image:
-        """Decode an image (of an animation the first frame), turned upright by its EXIF orientation.
+    @functools.cached_property
+    def bits(self) -> int:
+        """Return the fewest bits that hold the values of a sample, of the 16-bit files that do not say how many."""
+        largest = 0
+        for name in [] if self.written else self.names()[:: -(-len(self) // SAMPLE)]:
+            with contextlib.suppress(Exception):  # reading it properly will name what is wrong
+                data = self._read(name)
+                image = open_image(io.BytesIO(data))
+                if is_deep(image) and not known_depth(image):
+                    largest = max(largest, int(deep_values(image, data).max()))
+        return depth_of(largest) if largest else 16
 
-        With `channels`, convert it by to_channels. Raises BadImage when the file is empty, truncated, too large, or not
-        an image.
+    def image(self, name: str, channels: int | None = None) -> Image.Image:
+        """Decode an image by colours.decode, in sRGB. With `channels`, convert it by to_channels.
+
+        Raises BadImage when the file is empty, truncated, too large, or not an image.
         """
         with self._name_errors(name):
-            image = self._open(name)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+            image = decode(self._read(name), lambda: self.bits)
+            if not self._surveyed:
+                self._note(image)
+            image = image if self.written else to_srgb(image)
             return image if channels is None else to_channels(image, channels)
+
+    def common_channels(self) -> int:
+        """Return the fewest channels that hold all images, by their headers.
+
+        1 if all are grey; 4 if all have an alpha channel, which is not opaque throughout a sample; else 3.
+        """
+        if self.written:
+            return count_channels(self.image(self.filename(0)))
+        for name in progress(self.names(), desc="headers"):
+            with contextlib.suppress(Exception), self._files.open(name) as file:
+                image = open_image(file)
+                self._note(image)
+                if is_deep(image) and not known_depth(image):
+                    self.bits  # noqa: B018 (decides, so that notes name it)
+        self._surveyed = True
+        if set(self._channels) == {4}:
+            sample = self.names()[:: -(-len(self) // SAMPLE)]
+            alphas = (self.image(name, 4).getchannel("A").getextrema()[0] for name in sample)
+            return 4 if any(least < 255 for least in alphas) else 3
+        return 1 if set(self._channels) == {1} else 3
+
+    def _note(self, image: Image.Image) -> None:
+        self._channels[count_channels(image)] += 1
+        profile, _ = (None, None) if self.written else profile_of(image)
+        self._profiles.update([profile] if profile else [])
+
+    def notes(self, channels: int) -> list[str]:
+        """Return lines on what reading left out or changed so far, when images are read with `channels`."""
+        total = self._channels.total()
+        kinds = {1: "grey", 3: "in colour", 4: "with an alpha channel" + ("" if channels == 4 else ", put on white")}
+        others = [f"{n:,} {kinds[kind]}" for kind, n in sorted(self._channels.items()) if kind != channels]
+        lines = [f"channels: {MODES[channels]} ({', '.join(others)}, of {total:,}; converted)"] if others else []
+        if "bits" in self.__dict__:
+            lines.append(f"16-bit files: read as {self.bits} bits, 0 to {(1 << self.bits) - 1}, scaled to 0 to 255")
+        if self._profiles:
+            lines.append(f"colours: converted to sRGB from {tally(self._profiles)}")
+        return [*lines, self._left_out_text()] if self._left_out else lines
+
+    def facts(self) -> dict:
+        """Return what affects the pixels, besides the files and the channels."""
+        return {} if self.written else {"colours": "srgb", "bits": self.bits}
+
+    def _left_out_text(self) -> str:
+        endings = Counter({f".{e}" if e else "without an ending": n for e, n in self._left_out.items()})
+        hints = sorted({f".{ending}: {HINTS[ending]}" for ending in self._left_out if ending in HINTS})
+        return "; ".join([f"left out: {tally(endings)}", *hints])
 
     def size(self, name: str) -> tuple[int, int]:
         """Read width and height from the file's header, before EXIF orientation. Raises BadImage."""
-        with self._name_errors(name):
-            return self._open(name).size
+        with self._name_errors(name), self._files.open(name) as file:
+            return open_image(file).size
 
     def contents(self, names: Iterable[str]) -> Iterator[bytes]:
         """Yield the bytes of each file. Raises BadImage."""
@@ -145,7 +202,7 @@ class ImageFiles:
             data = self._read("dataset.json")
         except (FileNotFoundError, KeyError):
             return Labels()
-        except ZIP_ERRORS as error:
+        except READ_ERRORS as error:
             raise UserError(f"{where} cannot be read: {error}; make the dataset again") from error
         return parse_labels(data, where)
 
@@ -155,67 +212,32 @@ class ImageFiles:
             yield
         # For damaged files Pillow, zlib and zipfile raise a dozen kinds of exception.
         except Exception as error:
-            unknown = isinstance(error, UnidentifiedImageError)
-            reason = "it is in no known image format" if unknown else str(error) or type(error).__name__
+            reason = str(error) or type(error).__name__
+            if isinstance(error, UnidentifiedImageError):
+                reason = "it is in no known image format"
+            elif isinstance(error, Image.DecompressionBombError):
+                reason = f"it claims more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:,.0f} million pixels"
             raise BadImage(f"{self.path / name} cannot be read as an image: {reason}; repair or remove it") from error
 
-    def _open(self, name: str) -> Image.Image:
-        data = self._read(name)
-        if not data:
-            raise ValueError("the file is empty")
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-
-    def _list_folder(self) -> Iterator[str]:
-        def refuse(error: OSError):
-            reason = f"cannot list {error.filename}: {error.strerror}; give yourself permission to read it"
-            raise UserError(reason) from error
-
-        seen = {os.path.realpath(self.path)}
-        for folder, subfolders, files in os.walk(self.path, followlinks=True, onerror=refuse):
-            # Each folder is visited once, so that links that form a ring end.
-            real = {name: os.path.realpath(os.path.join(folder, name)) for name in subfolders}
-            subfolders[:] = [name for name in sorted(subfolders) if real[name] not in seen]
-            seen.update(real.values())
-            inside = Path(folder).relative_to(self.path)
-            yield from ((inside / name).as_posix() for name in files)
-
-    def _list_zip(self) -> set[str]:
-        again = "make or download it again"
-        try:
-            entries = self._open_zip().infolist()
-        except ZIP_ERRORS as error:
-            raise UserError(f"{self.path} is neither a folder nor a whole ZIP file ({error}); {again}") from error
-        for entry in entries:
-            if entry.flag_bits & 1:
-                raise UserError(f"{self.path} is encrypted ({entry.filename}); pack it again without a password")
-            if entry.filename.startswith("/") or ".." in PurePosixPath(entry.filename).parts:
-                raise UserError(f"{self.path} holds {entry.filename}, a name that points outside of it; {again}")
-        return {entry.filename for entry in entries}
-
-    def _open_zip(self) -> zipfile.ZipFile:
-        # A forked process shares the file position with its parent, so each process opens the file for itself.
-        if self._zip_owner != os.getpid():
-            self._zip, self._zip_owner = zipfile.ZipFile(self.path), os.getpid()
-        return self._zip
-
     def _read(self, name: str) -> bytes:
-        if self.is_zip:
-            size = self._open_zip().getinfo(name).file_size
-        else:
-            status = (self.path / name).stat()
-            size = status.st_size
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError("it is not a regular file")  # opening a pipe would block
-        if size > MAX_FILE_BYTES:
-            raise ValueError(f"it claims {size / 2**30:,.1f} GiB, and the limit is {MAX_FILE_BYTES / 2**30:.0f} GiB")
-        return self._open_zip().read(name) if self.is_zip else (self.path / name).read_bytes()
+        with self._files.open(name) as file:
+            return file.read()
+
+    def _begins_like_image(self, name: str) -> bool:
+        try:
+            with self._files.open(name) as file:
+                return looks_like_image(file.read(16))
+        except READ_ERRORS:
+            return False
 
 
-def is_image(name: str) -> bool:
-    """Tell whether a name ends like an image and is neither hidden nor a shadow file of Apple's ZIPs."""
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix[1:].lower() in ENDINGS and not hidden
+def is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def tally(counts: Counter) -> str:
+    """Format as `12 .txt, 3 .heic`, the most frequent first."""
+    return ", ".join(f"{number:,} {what}" for what, number in sorted(counts.items(), key=lambda item: (-item[1], item)))
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
