@@ -9,10 +9,14 @@ import scipy.signal
 import torch
 from helpers import leaves, noise, pairwise
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
+from torch_utils.ops.convolution import conv2d, conv_transpose2d
 from torch_utils.ops.modulated_linear import EPSILON, modulated_linear
 from torch_utils.ops.resample import lowpass
+from training import augment, losses
+from training.networks import Discriminator, DiscriminatorConfig
 
 SLOPE_AND_GAIN = {"linear": (1.0, 1.0), "lrelu": (0.2, math.sqrt(2))}
 LAYOUTS = ["contiguous", "transposed", "sliced", "expanded"]
@@ -254,3 +258,41 @@ def test_lowpass_of_clamped_features_stays_finite(dtype):
     got = lowpass(torch.full((1, 1, 8, 8), 256.0, dtype=dtype), 2)
     assert got.dtype == dtype
     assert got.max().item() == 256
+
+
+# --- convolutions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride", "padding"), [
+    ((4, 3), (3, 3), (1, 1), (1, 1)), ((4, 5), (2, 1), (2, 1), (3, 0)),
+])  # fmt: skip
+def test_convolutions_and_their_transposes_are_pytorchs_in_value_and_derivatives(size, kernel, stride, padding):
+    x, weight = leaves(noise(1, 2, *size), noise(1, 2, *kernel, seed=1))
+    y = torch.conv2d(x, weight, None, stride, padding)
+    (g,) = leaves(noise(*y.shape, seed=2))
+    assert torch.equal(conv2d(x, weight, stride, padding), y)
+    assert torch.allclose(conv_transpose2d(g, weight, size, stride, padding), torch.autograd.grad(y, x, g)[0])
+    assert gradcheck(conv2d, (x, weight, stride, padding))
+    assert gradgradcheck(conv2d, (x, weight, stride, padding))
+    assert gradgradcheck(conv_transpose2d, (g, weight, size, stride, padding))
+
+
+class Kernels(TorchDispatchMode):
+    """Collects the largest side of the kernels of all convolutions."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = str(function.overloadpacket)
+        if "convolution" in name:
+            self.largest = max(self.largest, *arguments[2 if "backward" in name else 1].shape[2:])
+        return function(*arguments, **options or {})
+
+
+def test_no_derivative_of_an_augmented_discriminator_has_a_kernel_as_large_as_an_image():
+    """R1's gradient by the weights, which cuDNN would take seconds for."""
+    D = Discriminator(DiscriminatorConfig(img_resolution=16, channel_base=64, channel_max=4))
+    augmentations = augment.sample(augment.AugmentConfig(), 2, 1.0, image_shape=(16, 16), rng=torch.Generator())
+    with Kernels() as kernels:
+        losses.r1(lambda x: D(augmentations.apply(x)), noise(2, 3, 16, 16).float()).sum().backward()
+    assert kernels.largest == len(augment.SYM6)

@@ -24,3 +24,11 @@ def full_precision(x: torch.Tensor) -> contextlib.AbstractContextManager:
     if torch.amp.is_autocast_available(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which x is multiplied: that of autocast if it is enabled."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from dnnlib.config import Config, setting
 from dnnlib.console import UserError
+from torch_utils.ops.convolution import conv2d, conv_transpose2d
 from torch_utils.transfer import send
 
 # The twelve taps of the symlet with six vanishing moments (Daubechies, "Ten Lectures on Wavelets", 1992, table 6.3).
@@ -256,8 +257,10 @@ def _double(images):
     padded = F.pad(images, (MARGIN, MARGIN, MARGIN, MARGIN), mode="reflect")
     planes = padded.reshape(n * channels, 1, height + 2 * MARGIN, width + 2 * MARGIN)
     cut = 2 * MARGIN + CENTRE
-    planes = F.conv_transpose2d(planes, taps.reshape(1, 1, -1, 1), stride=(2, 1), padding=(cut, 0))
-    planes = F.conv_transpose2d(planes, taps.reshape(1, 1, 1, -1), stride=(1, 2), padding=(0, cut))
+    size = 2 * height, width + 2 * MARGIN
+    planes = conv_transpose2d(planes, taps.reshape(1, 1, -1, 1), size, stride=(2, 1), padding=(cut, 0))
+    size = 2 * height, 2 * width
+    planes = conv_transpose2d(planes, taps.reshape(1, 1, 1, -1), size, stride=(1, 2), padding=(0, cut))
     return planes[:, :, :-1, :-1].reshape(n, channels, 2 * height - 1, 2 * width - 1)
 
 
@@ -266,8 +269,8 @@ def _halve(images):
     n, channels, height, width = images.shape
     taps = torch.tensor(SYM6, dtype=images.dtype, device=images.device) / math.sqrt(2)
     planes = images.reshape(n * channels, 1, height, width)
-    planes = F.conv2d(planes, taps.reshape(1, 1, -1, 1), stride=(2, 1))
-    planes = F.conv2d(planes, taps.reshape(1, 1, 1, -1), stride=(1, 2))
+    planes = conv2d(planes, taps.reshape(1, 1, -1, 1), stride=(2, 1))
+    planes = conv2d(planes, taps.reshape(1, 1, 1, -1), stride=(1, 2))
     return planes.unflatten(0, (n, channels)).squeeze(2)
 
 

@@ -14,7 +14,7 @@ from dnnlib.console import UserError
 from torch_utils.build import DTYPES, Kernels, choose
 from torch_utils.ops.bias_act import ACTIVATIONS, Gradient, aligned, bias_act, codes_for, wide
 from torch_utils.ops.bias_act import SOURCE as ELEMENTS
-from torch_utils.precision import full_precision
+from torch_utils.precision import full_precision, product_dtype
 
 IMPLS = ("auto", "reference", "cuda", "cublas")
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -100,14 +100,6 @@ def fused(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, modulated, bias)):
         return Product.apply(x, modulated, bias, kernels, elements, formula)
     return product(x, modulated, bias, None, kernels, formula)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which x is multiplied: that of autocast if it is enabled."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def why_not(kernels: Kernels, dtype: torch.dtype, outputs: int, inputs: int) -> str:

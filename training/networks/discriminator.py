@@ -9,12 +9,12 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dnnlib.config import setting
 from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
+from torch_utils.ops.convolution import conv2d
 from torch_utils.ops.resample import lowpass
 from torch_utils.precision import full_precision
 from torch_utils.recompute import by_parts, recomputed
@@ -78,11 +78,11 @@ class EqualConv2d(Layer):
         weight = self.weight * self.weight_gain
         kernel = weight.shape[-1]
         if not self.halve:
-            x = F.conv2d(x, weight, padding=kernel // 2)
+            x = conv2d(x, weight, padding=(kernel // 2, kernel // 2))
         elif kernel == 1:
-            x = F.conv2d(lowpass(x, padding=1, stride=2, impl=self.impl), weight)
+            x = conv2d(lowpass(x, padding=1, stride=2, impl=self.impl), weight)
         else:
-            x = F.conv2d(lowpass(x, padding=2, impl=self.impl), weight, stride=2)
+            x = conv2d(lowpass(x, padding=2, impl=self.impl), weight, stride=(2, 2))
         return bias_act(x, self.bias, act=self.act, gain=self.gain, clamp=self.clamp, dim=1, impl=self.impl)
 
 
