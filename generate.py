@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import click
@@ -12,7 +13,8 @@ from rendering.camera import Camera
 from rendering.engine import DTYPES
 from rendering.grid import FITS, Shot
 from rendering.jobs import Job, write_film, write_grid, write_images
-from rendering.styles import Styles, parse_seeds
+from rendering.saved import SavedStyles, write_styles
+from rendering.styles import Seeds, Styles, parse_seeds
 from rendering.writers import FORMATS
 from torch_utils.command import command
 from torch_utils.distributed import processes
@@ -57,6 +59,10 @@ def image_size(
     "[default: emoji-people, or else the first name in models/]",
 )
 @click.option("--seeds", metavar="0-3,7", help="One image for each seed; the stops of a video.")
+@click.option(
+    "--w", "--projected-w", "saved", metavar="FILE", help="Styles in a .npz, .npy or .safetensors, instead of --seeds."
+)
+@click.option("--save-w", metavar="FILE", help="Write the styles of the seeds to such a file.")
 @click.option("--outdir", metavar="DIR", help="Where seed0000.png … are written.")
 @click.option("--grid", metavar="FILE.png", help="All images in one file, row by row; or .webp, .tif, .dzi.")
 @click.option("--columns", type=click.IntRange(min=1), help="Columns of --grid.  [default: nearly square]")
@@ -102,8 +108,8 @@ def image_size(
 @click.pass_context
 @command(memory="give a smaller --tile", interrupted="the same command with --resume continues.")
 def main(
-    context, network, seeds, outdir, grid, columns, video, w_frames, fps, format, resume, trunc, trunc_cutoff, classes,
-    mix, size, scale, window, translate, rotate, zoom, dtype, **shot,
+    context, network, seeds, saved, save_w, outdir, grid, columns, video, w_frames, fps, format, resume, trunc,
+    trunc_cutoff, classes, mix, size, scale, window, translate, rotate, zoom, dtype, **shot,
 ):  # fmt: skip
     """Render images and videos of a trained generator.
 
@@ -122,38 +128,52 @@ def main(
     names = network_names()
     if network is None and not names:
         raise UserError("--network is missing, and models/ is empty; give a network-snapshot-*.safetensors of a run")
-    if not seeds:
+    if not (seeds or saved):
         raise UserError("--seeds is missing; see generate.py --help")
-    if sum(map(bool, (outdir, grid, video))) != 1:
+    of_seeds = {
+        "--seeds": seeds,
+        "--trunc": trunc != 1,
+        "--trunc-cutoff": trunc_cutoff is not None,
+        "--class": classes,
+        "--mix": mix,
+        "--save-w": save_w,
+    }
+    if saved and any(of_seeds.values()):
+        raise UserError(f"{next(name for name, given in of_seeds.items() if given)} does not go with --w; leave it out")
+    if sum(map(bool, (outdir, grid, video))) != 1 and not (save_w and not (outdir or grid or video)):
         raise UserError("give one of --outdir (separate images), --grid (all in one file) and --video")
     if columns and not grid:
         raise UserError("--columns belongs to --grid; give --grid=FILE.png as well")
     if not math.isfinite(trunc):
         raise UserError(f"--trunc={trunc}: give a finite number, for example 0.7")
     camera = Camera.parse(window, translate, rotate, zoom)
-    seeds = parse_seeds(seeds)
+    seeds = parse_seeds(seeds) if seeds else []
     styles = Styles(trunc, trunc_cutoff, classes.split(",") if classes else [], mix)
-    if video and not (camera.moves or len(seeds) > 1):
-        raise UserError("the video would not move; give several --seeds, or a path, for example --zoom=1:50")
     if not video and camera.moves:
         raise UserError("a path A:B is for videos; add --video, or give single values")
     with processes() as group:
-        say = click.echo if group.is_first else lambda line: None
+        say = partial(click.echo, err=True) if group.is_first else lambda line: None
         if network is None:
             network = names[0]
             say(f"--network={network}; models/ holds {', '.join(names)}")
         G = load_generator(network, group.device)
-        if G.config.c_dim and not classes:
+        if G.config.c_dim and not (classes or saved):
             say(f"{network} is conditional: seed i gets class i mod {G.config.c_dim}; choose with --class")
         if dtype == "fp16" and group.device.type == "cpu":
             raise UserError("--dtype=fp16 is for GPUs; use bf16 or fp32 on a CPU")
         shot = Shot(image_size(G.config.img_shape, size, scale, camera.window[0]), **shot)
-        job = Job(G, sha256(find_network(network)), seeds, styles, camera, shot, dtype, resume)
+        images = SavedStyles(G, Path(saved)) if saved else Seeds(G, seeds, styles)
+        if video and not (camera.moves or len(images) > 1):
+            raise UserError("the video would not move; give several --seeds, or a path, for example --zoom=1:50")
+        if save_w and group.is_first:
+            write_styles(images, Path(save_w))
+            click.echo(f"{save_w}\t{len(images)}x{G.config.num_ws}x{G.config.w_dim}")
+        job = Job(G, sha256(find_network(network)), images, camera, shot, dtype, resume, click.echo)
         if video:
             write_film(job, group, Path(video), w_frames, fps)
         elif grid:
             write_grid(job, group, Path(grid), columns)
-        else:
+        elif outdir:
             write_images(job, group, Path(outdir), format)
 
 

@@ -21,7 +21,7 @@ from metrics.registry import parse
 from rendering.camera import Camera
 from rendering.engine import NotFinite
 from rendering.jobs import Job, write_grid
-from rendering.styles import Styles
+from rendering.styles import Seeds, Styles
 from torch_utils.command import command
 from torch_utils.distributed import processes
 from training import snapshot
@@ -195,7 +195,7 @@ def main(folder, name, trunc, by, processor, **words):
     with processes() as group:
         loaded = snapshot.load_generator(network, group.device)
         shot = rendering.Shot(loaded.config.img_shape)
-        job = Job(loaded, sha256(network), list(range(64)), Styles(trunc), Camera.parse(), shot)
+        job = Job(loaded, sha256(network), Seeds(loaded, list(range(64)), Styles(trunc)), Camera.parse(), shot)
         write_grid(job, group, image)
 
     height, width = G.config.img_shape

@@ -1,8 +1,12 @@
-"""Render into files: processes share the tiles or frames, and interrupted work can be resumed."""
+"""Render into files: processes share the tiles or frames, and interrupted work can be resumed.
+
+Each finished file is a line `path<TAB>width x height<TAB>seconds`, or `kept` if it was finished before.
+"""
 
 import contextlib
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +15,12 @@ import torch
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
-from dnnlib.console import progress
+from dnnlib.console import UserError, progress
 from rendering.camera import Camera
 from rendering.engine import DTYPES, NotFinite, Tiling, render_tiles
 from rendering.grid import Box, Shot
-from rendering.styles import Styles
-from rendering.unfinished import Unfinished
+from rendering.saved import SavedStyles
+from rendering.styles import Seeds
 from rendering.video import Film
 from rendering.writers import FORMATS, Canvas, choose_format
 from torch_utils.distributed import Processes
@@ -26,22 +30,23 @@ from training.networks import Generator
 
 @dataclass(frozen=True)
 class Job:
-    """What to render: the images of `seeds`, seen by `camera`, with the size and options of `shot`.
+    """What to render: `images`, seen by `camera`, with the size and options of `shot`.
 
-    network: a digest of G's file. `resume` compares it, like all other fields. dtype: a key of DTYPES.
+    network: a digest of G's file. `resume` compares it, like all other fields. dtype: a key of DTYPES. say: gets a line
+    for each finished file.
     """
 
     G: Generator
     network: str
-    seeds: list[int]
-    styles: Styles
+    images: Seeds | SavedStyles
     camera: Camera
     shot: Shot
     dtype: str = "fp32"
     resume: bool = False
+    say: Callable[[str], None] = lambda line: None
 
     def settings(self, **more: object) -> dict:
-        """Return everything that the bytes depend on, as JSON values."""
+        """Return everything that the bytes depend on, as JSON values. more: those of the images, and of the file."""
         shot = self.shot
         return {
             "network": self.network,
@@ -52,8 +57,6 @@ class Job:
             "tile": shot.tile,
             "dtype": self.dtype,
             "device": self.G.mapping.w_avg.device.type,
-            "truncation": (self.styles.trunc, self.styles.cutoff),
-            "mix": self.styles.mix,
             "camera": self.camera,
             **more,
         }
@@ -70,91 +73,108 @@ class Job:
 
 
 @contextlib.contextmanager
-def shared(output: Unfinished, group: Processes, resume: bool) -> Iterator[np.ndarray]:
-    """Start or resume `output`, yield this process's share of the missing parts, and finish when all are written."""
-    if group.is_first:
-        output.start(resume)
-    missing = group.broadcast(output.missing if group.is_first else None)
-    try:
-        with output:
-            yield np.array_split(missing, group.world)[group.rank]
-    except NotFinite:
+def shared(output: Canvas | Film, job: Job, group: Processes) -> Iterator[np.ndarray]:
+    """Start or resume `output`, yield this process's share of the missing parts, and finish when all are written.
+
+    With `job.resume`, a file that is finished is kept, and nothing is missing.
+    """
+    began, line = time.monotonic(), f"{output.path}\t{output.size[1]}x{output.size[0]}\t"
+    if group.broadcast(job.resume and output.finished() if group.is_first else None):
+        yield np.empty(0, int)
         if group.is_first:
-            output.discard()  # resuming would fail again
-        raise
-    group.barrier()
-    if group.is_first:
-        output.finish()
+            job.say(f"{line}kept")
+        return
+    with output.alone() if group.is_first else contextlib.nullcontext():
+        if group.is_first:
+            output.start(job.resume)
+        missing = group.broadcast(output.missing if group.is_first else None)
+        try:
+            with output:
+                yield np.array_split(missing, group.world)[group.rank]
+        except NotFinite:
+            if group.is_first:
+                output.discard()  # resuming would fail again
+            raise
+        group.barrier()
+        if group.is_first:
+            output.finish()
+            job.say(f"{line}{time.monotonic() - began:.1f} s")
 
 
 def write_images(job: Job, group: Processes, outdir: Path, format: str | None = None) -> None:
     """Write seed0000.png … into `outdir`. format: a key of FORMATS, by default `choose_format`. Raises UserError."""
     height, width = job.shot.size
     suffix = FORMATS[format or choose_format(job.shot.size)].suffix
-    classes, ws = job.styles.choose_classes(job.G, job.seeds), job.styles.map(job.G, job.seeds)
-    numbers = list({seed: i for i, seed in enumerate(job.seeds)}.values())  # a seed given twice is one file
+    numbers = {}  # of each file; a seed given twice is one
+    for i in range(len(job.images)):
+        first = numbers.setdefault(job.images.name(i), i)
+        if job.images.settings(i) != job.images.settings(first):
+            raise UserError(
+                f"two images would be {job.images.name(i)}{suffix}: the seed is given twice, with two classes; give "
+                "them in two calls with two directories, or as a grid"
+            )
+    numbers = list(numbers.values())
     if len(numbers) >= group.world:  # whole images for each process, else a part of each image
         numbers, group = numbers[group.rank :: group.world], Processes(0, 1, group.device)
     total = len(numbers) * height * width // group.world
     with progress(None, desc=f"{width}x{height}", total=total, unit="px", scale=True) as bar:
         for i in numbers:
-            path = outdir / f"seed{job.seeds[i]:04d}{suffix}"
-            write_sheet(job, group, ws[i : i + 1], 1, path, bar, {"seed": job.seeds[i], "class": classes[i]})
+            path = outdir / f"{job.images.name(i)}{suffix}"
+            write_sheet(job, group, [i], 1, path, bar, job.images.settings(i))
 
 
 def write_grid(job: Job, group: Processes, path: Path, columns: int | None = None) -> None:
-    """Write the images of all seeds into one file, row by row. Raises UserError.
+    """Write all images into one file, row by row. Raises UserError.
 
     Without `columns`, the grid is nearly as high as wide. Empty cells in the last row are black.
     """
     height, width = job.shot.size
-    count = len(job.seeds)
+    count = len(job.images)
     columns = min(count, columns or math.ceil(math.sqrt(count * height / width)))
-    ws = job.styles.map(job.G, job.seeds)
-    details = {"seeds": job.seeds, "classes": job.styles.choose_classes(job.G, job.seeds), "columns": columns}
     total = count * height * width // group.world
     with progress(None, desc=path.name, total=total, unit="px", scale=True) as bar:
-        write_sheet(job, group, ws, columns, path, bar, details)
+        write_sheet(job, group, range(count), columns, path, bar, job.images.settings() | {"columns": columns})
 
 
-def write_sheet(job: Job, group: Processes, ws: Tensor, columns: int, path: Path, bar, details: dict) -> None:
-    """Render ws [N,num_ws,w_dim] into the file `path`, `columns` images per row. details: more settings."""
+def write_sheet(
+    job: Job, group: Processes, images: Sequence[int], columns: int, path: Path, bar, details: dict
+) -> None:
+    """Render images, by their numbers, into the file `path`, `columns` per row. details: more settings."""
     height, width = job.shot.size
     tiling = job.tiling()
-    tiles = len(ws) * tiling.tiles
+    tiles = len(images) * tiling.tiles
     canvas = Canvas(
         path,
         job.settings(tile=tiling.tile, **details),
-        size=(-(-len(ws) // columns) * height, columns * width),
+        size=(-(-len(images) // columns) * height, columns * width),
         channels=job.G.config.img_channels,
         tiles=tiles,
     )
-    with shared(canvas, group, job.resume) as numbers:
-        bar.update(max(0, tiles // group.world - len(numbers)) * tiling.tile**2)  # finished earlier
-        mine = np.zeros((len(ws), tiling.tiles), bool)
+    with shared(canvas, job, group) as numbers:
+        bar.total -= round((1 / group.world - len(numbers) / tiles) * len(images) * height * width)  # finished earlier
+        mine = np.zeros((len(images), tiling.tiles), bool)
         mine.flat[numbers] = True
-        for i in np.flatnonzero(mine.any(1)):
-            corner = i // columns * height, i % columns * width
-            for box, pixels in job.render(ws[i], tiling, only=mine[i]):
-                canvas.write(i * tiling.tiles + tiling.number(box), box.shifted(*corner), pixels)
+        for cell in np.flatnonzero(mine.any(1)):
+            corner = cell // columns * height, cell % columns * width
+            for box, pixels in job.render(job.images.ws(images[cell]), tiling, only=mine[cell]):
+                canvas.write(cell * tiling.tiles + tiling.number(box), box.shifted(*corner), pixels)
                 bar.update(pixels.shape[0] * pixels.shape[1])
 
 
 def write_film(job: Job, group: Processes, path: Path, frames: int, fps: float) -> None:
-    """Write a video with `frames` frames per seed: a loop through the styles, while the camera follows its path.
+    """Write a video with `frames` frames per image: a loop through their styles, while the camera follows its path.
 
     Raises UserError.
     """
-    ws = job.styles.map(job.G, job.seeds)
+    ws = torch.stack([job.images.ws(i) for i in range(len(job.images))])
     frames *= len(ws)
     loops = len(ws) > 1 or job.camera.closes
     keys = torch.cat([ws, ws[:1]]).cpu().double().numpy()
     walk = CubicSpline(np.linspace(0, 1, len(keys)), keys, bc_type="periodic")
-    classes = job.styles.choose_classes(job.G, job.seeds)
     channels = job.G.config.img_channels
-    settings = job.settings(seeds=job.seeds, classes=classes, frames=frames)
+    settings = job.settings(**job.images.settings(), frames=frames)
     film = Film(path, settings, size=job.shot.size, channels=channels, frames=frames, fps=fps)
-    with shared(film, group, job.resume) as numbers:
+    with shared(film, job, group) as numbers:
         for index in progress(numbers, desc=path.name, unit="frame"):
             t = index / (frames if loops else max(frames - 1, 1))
             tiling = job.tiling(t)

@@ -12,10 +12,12 @@ from dnnlib.console import UserError
 from rendering.camera import parse_number
 from training.networks import Generator
 
+MOST = 10**6  # seeds
+
 
 def parse_seeds(text: str) -> list[int]:
     """Return [0, 1, 2, 7] for "0-2,7". Raises UserError."""
-    seeds = []
+    seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,10})(?:-(\d{1,10}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
@@ -23,6 +25,8 @@ def parse_seeds(text: str) -> list[int]:
             raise UserError(
                 f"seeds={text}: cannot read {part!r}; write numbers and ranges from 0 to {2**32 - 1}, for example 0-3,7"
             )
+        if len(seeds) + last - first >= MOST:
+            raise UserError(f"seeds={text}: more than {MOST:,} seeds; give fewer in one call")
         seeds += range(first, last + 1)
     return seeds
 
@@ -77,26 +81,53 @@ class Styles(NamedTuple):
 
     def map(self, G: Generator, seeds: list[int]) -> Tensor:
         """Return ws [len(seeds),num_ws,w_dim]. Raises UserError."""
-        count, device = G.config.num_ws, G.mapping.w_avg.device
-        if self.cutoff is not None and self.cutoff > count:
-            raise UserError(f"trunc_cutoff={self.cutoff}: the network has {count} styles; choose 0 to {count}")
-        mixed = [parse_mix(text, count) for text in self.mix]
-
-        def styles(seed: int, c: Tensor) -> Tensor:
-            return G.mapping(sample_latent(G, seed).to(device), c.to(device), self.trunc, self.cutoff)
-
-        result = []
-        with torch.no_grad():
-            for seed, text in zip(seeds, self.choose_classes(G, seeds), strict=True):
-                c = parse_label(G, text)
-                ws = styles(seed, c)
-                for other, layers in mixed:
-                    ws[:, layers] = styles(other, c)[:, layers]
-                result.append(ws)
-        return torch.cat(result)
+        images = Seeds(G, seeds, self)
+        return torch.stack([images.ws(i) for i in range(len(seeds))])
 
     def choose_classes(self, G: Generator, seeds: list[int]) -> list[str | None]:
         """Return the class of each seed, None for an unconditional G."""
         if self.classes:
             return [self.classes[i % len(self.classes)] for i in range(len(seeds))]
         return [str(seed % G.config.c_dim) if G.config.c_dim else None for seed in seeds]
+
+
+class Seeds:
+    """The images of seeds."""
+
+    def __init__(self, G: Generator, seeds: list[int], styles: Styles = Styles()):
+        """Raises UserError if `styles` do not fit G."""
+        count = G.config.num_ws
+        if styles.cutoff is not None and styles.cutoff > count:
+            raise UserError(f"trunc_cutoff={styles.cutoff}: the network has {count} styles; choose 0 to {count}")
+        self.G, self.seeds, self.styles = G, seeds, styles
+        self.classes = styles.choose_classes(G, seeds)
+        self._labels = {text: parse_label(G, text) for text in set(self.classes)}
+        self._mixed = [parse_mix(text, count) for text in styles.mix]
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def name(self, i: int) -> str:
+        """Return the name of the file of image i, without its ending."""
+        return f"seed{self.seeds[i]:04d}"
+
+    def settings(self, i: int | None = None) -> dict:
+        """Return everything that image i, or all of them, depend on besides G, as JSON values."""
+        shared = {"truncation": (self.styles.trunc, self.styles.cutoff), "mix": self.styles.mix}
+        if i is None:
+            return shared | {"seeds": self.seeds, "classes": self.classes}
+        return shared | {"seed": self.seeds[i], "class": self.classes[i]}
+
+    @torch.no_grad()
+    def ws(self, i: int) -> Tensor:
+        """Return [num_ws,w_dim] of image i."""
+        device = self.G.mapping.w_avg.device
+        c = self._labels[self.classes[i]].to(device)
+
+        def styles(seed: int) -> Tensor:
+            return self.G.mapping(sample_latent(self.G, seed).to(device), c, self.styles.trunc, self.styles.cutoff)[0]
+
+        ws = styles(self.seeds[i])
+        for other, layers in self._mixed:
+            ws[layers] = styles(other)[layers]
+        return ws

@@ -5,6 +5,8 @@ The parts of the unfinished file `out/seed0003.tif` are in the directory `out/se
     job.json    everything that the file depends on; only an equal job may resume
     encoding/   the final file while it is written
     …           the finished parts (writers.py, video.py)
+
+When the file is finished, its job.json becomes `out/.jobs/seed0003.tif.json`, so that resuming keeps the file.
 """
 
 import contextlib
@@ -30,39 +32,90 @@ class Unfinished(ABC):
         """Describe the file `path`, touching nothing. job: plain JSON values, everything that its bytes depend on."""
         self.path, self.job = path, job
         self.folder = path.with_name(path.name + ".part")
+        self.record = path.parent / ".jobs" / f"{path.name}.json"
+
+    def finished(self) -> bool:
+        """Tell whether the file is complete. Raises UserError if it is of another job."""
+        try:
+            then = read_job(self.record)
+        except (OSError, ValueError):  # never finished, or by an earlier version
+            return False
+        if not os.path.isfile(self.path):
+            return False
+        self.compare(then)
+        self.discard()  # a kill may have left the empty directory
+        return True
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other commands from writing this file. Raises UserError if one does."""
+        self.create()
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise UserError(
+                f"cannot write {self.path}: another command is writing it; wait for it, or choose another directory"
+            ) from error
+        except OSError:  # some network file systems have no locks
+            pass
+        try:
+            yield
+        finally:
+            os.close(handle)
 
     def start(self, resume: bool) -> None:
         """Create the directory or, with `resume`, keep the directory of an equal job.
 
         Raises UserError if it cannot be written, or if the directory to resume is broken or of another job.
         """
-        if self.path.is_dir():
-            raise UserError(f"cannot write {self.path}: a directory has this name; choose another one, or remove it")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.create()
+        with self.creating():
             if not resume:
-                self.discard()
-            self.folder.mkdir(exist_ok=True)
+                self.clear()
+            self.record.unlink(missing_ok=True)
             # Hidden names are temporary files of a run that was killed before it wrote its job.
             fresh = all(entry.name.startswith(".") for entry in self.folder.iterdir())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error.strerror} ({error.filename}); choose a directory that you may "
-                "write to"
-            ) from error
         if fresh:
             with self.writing(), atomic_write(self.folder / "job.json") as temporary:
                 temporary.write_text(json.dumps(self.job, indent=1))
         self.check()
 
+    def create(self) -> None:
+        """Create the directory if there is none. Raises UserError."""
+        with self.creating():
+            if self.path.is_dir():
+                raise UserError(
+                    f"cannot write {self.path}: a directory has this name; choose another one, or remove it"
+                )
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def creating(self) -> Iterator[None]:
+        """Turn a failure to make or empty the directory into a UserError."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror} ({error.filename}); choose a directory that you may "
+                "write to"
+            ) from error
+
     def check(self) -> None:
         """Raise UserError unless it was started for an equal job, naming the first thing that differs."""
         try:
-            then = json.loads((self.folder / "job.json").read_text())
-            if not isinstance(then, dict):
-                raise ValueError("not a dictionary")
+            then = read_job(self.folder / "job.json")
         except (OSError, ValueError) as error:
             raise self.broken(f"job.json cannot be read ({error})") from error
+        self.compare(then)
+
+    def compare(self, then: dict) -> None:
         now = json.loads(json.dumps(self.job))  # tuples become lists
         for key in now | then:
             if key not in now or key not in then or now[key] != then[key]:
@@ -110,14 +163,20 @@ class Unfinished(ABC):
         sync(encoded)
         os.replace(encoded, self.path)
         sync(self.path.parent)
+        self.record.parent.mkdir(exist_ok=True)
+        os.replace(self.folder / "job.json", self.record)
         self.discard()
 
-    def discard(self) -> None:
-        """Remove the directory, if any. After a kill, the rest can be started over: marks go first, job.json last."""
+    def clear(self) -> None:
+        """Empty the directory. After a kill, the rest can be started over: marks go first, job.json last."""
         order = {"done": 0, "job.json": 2}
+        for entry in sorted(self.folder.iterdir(), key=lambda entry: order.get(entry.name, 1)):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def discard(self) -> None:
+        """Remove the directory, if any."""
         if self.folder.exists():
-            for entry in sorted(self.folder.iterdir(), key=lambda entry: order.get(entry.name, 1)):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self.clear()
             self.folder.rmdir()
 
     @contextlib.contextmanager
@@ -136,6 +195,14 @@ class Unfinished(ABC):
 
     def broken(self, reason: str) -> UserError:
         return UserError(f"cannot resume {self.path}: {self.folder} is broken, {reason}; start over without resume")
+
+
+def read_job(path: Path) -> dict:
+    """Read a job. Raises OSError and ValueError."""
+    job = json.loads(path.read_text())
+    if not isinstance(job, dict):
+        raise ValueError("not a dictionary")
+    return job
 
 
 def sync(path: Path) -> None:

@@ -22,7 +22,7 @@ from test_released import REFERENCES, Reference, content, dumps
 import generate
 import rendering
 from dnnlib.console import UserError
-from rendering import Shot, camera, styles, video
+from rendering import Shot, camera, saved, styles, video
 from torch_utils.images import to_uint8
 from training.networks import Generator, GeneratorConfig
 from training.snapshot import load_generator, save_generator
@@ -93,7 +93,7 @@ def test_the_file_is_the_image_of_the_engine(networks, tmp_path, options):
     result = run("--network", networks / "plain.safetensors", "--seeds=0-1,9", "--outdir", out, *options.split())
     assert result.exit_code == 0, result.output
     suffix = ".tif" if "tiff" in options else ".png"
-    assert sorted(p.name for p in out.iterdir()) == [f"seed000{seed}{suffix}" for seed in (0, 1, 9)]
+    assert sorted(p.name for p in out.glob("[!.]*")) == [f"seed000{seed}{suffix}" for seed in (0, 1, 9)]
     found, wanted = read(out / f"seed0009{suffix}"), expected(9, **SHOTS[options])
     assert found.shape == wanted.shape
     assert np.abs(found.astype(int) - wanted).max() <= 1  # a float32 sum may round the other way
@@ -145,11 +145,11 @@ def test_a_grid_holds_the_images_of_the_seeds_row_by_row(networks, tmp_path, see
     grid = read(tmp_path / "grid.png")
     assert grid.shape == (rows * height, columns * width, 3)
     cells = [cell for row in np.split(grid, rows) for cell in np.split(row, columns, axis=1)]
-    single = sorted((tmp_path / "single").iterdir())
+    single = sorted((tmp_path / "single").glob("*.png"))
     for path, cell in zip(single, cells, strict=False):
         assert np.array_equal(read(path), cell)
     assert not any(cell.any() for cell in cells[len(single) :])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "single"]
+    assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["grid.png", "single"]
 
 
 def test_a_network_that_comes_along_goes_by_its_name(networks, models, tmp_path):
@@ -311,7 +311,65 @@ def test_a_killed_image_is_resumed_to_the_same_bytes(networks, tmp_path, start):
 
     assert run(*size, "--outdir", out, "--resume").exit_code == 0
     assert (out / "seed0004.tif").read_bytes() == (tmp_path / "whole" / "seed0004.tif").read_bytes()
-    assert sorted(p.name for p in out.iterdir()) == ["seed0004.tif"]
+    assert sorted(p.name for p in out.glob("[!.]*")) == ["seed0004.tif"]
+
+
+@pytest.mark.parametrize(
+    ("more", "out"), [("--seeds=0-2", "--outdir={}"), ("", "--grid={}/x.png"), ("", "--video={}/x.mp4 --w-frames=2")]
+)
+def test_resuming_keeps_what_is_finished_if_it_is_of_the_same_job(networks, tmp_path, more, out):
+    call = ("--network", networks / "smooth.safetensors", "--seeds=0-1", *out.format(tmp_path).split())
+    assert run(*call).exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("[!.]*")}
+    result = run(*call, "--trunc=0.5", "--resume")
+    assert result.exit_code == 2
+    assert "started with truncation = [1.0, null], and now truncation is [0.5, null]" in result.output
+    result = run(*call, *more.split(), "--resume")
+    assert result.exit_code == 0, result.output
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    assert {Path(path): end == "kept" for path, _, end in lines} == {
+        path: path in before for path in tmp_path.glob("[!.]*")
+    }
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert len(lines) == len(before) + bool(more)
+    assert run(*call, "--trunc=0.5").exit_code == 0  # starts over
+    assert all(path.stat().st_mtime_ns != time for path, time in before.items())
+
+
+@pytest.mark.parametrize("suffix", saved.FILES)
+def test_saved_styles_give_the_images_of_their_seeds(networks, tmp_path, suffix):
+    call = ("--network", networks / "cond.safetensors")
+    ws = tmp_path / f"ws{suffix}"
+    chosen = ("--seeds=3,7", "--trunc=0.7", "--mix=5:2-3", "--class=1,2")
+    assert run(*call, *chosen, "--outdir", tmp_path, "--save-w", ws).exit_code == 0
+    result = run(*call, "--projected-w", ws, "--outdir", tmp_path)
+    assert result.exit_code == 0, result.output
+    for seed, number in (("seed0003", "w0000"), ("seed0007", "w0001")):
+        assert (tmp_path / f"{number}.png").read_bytes() == (tmp_path / f"{seed}.png").read_bytes()
+    film = ("--w-frames=2", "--size=32x32", "--video")
+    assert run(*call, "--w", ws, *film, tmp_path / "w.mp4").exit_code == 0
+    assert run(*call, *chosen, *film, tmp_path / "seeds.mp4").exit_code == 0
+    assert (tmp_path / "w.mp4").read_bytes() == (tmp_path / "seeds.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda path: np.save(path, np.zeros((2, 7, 5))), "floats [N,7,6]"),
+        (lambda path: np.save(path, np.zeros((2, 7, 6), int)), "int64"),
+        (lambda path: np.save(path, np.full((7, 6), np.nan)), "not finite"),
+        (lambda path: np.save(path, np.array([None]), allow_pickle=True), "cannot read the styles"),
+        (lambda path: path.write_bytes(b"\x93NUMPY"), "cannot read the styles"),
+        (lambda path: None, "No such file"),
+    ],
+)
+def test_unfit_styles_are_a_sentence(networks, tmp_path, write, words):
+    write(tmp_path / "w.npy")
+    call = ("--network", networks / "plain.safetensors", "--outdir", tmp_path / "out")
+    result = run(*call, "--w", tmp_path / "w.npy")
+    assert result.exit_code == 2
+    assert words in result.output
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -327,8 +385,8 @@ def test_two_processes_write_the_bytes_of_one(networks, tmp_path, seeds, out):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=120,
     )
-    names = sorted(p.name for p in (tmp_path / "one").iterdir())
-    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == names
+    names = sorted(p.name for p in (tmp_path / "one").glob("[!.]*"))
+    assert sorted(p.name for p in (tmp_path / "two").glob("[!.]*")) == names
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -395,6 +453,9 @@ WRONG = {
     "--network=cond --class=3": "class=3: it has classes 0 to 2",
     "--network=cond --class=1:x": "2:0.3+5:0.7",
     "--network=cond --class=0:0": "larger",
+    "--network=cond --seeds=3,3 --class=0,1": "two images would be seed0003.png",
+    "--seeds=0-4294967295": "1,000,000",
+    "--w=w.npy": "--seeds does not go with --w",
     "--mix=7": "7:4-8",
     "--mix=7:99": "styles 0 to 6",
     "--window=0,0,1": "window=0.25,0.25,0.5,0.5",

@@ -121,7 +121,7 @@ def test_tiles_of_any_shape_in_any_order_by_two_writers_over_two_runs_are_the_im
     np.testing.assert_array_equal(tifffile.imread(first.pixels).reshape(pixels.shape), pixels)
     first.finish()
     np.testing.assert_array_equal(read(path), pixels)
-    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+    assert [p.name for p in path.parent.glob("[!.]*")] == ["a.png"]
 
 
 def test_a_tile_is_marked_only_after_its_pixels_are_on_disk(tmp_path, monkeypatch):
@@ -416,6 +416,17 @@ def test_a_removal_killed_on_the_way_leaves_what_can_be_resumed(tmp_path, monkey
         with pytest.raises(KeyboardInterrupt):
             canvas(tmp_path / "a.png", image(8, 8), 2).discard()
     resume(tmp_path / "a.png")
+
+
+def test_a_file_has_one_writer_at_a_time(tmp_path):
+    pixels = image(8, 8)
+    one, other = canvas(tmp_path / "a.png", pixels), canvas(tmp_path / "a.png", pixels)
+    with one.alone():
+        one.start(False)
+        with pytest.raises(UserError, match="another command"), other.alone():
+            pass
+    with other.alone():
+        other.start(False)
 
 
 # Failures.
