@@ -90,6 +90,9 @@ def measure(options: Options, procs: Processes) -> None:
     records = [record | subject.source for record in evaluation(subject.images)]
     if procs.is_first:
         click.echo(table(records))
+        for record in records:
+            if "caution" in record:
+                click.echo(f"{record['metric']}: {record['caution']}", err=True)
         if subject.folder:
             add(records, subject.folder, subject.seen)
 

@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -42,11 +42,11 @@ def is_group(kind: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, Config)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a clause that names the known word closest to `word`, or lists the known ones."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+def nearest(word: str, known: Iterable[str], essence: Callable[[str], str] = str.lower) -> str:
+    """Return a clause that names the known word closest to `word` by its `essence`, or lists the known ones."""
+    known = {essence(name): name for name in known}
+    close = difflib.get_close_matches(essence(word), known, n=1, cutoff=0.5)
+    return f"did you mean {known[close[0]]}?" if close else f"known are {', '.join(known.values())}"
 
 
 def read_yaml(path: str | Path) -> dict:

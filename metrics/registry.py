@@ -128,9 +128,22 @@ def compare(kind: str, distance: Callable) -> Callable:
         resized = None if files.size == inputs.images.size else f"centre crop, {filter}"
         variant = (filter,) if resized and filter != "lanczos" else ()
         facts = {"num_real": limit, "real_size": list(files.size), "resize": resized, "mirror": files.facts["mirror"]}
+        if distance is frechet_distance:
+            facts |= caution(metric.num, limit, tool.num_features)
         return [task(metric, inputs, distance, need, real, variant, facts)]
 
     return tasks
+
+
+def caution(num: int, num_real: int, num_features: int) -> dict[str, str]:
+    """Return a note on a Fréchet distance of so few images that their covariance is singular; else {}."""
+    fewest = min(num, num_real)
+    if fewest > num_features:
+        return {}
+    return {
+        "caution": f"{fewest:,} images are too few to estimate the covariance of {num_features:,} features, so the "
+        f"distance is biased; use more than {num_features:,}, or compare only with equal numbers of images"
+    }
 
 
 def inception_scores(metric: Metric, inputs: Inputs) -> list[Task]:
@@ -165,6 +178,7 @@ def windows(metric: Metric, inputs: Inputs) -> list[Task]:
     need = Need(metric, "moments", metric.num, tool.num_features, look)
     real = replace(features(tool, "moments", limit), images=Windowed(inputs.large, boxes, limit, inputs.device))
     facts = {"num_real": limit, "num_photographs": inputs.large.num, "window": size, "resize": filter}
+    facts |= caution(metric.num, limit, tool.num_features)
     return [task(metric, inputs, frechet_distance, need, real, (filter,) if filter != "lanczos" else (), facts)]
 
 
@@ -287,11 +301,12 @@ def _parse(name: str) -> Metric:
     for family in FAMILIES:
         compares = family.reals or family.windows
         pattern = family.pattern.replace("[_#]", "(?:_#)?").replace("#", r"(\d{1,9})(k?)") + "(_full)?" * compares
-        if match := re.fullmatch(pattern, name):
+        if match := re.fullmatch(pattern, name, re.IGNORECASE):
             number, thousands, *full = match.groups()
             num = int(number) * (1000 if thousands else 1) if number else family.default
             return Metric(family, family.default, any(full)).of(num)
-    raise UserError(f"there is no metric {name!r}; {nearest(name, KNOWN)}")
+    known = nearest(name, KNOWN, lambda word: re.sub(r"\d+k|_full", "", word.lower()))  # the numbers may be any
+    raise UserError(f"there is no metric {name!r}; {known}")
 
 
 # The usual names; the numbers in them may be others.
