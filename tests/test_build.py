@@ -67,7 +67,7 @@ def test_a_changed_header_builds_anew(fresh_cache, tmp_path):
 def test_a_damaged_library_is_named(fresh_cache, tmp_path):
     source = tmp_path / "number.cpp"
     source.write_text('extern "C" int number() { return 7; }')
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # in another process, which has the file open
+    with multiprocessing.get_context("fork").Pool(1) as pool:  # in another process, which has the file open
         assert pool.apply(build_and_call, (source,)) == 7
     (built,) = fresh_cache.rglob("*.so")
     built.write_bytes(b"not a library")
@@ -85,7 +85,7 @@ def build_and_call(source):
 def test_processes_may_build_at_once(fresh_cache, tmp_path):
     source = tmp_path / "number.cpp"
     source.write_text('extern "C" int number() { return 7; }')
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
+    with multiprocessing.get_context("fork").Pool(4) as pool:
         assert pool.map(build_and_call, [source] * 8) == [7] * 8
     (folder,) = {path.parent for path in fresh_cache.rglob("*.so")}
     assert len(os.listdir(folder)) == 1
