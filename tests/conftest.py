@@ -2,11 +2,15 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
+import runpy
 import signal
-import subprocess
+import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,23 +52,97 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+# Importing PyTorch takes seconds. One process imports it and does nothing else; tests fork theirs from it.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train", "generate", "calc_metrics", "dataset_tool", "torch._dynamo"])
+
+
+def run_forked(command: list[str], environment: dict[str, str], out: Connection, err: Connection) -> None:
+    """Do what `python *command` does, in a process group of its own."""
+    os.setsid()
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    for number, pipe in ((1, out), (2, err)):
+        os.dup2(pipe.fileno(), number)
+        pipe.close()
+    sys.argv = command[command[0] in ("-c", "-m") :]
+    if command[0] == "-c":
+        exec(command[1], {"__name__": "__main__"})
+    elif command[0] == "-m":
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(command[0], run_name="__main__")
+
+
+class Forked:
+    """A process that runs `python *command` in one thread, with a part of the interface of subprocess.Popen."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]):
+        (out, to_out), (err, to_err) = (SERVER.Pipe(duplex=False) for _ in range(2))
+        self.process = SERVER.Process(target=run_forked, args=(command, environment, to_out, to_err))
+        self.process.start()
+        to_out.close()
+        to_err.close()
+        self.pid = self.process.pid
+        self.stdout, self.stderr = (os.fdopen(os.dup(pipe.fileno())) for pipe in (out, err))
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Wait for the end, which is forced after `timeout` seconds. Return what is left of stdout and of stderr."""
+        timer = threading.Timer(timeout, self.kill)
+        timer.start()
+        printed = self.stdout.read(), self.stderr.read()
+        self.process.join()
+        timer.cancel()
+        return printed
+
+    def kill(self) -> None:
+        """Kill the processes of the group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the process, its group and its pipes."""
+        self.process.terminate()  # a launcher passes it on to its workers, which have process groups of their own
+        self.process.join(20)
+        self.kill()
+        self.process.join()
+        self.stdout.close()
+        self.stderr.close()
+
+
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Return subprocess.Popen with a process group for each process; none of the processes outlives the test."""
+def start() -> Iterator[Callable[..., Forked]]:
+    """Return a function that starts `python *command`, with more environment. No process outlives the test."""
     started = []
 
-    def start(command: list, **options) -> subprocess.Popen:
-        started.append(subprocess.Popen(command, start_new_session=True, **options))
+    def start(*command: object, **environment: str) -> Forked:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        started.append(Forked([str(c) for c in command], environment))
         return started[-1]
 
     yield start
     for process in started:
-        with process:  # closes its pipes and waits
-            process.terminate()  # a launcher passes it on to its workers, which have process groups of their own
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        process.close()
+
+
+def run_ranks(start: Callable[..., Forked], *command: object) -> list[str]:
+    """Run `python *command` in two processes of one group, to its end. Return what each prints to stdout."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    ranks = [start(*command, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+    printed = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], printed
+    return [out for out, _ in printed]
 
 
 def folder_contents(folder: Path) -> dict[str, bytes]:
@@ -75,7 +153,7 @@ def folder_contents(folder: Path) -> dict[str, bytes]:
 class Tiny:
     """A recipe and images in one folder, and ways to train with them."""
 
-    def __init__(self, folder: Path, start: Callable[..., subprocess.Popen]):
+    def __init__(self, folder: Path, start: Callable[..., Forked]):
         self.folder = folder
         self.start = start
         self.recipe = folder / "tiny.yaml"
@@ -110,12 +188,9 @@ class Tiny:
     def runs(self, outdir: str = "runs") -> set[Path]:
         return set((self.folder / outdir).glob("*"))
 
-    def process(self, *arguments: object, launcher: tuple[str, ...] = (), **options) -> subprocess.Popen:
-        """Start train.py in its own process group, with its output as text."""
-        command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        pipe = subprocess.PIPE
-        return self.start(command, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe, **options)
+    def process(self, *arguments: object, launcher: tuple[str, ...] = ()) -> Forked:
+        """Start train.py in its own process."""
+        return self.start(*launcher, ROOT / "train.py", *arguments)
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
 """Functions that several test files share. They import nothing of the project, so tests/gpu can use them too."""
 
+import contextlib
 import io
 import itertools
+import resource
 import shutil
+import time
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +53,25 @@ def write_zip(path: Path, contents: dict[str, bytes]) -> Path:
         for name, data in contents.items():
             archive.writestr(name, data)
     return path
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Look every 20 ms, for some time, until the condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Limit the files that this process writes to `size` bytes: beyond, writing fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:

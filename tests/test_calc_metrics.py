@@ -1,8 +1,6 @@
 """calc_metrics.py and train.py --metrics: one pass serves all, whoever computes it, and a mistake is a sentence."""
 
 import json
-import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +14,8 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from conftest import ROOT, run_ranks
+from helpers import files_up_to
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_features import DINO, crops, dino_state, inception_file  # noqa: F401 (a fixture)
@@ -36,7 +36,6 @@ from training.data import ImageArchive
 from training.networks import Generator, GeneratorConfig
 from training.snapshot import load_generator, save_generator
 
-ROOT = Path(__file__).parents[1]
 SIDE = 32  # pixels, which equivariance takes
 NETWORK = {
     "img_shape": (SIDE, SIDE),
@@ -201,18 +200,13 @@ def test_a_line_says_all_that_decides_its_value_and_another_call_adds_the_same(b
     assert line["results"]["scale_psnr_4"] == pytest.approx(np.mean(line["values"]), rel=1e-5)
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_results_of_one(bench):
+def test_two_processes_give_the_results_of_one(bench, start):
     options = {"metrics": "fd_dinov2_11_full,scale_psnr_7,eqt5_frac", "batch": 2}
     one = bench.measure(**options)
     shutil.rmtree(bench.folder / "cache")
     (bench.folder / "two").mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(ROOT / "calc_metrics.py")]
-    command += bench.arguments(**options, outdir=bench.folder / "two")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count("eqt5_frac") == 1  # the other is silent
+    printed = run_ranks(start, ROOT / "calc_metrics.py", *bench.arguments(**options, outdir=bench.folder / "two"))
+    assert [out.count("eqt5_frac") for out in printed] == [1, 0]
     for path in (bench.folder / "two").glob("*.jsonl"):
         two = json.loads(path.read_text())
         # Float32 features depend on the size of the batch; an image too many or missing changes 0.3 %.
@@ -483,15 +477,8 @@ def test_what_is_not_finite_is_null_in_the_file_and_left_out_of_the_plot(bench):
 def test_a_line_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "lines"
     append_line(path, "whole")
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limit[1]))
-    try:
-        with pytest.raises(OSError, match="large"):
-            append_line(path, "cut off")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, ignored)
+    with files_up_to(8), pytest.raises(OSError, match="large"):
+        append_line(path, "cut off")
     assert path.read_text() == "whole\n"
 
 

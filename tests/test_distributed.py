@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,14 +72,11 @@ def test_two_processes_equal_one_and_one_continues_what_two_began(tiny):
     close(one, two, without=PER_PROCESS)
 
 
-@pytest.mark.slow
-def test_torchrun_with_accumulation_labels_and_mirror_equals_one_process(tiny):
+def test_accumulation_labels_and_mirror_on_two_processes_equal_one(tiny):
     arguments = (*EXACT, "--cond", "--mirror", "--batch", 16, "--kimg", 0.08)
     one = tiny.run(*arguments, outdir="one", data=tiny.labelled)
     command = tiny.new(*arguments, "--batch-gpu", 4, outdir="two", data=tiny.labelled)
-    process = tiny.process(*command, launcher=TORCHRUN)
-    _, err = process.communicate(timeout=180)
-    assert process.returncode == 0, err
+    run_ranks(tiny.start, ROOT / "train.py", *command)
     (two,) = tiny.runs("two")
     close(one, two, without=PER_PROCESS)
 

@@ -4,7 +4,6 @@ import errno
 import itertools
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, folder_contents
+from conftest import folder_contents
+from helpers import files_up_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -260,12 +260,8 @@ def test_deep_zoom_holds_the_image_at_every_level(tmp_path, size, channels):
     assert {p.name for p in folder.iterdir()} == {str(level) for level in range(depth + 1)}
 
 
-def run(script: str, **environment) -> None:
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=os.environ | environment)
-
-
 @each_suffix
-def test_equal_pixels_give_equal_bytes(tmp_path, suffix):
+def test_equal_pixels_give_equal_bytes(tmp_path, start, suffix):
     pixels = image(400, 600)
     boxes = tiling(pixels, 64, 90)
     for name, order in (("one", range(len(boxes))), ("two", reversed(range(len(boxes))))):
@@ -274,7 +270,8 @@ def test_equal_pixels_give_equal_bytes(tmp_path, suffix):
     assert folder_contents(tmp_path / "one") == folder_contents(tmp_path / "two")
     if suffix == ".tif":  # libvips reads its number of threads when it starts; one format is enough: it takes seconds
         script = f"import test_writers as t; t.save(t.Path({str(tmp_path / 'three' / 'a.tif')!r}), t.image(400, 600))"
-        run(script, VIPS_CONCURRENCY="7", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        process = start("-c", script, VIPS_CONCURRENCY="7")
+        assert (process.communicate(timeout=60)[1], process.returncode) == ("", 0)
         assert folder_contents(tmp_path / "three") == folder_contents(tmp_path / "one")
 
 
@@ -322,12 +319,10 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(tmp_path, start, tiles):
     pixels, path = image(40, 30), tmp_path / "a.png"
     expected = save(tmp_path / "whole.png", pixels).read_bytes()
     path.write_bytes(b"former")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    script = KILLED.format(path=str(path), tiles=tiles)
-    process = start([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+    process = start("-c", KILLED.format(path=str(path), tiles=tiles))
     assert process.stdout.readline() == "now\n"
     process.kill()
-    process.wait()
+    process.communicate(timeout=60)
     assert path.read_bytes() == b"former"
     made = canvas(path, pixels, 10)
     made.start(resume=True)
@@ -473,34 +468,22 @@ def test_a_disk_that_fills_up_keeps_the_finished_tiles(tmp_path, monkeypatch, ca
     np.testing.assert_array_equal(read(tmp_path / "a.png"), pixels)
 
 
-# Files may not grow beyond 20 kB: as a full disk, but for one process.
-FULL = """
-import resource
-from pathlib import Path
-import numpy as np
-import pytest
-import test_writers as t
-pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
-for suffix in t.SUFFIXES:
-    a, b = (t.canvas(Path({folder!r}, name + suffix), pixels) for name in "ab")
-    a.start(False)
-    with a:
-        t.fill(a, pixels, t.tiling(pixels, 200, 200), [0])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
-    with pytest.raises(t.UserError, match="File too large; .* kept in .* resume"):
-        a.finish()
-    with pytest.raises(t.UserError, match="File too large; its pixels need"):
-        b.start(False)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-"""
-
-
 def test_a_disk_that_fills_up_while_encoding_keeps_all_tiles_and_the_former_file(tmp_path):
     for suffix in SUFFIXES:
         (tmp_path / f"a{suffix}").write_bytes(b"former")
     (tmp_path / "a_files").mkdir()
     (tmp_path / "a_files" / "former").write_bytes(b"tile")
-    run(FULL.format(folder=str(tmp_path)), PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    for suffix in SUFFIXES:
+        a, b = (canvas(tmp_path / f"{name}{suffix}", pixels) for name in "ab")
+        a.start(False)
+        with a:
+            fill(a, pixels, tiling(pixels, 200, 200), [0])
+        with files_up_to(20_000):
+            with pytest.raises(UserError, match=r"File too large; .* kept in .* resume"):
+                a.finish()
+            with pytest.raises(UserError, match="File too large; its pixels need"):
+                b.start(False)
     assert folder_contents(tmp_path / "a_files") == {"former": b"tile"}
     for suffix in SUFFIXES:
         path = tmp_path / f"a{suffix}"
