@@ -129,8 +129,8 @@ def main(
     animations give their first frame.
 
     \b
-    --labels folders  one class per top-level folder, numbered in sorted order
-    --labels FILE     a .json like dataset.json, or a CSV with rows of filename,label; names relative to --source
+    --labels folders  one class per folder, named after it and numbered 0, 1, … in natural order (2 before 10)
+    --labels FILE     a CSV with a column of file names and one of labels, or a .json like dataset.json
 
     --dest is written atomically, at the end.
     """

@@ -30,3 +30,8 @@ def brief(problem: Exception) -> str:
 def progress(iterable, *, desc: str, total: int | None = None, unit: str = "img", scale: bool = False) -> tqdm:
     """Wrap `iterable` in a bar on stderr with rate and ETA; silent unless stderr is a terminal. `scale`: 3M for 3e6."""
     return tqdm(iterable, desc=desc, total=total, unit=unit, unit_scale=scale, dynamic_ncols=True, disable=None)
+
+
+def count(number: int, one: str, many: str | None = None) -> str:
+    """Format as `1 image`, `2,000 images`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -1,7 +1,7 @@
 """Writes archives for training, equal-size PNGs and a `dataset.json` as in StyleGAN, and checks archives."""
 
 import contextlib
-import csv
+import dataclasses
 import io
 import json
 import random
@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from dnnlib.console import UserError, progress
+from dnnlib.console import UserError, count, progress
 from dnnlib.files import atomic_folder, atomic_write
 from training.colours import count_channels, to_channels
 from training.config import gather, resolve
 from training.data import ImageArchive
-from training.sources import BadImage, ImageFiles, Labels, Source, label_array, parse_labels
+from training.labels import Labels, label_by_folder, parse_csv, parse_json
+from training.sources import BadImage, ImageFiles, Source
 
 TRANSFORMS = ("center-crop", "center-crop-wide", "random-crops")
 
@@ -90,60 +90,29 @@ def place_box(size: Size, target: Size, scale: float, across: float, down: float
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
-def read_labels(choice: str | None, source: Source) -> Labels:
-    """Return the labels of a choice: None (the source's own), "none", "folders" (one class each), or a file's path."""
-    if choice is None:
-        return source.labels()
+def read_labels(choice: str | None, source: Source) -> Labels | None:
+    """Return the labels of a choice: None (the source's own), "none", "folders" (a class each), or a file's path.
+
+    Raises UserError.
+    """
     if choice == "none":
-        return Labels()
-    if choice == "folders":
-        return label_by_folder(source)
-    try:
-        data = Path(choice).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the labels {choice}: {error.strerror}; give folders, none, or a file") from error
-    if Path(choice).suffix.lower() != ".json":
-        return parse_csv(data, choice)
-    labels = parse_labels(data, choice)
-    if labels.by_name is None:
-        raise UserError(f'{choice} holds no "labels"; give a file with labels, or none')
-    return labels
-
-
-def label_by_folder(source: Source) -> Labels:
-    """Make one class of each top-level folder, numbered in sorted order."""
-    names = source.names()
-    loose = next((name for name in names if "/" not in name), None)
-    if loose:
-        raise UserError(f"{loose} is in no folder of {source.path}; put each image into the folder of its class")
-    folders = sorted({name.split("/")[0] for name in names})
-    if len(folders) == 1:
-        raise UserError(f"all images of {source.path} are in {folders[0]}; give the folder above the classes")
-    number = {folder: index for index, folder in enumerate(folders)}
-    return Labels({name: number[name.split("/")[0]] for name in names}, folders)
-
-
-def parse_csv(data: bytes, where: str) -> Labels:
-    """Parse rows of `filename,label`, with or without that header. Labels are class numbers or names."""
-    labels = {}
-    try:
-        for number, row in enumerate(csv.reader(io.StringIO(data.decode("utf-8-sig"))), start=1):
-            if not row or (number == 1 and [cell.strip().lower() for cell in row] == ["filename", "label"]):
-                continue
-            if len(row) != 2:
-                raise UserError(f"{where}, line {number}: {len(row)} columns instead of filename,label; fix that line")
-            name, label = row[0].strip().replace("\\", "/"), row[1].strip()
-            if labels.setdefault(name, label) != label:
-                raise UserError(
-                    f"{where}, line {number}: {name} is both {labels[name]} and {label}; keep one of the two"
-                )
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{where} is not a CSV text ({error}); give rows of filename,label, or a .json file") from error
-    with contextlib.suppress(ValueError):
-        return Labels({name: int(label) for name, label in labels.items()})
-    class_names = sorted(set(labels.values()))
-    number = {label: index for index, label in enumerate(class_names)}
-    return Labels({name: number[label] for name, label in labels.items()}, class_names)
+        return None
+    images = source.names()
+    if choice is None:
+        table = source.labels()
+    elif choice == "folders":
+        table = label_by_folder(images, source.path)
+    else:
+        try:
+            data = Path(choice).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"cannot read the labels {choice}: {error.strerror}; give folders, none, or a file"
+            ) from error
+        table = parse_json(data, choice) if choice.lower().endswith(".json") else parse_csv(data, choice)
+        if table is None:
+            raise UserError(f'{choice} holds no "labels"; give a file with labels, or none')
+    return table and table.match(images)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -153,7 +122,7 @@ def convert(
     source: Source,
     dest: Path,
     transform: Transform,
-    labels: Labels = Labels(),
+    labels: Labels | None = None,
     channels: int = 3,
     max_images: int | None = None,
     skip_bad: bool = False,
@@ -167,8 +136,7 @@ def convert(
     if form == "jpg" and channels == 4:
         raise UserError("JPEG has no transparency; write PNGs, or 3 channels")
     names = source.names()
-    values = None if labels.by_name is None else label_array(labels.by_name, names, "labels").tolist()
-    entries, used, skipped, enlarged, first = [], 0, 0, 0, None
+    entries, numbers, used, skipped, enlarged, first = [], [], 0, 0, 0, None
     total = min(len(names), max_images or len(names))
     with new_archive(dest) as write, progress(None, desc="images", total=total) as bar:
         for number, name in enumerate(names):
@@ -191,21 +159,27 @@ def convert(
                     )
                 target = f"{len(entries) // 1000:05d}/img{len(entries):08d}.{form}"
                 write(target, encode(result, form))
-                entries.append([target, values[number]] if values else target)
+                entries.append(target)
+                numbers.append(number)
                 enlarged += larger
             used += 1
             bar.update()
         if not entries:
             raise UserError(f"{source.path} holds no image that can be read; nothing was written")
-        names_of_classes = {"class_names": labels.class_names} if labels.class_names else {}
-        write("dataset.json", json.dumps({"labels": entries if values else None} | names_of_classes).encode())
+        content = {"labels": None}
+        if labels:
+            labels = dataclasses.replace(labels, values=labels.values[numbers])
+            pairs = zip(entries, labels.values.tolist(), strict=True)
+            content = {"labels": list(pairs)} | ({"class_names": labels.names} if labels.names else {})
+        write("dataset.json", json.dumps(content).encode())
     text = f"Wrote {dest}: {count(len(entries), 'image')} of {size_text(first[1])}, {count(channels, 'channel')}, "
-    text += f"{label_text([label for _, label in entries] if values else None)}."
+    text += f"{labels.kind() if labels else 'no labels'}."
     if skipped:
         text += f" Skipped {count(skipped, 'unreadable file')}."
     if enlarged:
         text += f" {count(enlarged, 'image')} had to be enlarged: the source is smaller there."
-    return "\n".join([text, *source.notes(channels)])
+    notes = [f"labels: {labels.detail()}", *labels.notes, labels.lost] if labels else []
+    return "\n".join([text, *filter(None, notes), *source.notes(channels)])
 
 
 def check_dest(dest: Path, source: Path) -> None:
@@ -294,45 +268,24 @@ def examine(files: ImageFiles) -> tuple[list[str], list[str]]:
             resolve(gather("auto", {"data": {"path": str(files.path)}}), archive, str(files.path))
         except UserError as error:
             problems.append(str(error))
-    label_line, label_problems = examine_labels(files)
+    held = "none"
+    try:
+        if labels := read_labels(None, files):
+            held = f"{labels.kind()}: {labels.detail()}"
+            notes = [*labels.notes, *notes]
+            problems += [f"{labels.lost}; restore them"] if labels.lost else []
+    except UserError as error:
+        held = "unusable"
+        problems.append(str(error))
     report = [
         f"images    {len(files):,}",
         f"size      {', '.join(f'{size_text(size)} ({number:,})' for size, number in sizes.most_common(5))}"
         + (f", and {count(len(sizes) - 5, 'size')} more" if len(sizes) > 5 else ""),
         f"channels  {', '.join(f'{number} ({times:,})' for number, times in channels.most_common())}",
-        f"labels    {label_line}",
+        f"labels    {held}",
         *notes,
     ]
-    return report, problems + label_problems
-
-
-def examine_labels(files: ImageFiles) -> tuple[str, list[str]]:
-    """Return (which labels there are, what is wrong with them)."""
-    where = files.path / "dataset.json"
-    try:
-        labels, class_names = files.labels()
-        if labels is None:
-            return "none", []
-        names = files.names()
-        values = label_array(labels, [name for name in names if name in labels], where)
-    except UserError as error:
-        return "unusable", [str(error)]
-    problems = []
-    if unlabelled := [name for name in names if name not in labels]:
-        problems.append(
-            f"{count(len(unlabelled), 'image')} without a label in {where}, e.g. {unlabelled[0]}; label each"
-        )
-    if lost := sorted(set(labels) - set(names)):
-        problems.append(f"{where} labels {count(len(lost), 'file')} that are not there, e.g. {lost[0]}; restore them")
-    if values.ndim == 2:
-        return f"vectors of {count(values.shape[1], 'number')}", problems
-    times = np.bincount(values)
-    if class_names is None:
-        class_names = [str(number) for number in range(len(times))]
-    if len(class_names) < len(times):
-        problems.append(f"{where} names {count(len(class_names), 'class', 'classes')} and uses {len(times)}; name each")
-    per_class = ", ".join(f"{name} {number:,}" for name, number in zip(class_names, times, strict=False))
-    return f"{count(len(times), 'class', 'classes')}: {per_class}", problems
+    return report, problems
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -340,15 +293,3 @@ def examine_labels(files: ImageFiles) -> tuple[str, list[str]]:
 
 def size_text(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def label_text(values: list | None) -> str:
-    if values is None:
-        return "no labels"
-    if isinstance(values[0], list):
-        return f"labels of {count(len(values[0]), 'number')}"
-    return count(len(set(values)), "class", "classes")
-
-
-def count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -17,7 +17,7 @@ import torch
 from dnnlib.console import UserError
 from torch_utils.reading import read_ahead
 from training.colours import MODES
-from training.sources import ImageFiles, label_array
+from training.sources import ImageFiles
 
 
 class ImageArchive:
@@ -26,6 +26,7 @@ class ImageArchive:
     shape       (channels, height, width)
     label_dim   length of a label: classes for class numbers, L for vectors, 0 when labels are not used
     has_labels  whether the archive holds labels, used or not
+    class_names of the numbers in a label; [] if they have none
     name        of the folder, or of the ZIP without its ending
 
     use_labels  read them; class numbers become one-hot vectors of length (largest number of the archive) + 1
@@ -56,14 +57,14 @@ class ImageArchive:
         first = files.image(files.filename(self._kept[0]), channels)
         self.shape = (channels, first.height, first.width)
         self.name = files.name
-        labels = files.labels().by_name
-        self.has_labels = labels is not None
-        self.label_dim = 0
+        table = files.labels()
+        self.has_labels = table is not None
+        self.label_dim, self.class_names = 0, []
         if use_labels:
-            if labels is None:
+            if table is None:
                 raise UserError(f"{path} holds no labels; make it with labels (dataset_tool.py), or train without them")
-            self._labels = label_array(labels, files.names(), files.path / "dataset.json")
-            self.label_dim = self._labels.shape[1] if self._labels.ndim == 2 else int(self._labels.max()) + 1
+            self._labels = table.match(files.names())
+            self.label_dim, self.class_names = self._labels.dim, self._labels.names[: self._labels.dim]
 
     def __len__(self) -> int:
         return len(self._kept) * (2 if self._mirror else 1)
@@ -92,10 +93,7 @@ class ImageArchive:
         """Return the label of image number `index`, float32 [label_dim], without reading the image."""
         if not self.label_dim:
             return torch.zeros(0)
-        value = self._labels[self._kept[index % len(self._kept)]]
-        if self._labels.ndim == 2:
-            return torch.from_numpy(value.astype(np.float32))
-        return torch.nn.functional.one_hot(torch.tensor(value), self.label_dim).float()
+        return torch.from_numpy(self._labels.vector(self._kept[index % len(self._kept)]))
 
     def notes(self) -> list[str]:
         """Return lines on what reading leaves out or changes, as far as it is known."""

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dnnlib.console import UserError
 from training.colours import to_channels
-from training.sources import Labels
+from training.labels import Table
 
 EXTENT = (0.65, 0.85)  # the longer side of a letter's box, in shorter sides of the image
 MARGIN = 0.06  # the least distance of that box, made square, from the edge, in the same unit
@@ -63,9 +63,10 @@ class Letters:
         """List CHARACTER/NUMBER, the first drawing of every character before the second of any."""
         return [f"{character}/{number}" for number in range(self._drawings) for character in self._characters]
 
-    def labels(self) -> Labels:
+    def labels(self) -> Table:
         """Return one class per character, in the given order."""
-        return Labels({name: self._characters.index(name[0]) for name in self.names()}, list(self._characters))
+        rows = [[name, self._characters.index(name[0])] for name in self.names()]
+        return Table("letters", rows, list(self._characters))
 
     def image(self, name: str, channels: int) -> Image.Image:
         """Render one of names()."""

@@ -3,13 +3,12 @@
 import contextlib
 import functools
 import io
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -32,21 +31,14 @@ from training.colours import (
     to_srgb,
 )
 from training.containers import READ_ERRORS, open_container
+from training.labels import Table, common_folder, parse_json
 
 WRITTEN = re.compile(r"\d{5}/img\d{8}\.(png|jpg)")  # the names in archives of StyleGAN and of dataset_tool.py
 SAMPLE = 64  # files that decide how many bits the values in 16-bit files have
-MAX_CLASSES = 100_000  # a one-hot vector of this length is 0.4 MB per image; more is a mistake in the labels
 
 
 class BadImage(UserError):
     """An image file that cannot be read. The message names the file and the reason."""
-
-
-class Labels(NamedTuple):
-    """The labels of a source; None for what it does not hold."""
-
-    by_name: dict[str, object] | None = None  # file name -> class number or vector
-    class_names: list[str] | None = None
 
 
 class Source(Protocol):
@@ -58,7 +50,7 @@ class Source(Protocol):
 
     def image(self, name: str, channels: int) -> Image.Image: ...
 
-    def labels(self) -> Labels: ...
+    def labels(self) -> Table | None: ...
 
     def notes(self, channels: int) -> list[str]: ...
 
@@ -91,7 +83,7 @@ class ImageFiles:
             ending = PurePosixPath(name).suffix[1:].lower()
             if self._files.all_images or ending in ENDINGS or (not ending and self._begins_like_image(name)):
                 found.append(name)
-            elif name != "dataset.json":
+            elif PurePosixPath(name).name != "dataset.json":
                 self._left_out[ending] += 1
         if not found:
             others = f" ({self._left_out_text()})" if self._left_out else ""
@@ -195,16 +187,19 @@ class ImageFiles:
                 data = self._read(name)
             yield data
 
-    def labels(self) -> Labels:
-        """Read `dataset.json`, if there is one. Raises UserError when it is damaged."""
-        where = self.path / "dataset.json"
-        try:
-            data = self._read("dataset.json")
-        except (FileNotFoundError, KeyError):
-            return Labels()
-        except READ_ERRORS as error:
-            raise UserError(f"{where} cannot be read: {error}; make the dataset again") from error
-        return parse_labels(data, where)
+    def labels(self) -> Table | None:
+        """Read `dataset.json`, if there is one above all images. Raises UserError when it is damaged."""
+        folders = common_folder(self.names()).split("/")[:-1]
+        for depth in range(len(folders) + 1):
+            name = "/".join([*folders[:depth], "dataset.json"])
+            try:
+                data = self._read(name)
+            except (FileNotFoundError, KeyError):
+                continue
+            except READ_ERRORS as error:
+                raise UserError(f"{self.path / name} cannot be read: {error}; make the dataset again") from error
+            return parse_json(data, self.path / name)
+        return None
 
     @contextlib.contextmanager
     def _name_errors(self, name: str) -> Iterator[None]:
@@ -238,54 +233,3 @@ def is_hidden(name: str) -> bool:
 def tally(counts: Counter) -> str:
     """Format as `12 .txt, 3 .heic`, the most frequent first."""
     return ", ".join(f"{number:,} {what}" for what, number in sorted(counts.items(), key=lambda item: (-item[1], item)))
-
-
-# --- labels -----------------------------------------------------------------------------------------------------------
-
-
-def parse_labels(data: bytes, where: object) -> Labels:
-    """Parse the bytes of a `dataset.json`; `where` names it in errors.
-
-    "labels" may be a list of [name, label], a mapping, or null. Raises UserError for anything else.
-    """
-    try:
-        content = json.loads(data)
-        labels, class_names = content.get("labels"), content.get("class_names")
-        if labels is not None:
-            labels = {name.replace("\\", "/"): label for name, label in dict(labels).items()}
-        if class_names is not None:
-            class_names = [str(name) for name in class_names]
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(
-            f'{where} is not of the form {{"labels": [["00000/img00000000.png", 3], ...]}} ({error}); '
-            "fix it, or remove it to work without labels"
-        ) from error
-    return Labels(labels, class_names)
-
-
-def label_array(labels: dict[str, object], names: list[str], where: object) -> np.ndarray:
-    """Return the labels of `names`, in their order: int64 [n] class numbers, or float64 [n,L] vectors.
-
-    Raises UserError when a name has no label, or the labels are neither class numbers nor vectors of one length.
-    """
-    missing = [name for name in names if name not in labels]
-    if missing:
-        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
-        raise UserError(f"{where} has no label for {missing[0]}{more}; label every image, or work without labels")
-    try:
-        array = np.array([labels[name] for name in names], dtype=np.float64)
-    except (TypeError, ValueError):
-        array = np.array(np.nan)  # text, or vectors of several lengths
-    if array.ndim not in (1, 2) or array.size == 0 or not np.isfinite(array).all():
-        raise UserError(
-            f"{where}: labels must be class numbers, or finite vectors of one length, the same for all images"
-        )
-    if array.ndim == 2:
-        return array
-    wrong = (array != np.floor(array)) | (array < 0) | (array >= MAX_CLASSES)
-    if wrong.any():
-        first = int(np.argmax(wrong))
-        raise UserError(
-            f"{where} labels {names[first]} as {array[first]:g}; classes are whole numbers from 0 to {MAX_CLASSES - 1}"
-        )
-    return array.astype(np.int64)
