@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from dnnlib.config import Config, build, merge, nearest, nested, override, read_yaml
 from dnnlib.console import UserError
-from training.config import RunConfig, default_ema_kimg, default_gamma, read_recipe, resolve
+from training.config import CONFIGS, RunConfig, TrainConfig, default_ema_kimg, default_gamma, read_recipe, resolve
 from training.data import ImageArchive
 from training.networks import Generator, build_discriminator
 from training.runs import to_yaml
@@ -134,7 +134,11 @@ def run_config(batch: int, batch_gpu: int | None, group: int) -> RunConfig:
 def test_a_batch_is_split_evenly_or_refused(batch, batch_gpu, group, world):
     config = run_config(batch, batch_gpu, group)
     micro = batch_gpu or batch / world
-    possible = batch % world == 0 and batch // world % micro == 0 and micro % min(group, batch) == 0
+    group = min(group, batch)
+    whole = micro % group == 0 or (
+        batch // world % group and micro == batch // world
+    )  # else groups are of all processes
+    possible = batch % world == 0 and batch % group == 0 and batch // world % micro == 0 and whole
     if possible:
         assert config.micro_batch(world) == micro
     else:
@@ -155,6 +159,15 @@ def test_the_advice_on_splits_is_good(split, advice):
     *settings, world = split
     with pytest.raises(UserError, match=advice):
         run_config(*settings).micro_batch(world)
+
+
+@pytest.mark.parametrize("recipe", [p.stem for p in CONFIGS.glob("*.yaml")])
+def test_every_recipe_runs_on_up_to_sixteen_processes_that_divide_its_batch(recipe):
+    train = TrainConfig(**{"ema_kimg": 1} | read_recipe(recipe)["train"])
+    config = run_config(train.batch, None, 4)
+    for world in (1, 2, 4, 8, 16):
+        if train.batch % world == 0:
+            assert config.micro_batch(world) == train.batch // world
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

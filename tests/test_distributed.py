@@ -83,8 +83,12 @@ def test_accumulation_labels_and_mirror_on_two_processes_equal_one(tiny):
 
 @pytest.mark.slow
 def test_two_processes_stopped_and_continued_by_two_equal_one(tiny):
-    """The counts of both survive: what ada adjusts by, and the statistics of the report under way."""
-    arguments = ("-otrain.precision=float64", "-oaugment.kimg=0.5", "--aug=ada", "--kimg=0.4", "--tick=0.08")
+    """The counts of both survive: what ada adjusts by, and the statistics of the report under way.
+
+    Each has one image of a minibatch-std group of two, and one of them none for the path length.
+    """
+    arguments = ("-otrain.precision=float64", "-oaugment.kimg=0.1", "--aug=ada", "--kimg=0.1", "--tick=0.02")
+    arguments += ("--batch=2", "--mbstd-group=2")
     one = tiny.run(*arguments, outdir="one")
     process = tiny.process(*tiny.new(*arguments, "--gpus", 2, outdir="two"))
     for line in process.stdout:

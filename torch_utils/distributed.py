@@ -55,6 +55,13 @@ class Processes:
         """All-reduce x in place to its mean; return it."""
         return self.sum_(x).div_(self.world)
 
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Stack the x of all ranks, of one shape, on each of them: [world,…]. Differentiable any number of times."""
+        if self.world == 1:
+            return x[None]
+        own = torch.arange(self.world, device=x.device).view(-1, *[1] * x.ndim) == self.rank
+        return _Sum.apply(torch.where(own, x, 0))
+
     def any(self, flag: bool) -> bool:
         """Tell whether `flag` is set on any rank. With world 1, does not wait for the device."""
         return flag if self.world == 1 else bool(self.sum_(torch.tensor(float(flag), device=self.device)))
@@ -70,6 +77,20 @@ class Processes:
             with _peers():
                 dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all ranks, which is its own adjoint."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Sum.apply(g)
 
 
 def launched() -> bool:

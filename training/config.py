@@ -117,23 +117,29 @@ class RunConfig(Config):
                 raise ValueError(f"G.{name}={g} and D.{name}={d} must be equal")
         return self
 
+    @property
+    def mbstd_group(self) -> int:
+        """Return how many images form a minibatch-std group."""
+        return min(self.D.mbstd_group, self.train.batch)
+
     def micro_batches(self, world: int) -> list[int]:
         """List the micro-batches that each of `world` processes can accumulate a step from, in images, ascending.
 
-        Each holds whole minibatch-std groups. Raises UserError when there is none.
+        Each holds whole minibatch-std groups. Where a process has too few images for that, the groups are those of
+        all processes, and its only micro-batch is all of its images. Raises UserError when there is none.
         """
-        batch, group = self.train.batch, min(self.D.mbstd_group, self.train.batch)
+        batch, group = self.train.batch, self.mbstd_group
         if batch % world:
             advice = batch // world * world or world
             raise UserError(f"train.batch={batch} does not divide over {world} processes; try {advice}")
-        own = batch // world
-        if own % group:
-            divisor = next(n for n in range(group, 0, -1) if own % n == 0)
+        if batch % group:
+            divisor = next(n for n in range(group, 0, -1) if batch % n == 0)
             raise UserError(
-                f"{own} images per process do not divide into minibatch-std groups of {group}; set train.batch to a "
-                f"multiple of {self.D.mbstd_group * world}, or D.mbstd_group={divisor}"
+                f"train.batch={batch} does not divide into minibatch-std groups of {group}; set it to a multiple, or "
+                f"D.mbstd_group={divisor}"
             )
-        return [n for n in range(group, own + 1, group) if own % n == 0]
+        own = batch // world
+        return [n for n in range(group, own + 1, group) if own % n == 0] or [own]
 
     def micro_batch(self, world: int) -> int:
         """Return how many images each of `world` processes takes at a time. Raises UserError."""

@@ -62,8 +62,10 @@ def generator_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
 def path_length_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
     """Yield the path length penalty on half a batch, as in the released code (StyleGAN2, section 3.2)."""
     s, config = t.state, t.config.loss
-    count = max(t.batch // 2, t.procs.world)
-    parts = [part for part in t.parts if range(count)[part]]  # half of an odd batch leaves the last ones empty
+    count = max(t.batch // 2, 1)
+    parts = [part for part in t.parts if range(count)[part]]  # half of a batch may leave the last ones empty …
+    scale = t.procs.world if parts else 0  # the mean of the gradients over the processes divides by their number
+    parts = parts or [slice(0, 1)]  # … and a process without any contributes zeros
     z, labels = t.sample_latents("path", count)
 
     def measure(part: slice) -> Tensor:
@@ -75,15 +77,15 @@ def path_length_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
     whole = measure(parts[0]) if len(parts) == 1 else None
     lengths = torch.zeros(count, device=t.procs.device, dtype=t.dtype)
     for part in parts:
-        lengths[part] = (measure(part) if whole is None else whole).detach()
+        if scale:
+            lengths[part] = (measure(part) if whole is None else whole).detach()
     t.procs.sum_(lengths).requires_grad_()
     penalty, mean = losses.path_penalty(lengths, s.pl_mean, config.pl_decay)
     (slopes,) = torch.autograd.grad(penalty.mean() * (config.pl_weight * config.pl_interval), lengths)
     s.stats.report("Loss/path_length/penalty", penalty[t.own])
     s.stats.report("Loss/path_length/length", lengths[t.own])
     for part in parts:
-        # The mean of the gradients over the processes divides by their number.
-        yield ((measure(part) if whole is None else whole) * (slopes[part] * t.procs.world)).sum()
+        yield ((measure(part) if whole is None else whole) * (slopes[part] * scale)).sum()
     t.set_after_update(s.pl_mean, mean)
 
 

@@ -20,6 +20,7 @@ from torch_utils.transfer import send
 from training import augment, diffaug, ema, losses
 from training.config import RunConfig
 from training.data import ImageArchive
+from training.networks.discriminator import Epilogue
 from training.phases import Phase, phases
 from training.state import TrainState
 
@@ -37,6 +38,10 @@ class Trainer:
         self.own = slice(procs.rank, None, procs.world)
         count = self.batch // self.micro
         self.parts = [slice(i, None, count) for i in range(procs.rank, count, procs.world)]
+        whole = self.micro % config.mbstd_group == 0
+        for module in state.D.modules():
+            if isinstance(module, Epilogue):
+                module.procs = None if whole else procs  # groups that no rank holds are computed together
         self.phases = phases(config.loss)
         self.dtype = next(state.G.parameters()).dtype
         self.adversarial = losses.ADVERSARIAL[config.loss.kind]

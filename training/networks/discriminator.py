@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dnnlib.config import setting
+from torch_utils.distributed import Processes
 from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
 from torch_utils.ops.convolution import conv2d
 from torch_utils.ops.resample import lowpass
@@ -100,15 +101,19 @@ class ResidualBlock(nn.Module):
         return self.conv1(self.conv0(x)) + self.skip(x)
 
 
-def minibatch_std(x: Tensor, group: int, batches: int = 1) -> Tensor:
+def minibatch_std(x: Tensor, group: int, batches: int = 1, procs: Processes | None = None) -> Tensor:
     """[N,C,H,W] -> [N,C+1,H,W]: append the standard deviation within a group, averaged over channels and pixels.
 
     Progressive GAN (ICLR 2018), section 3. With G = min(group, N), the group of image n is n, n + N/G, n + 2N/G, …
-    (mod N). When rank i mod P gets image i of a batch, every group stays on one rank, and P ranks compute what one
-    would.
+    (mod N). When rank i mod P gets image i of a batch, groups that fit into a rank stay on it, and P ranks compute what
+    one would.
 
     x may hold several `batches` of N in sequence, which share no group: generated and real images, for instance.
+    procs: the ranks whose images, equally many each, form the N images together; by default x has them all.
     """
+    if procs is not None:  # [P,B,n] -> [B,n,P]
+        whole = procs.gather(x.unflatten(0, (batches, len(x) // batches))).movedim(0, 2).flatten(0, 2)
+        return minibatch_std(whole, group, batches)[procs.rank :: procs.world]
     n = len(x) // batches
     group = min(group, n)
     if n % group or len(x) % batches:
@@ -121,7 +126,12 @@ def minibatch_std(x: Tensor, group: int, batches: int = 1) -> Tensor:
 
 
 class Epilogue(nn.Module):
-    """[N,C,H,W] -> [N,outputs], in at least float32: the logits determine every gradient."""
+    """[N,C,H,W] -> [N,outputs], in at least float32: the logits determine every gradient.
+
+    procs: as in minibatch_std; all of them must then call at the same time.
+    """
+
+    procs: Processes | None = None
 
     def __init__(self, channels: int, pixels: int, outputs: int, mbstd_group: int):
         super().__init__()
@@ -133,7 +143,7 @@ class Epilogue(nn.Module):
     def forward(self, x: Tensor, batches: int = 1) -> Tensor:
         with full_precision(x):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            x = self.conv(minibatch_std(x, self.mbstd_group, batches))
+            x = self.conv(minibatch_std(x, self.mbstd_group, batches, self.procs))
             return self.out(self.fc(x.flatten(1)))
 
 
