@@ -79,14 +79,14 @@ def shifted(images: Tensor, x: float, y: float, a: int = WIDTH) -> tuple[Tensor,
     return moved.mT, (rows, cols)
 
 
-def oriented_filter(matrix: Tensor, a: int, up: int) -> Tensor:
+def oriented_filter(matrix: Tensor, a: int, up: int, device: torch.device | None = None) -> Tensor:
     """Return float64 [2p+1,2p+1], p = 2a·up − 1: the band limits of pixels both before and after `matrix`.
 
     It is the convolution of two square sincs, one rotated by `matrix`, under the convolution of two Lanczos windows
     rotated alike, sampled at 1/up pixels; each of its up² phases sums to 1 (appendix E.3, and the extents of its code).
     """
     reach = max(64, 4 * a)
-    taps = torch.arange(1 - reach * up, reach * up, dtype=torch.float64) / up
+    taps = torch.arange(1 - reach * up, reach * up, dtype=torch.float64, device=device) / up
     y, x = torch.meshgrid(taps, taps, indexing="ij")
     x_after, y_after = (matrix[i, 0] * x + matrix[i, 1] * y for i in (0, 1))
 
@@ -115,7 +115,7 @@ def rotated(images: Tensor, degrees: float, a: int = WIDTH) -> tuple[Tensor, Ten
     (2πf / UP)² / 8 of a wave with f cycles per pixel: −46 dB at 1/8, −70 dB at 1/32.
     """
     matrix = rotation(degrees)
-    kernel = oriented_filter(matrix, a, UP).to(images)
+    kernel = oriented_filter(matrix, a, UP, images.device)
     height, width = images.shape[-2:]
     dense = images.new_zeros(*images.shape[:2], (height - 1) * UP + 1, (width - 1) * UP + 1)
     dense[..., ::UP, ::UP] = images
@@ -132,7 +132,7 @@ def rotated(images: Tensor, degrees: float, a: int = WIDTH) -> tuple[Tensor, Ten
 
 def band_limited(images: Tensor, degrees: float, a: int = WIDTH) -> tuple[Tensor, Tensor]:
     """Filter float64 [N,C,H,W] of a rotated scene as `rotated` does: return the same shape and the mask."""
-    kernel = oriented_filter(rotation(-degrees), a, 1).to(images)
+    kernel = oriented_filter(rotation(-degrees), a, 1, images.device)
     margin = kernel.shape[-1] // 2
     known = torch.zeros(images.shape[-2:], dtype=torch.bool, device=images.device)
     known[margin:-margin, margin:-margin] = True

@@ -9,7 +9,7 @@ import copy
 import functools
 import os
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ from training.networks import Generator
 
 # The side of a tile in samples (benchmarks/rendering.py compares sizes): on a CPU the widest features of a tile, 128
 # channels, are 2 MB. Each point has its own lines, 14 KB with the paper's widths.
-TILE = {"cpu": 64, "cuda": 1024}
-POINTS_TILE = {"cpu": 32, "cuda": 256}
+TILE = defaultdict(lambda: 1024, cpu=64)
+POINTS_TILE = defaultdict(lambda: 256, cpu=32)
 # Positions · thickness of a line, computed together; on a GPU, about 400 MB with the paper's widths.
-PIECE = {"cpu": 1024, "cuda": 65536}
+PIECE = defaultdict(lambda: 65536, cpu=1024)
 BLOCK = 16384  # samples along a block's side: 2 · 118 MB of lines with the paper's widths
 POINTS_BLOCK = 1024
 MOST = 1e9  # of a style: float32 holds the squares of what the affine layers make of it
@@ -177,7 +177,7 @@ class GridBlock:
 
     def compute_piece(self, work: tuple[int, int, int, int]) -> Tensor:
         i, axis, start, stop = work
-        t = (self.view.rows, self.view.cols)[axis].positions(start, stop).to(self.networks[i].device)
+        t = (self.view.rows, self.view.cols)[axis].positions(start, stop, self.networks[i].device)
         return self.networks[i].line(axis ^ self.view.transposed, t)
 
     def part(self, i: int, axis: int, start: int, stop: int) -> Tensor:
@@ -191,17 +191,19 @@ class GridBlock:
 
 
 class FieldBlock:
-    """Samples of the lines around a block in which every pixel has its own row and column; none if exact."""
+    """A block in which every pixel has its own row and column, with samples of the lines around it unless exact."""
 
     def __init__(self, networks: list[FoldedGenerator], tiling: Tiling, block: Box, wanted: list[Box], imap: Callable):
-        self.networks, self.view = networks, tiling.view
+        self.networks, self.block, self.density = networks, block, tiling.view.rows.samples
+        self.points = tiling.view.points(block, networks[0].device)
         self.samples = [(None, None) for _ in networks]
         if not tiling.exact:
-            self.samples = sample_lines(networks, *tiling.view.points(block), imap)
+            self.samples = sample_lines(networks, *self.points, imap)
 
     def colours(self, i: int, box: Box) -> Tensor:
         """Return [img_channels,P]: the samples of `box`, row by row."""
-        x, y = (t.flatten().to(self.networks[i].device) for t in self.view.points(box))
+        y0, y1, x0, x1 = (n * self.density for n in box.shifted(-self.block.y0, -self.block.x0))
+        x, y = (t[y0:y1, x0:x1].flatten() for t in self.points)
         return points.colours(self.networks[i], x, y, self.samples[i])
 
 

@@ -78,9 +78,9 @@ class Axis(NamedTuple):
     count: int
     samples: int = 1
 
-    def positions(self, start: int, stop: int) -> Tensor:
+    def positions(self, start: int, stop: int, device: torch.device | None = None) -> Tensor:
         """Return float64 [(stop − start)·samples] for pixels start … stop − 1; equal in any part."""
-        index = torch.arange(start * self.samples, stop * self.samples, dtype=torch.float64)
+        index = torch.arange(start * self.samples, stop * self.samples, dtype=torch.float64, device=device)
         return self.first + ((index + 0.5) / self.samples - 0.5) * self.step
 
     def scaled(self, factor: float, shift: float) -> "Axis":
@@ -182,9 +182,10 @@ class View:
     def size(self) -> tuple[int, int]:
         return self.rows.count, self.cols.count
 
-    def points(self, box: Box) -> tuple[Tensor, Tensor]:
+    def points(self, box: Box, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Return x and y, float64 [h,w] each, of the samples in `box`. Raises UserError unless finite and [h,w]."""
-        y, x = torch.meshgrid(self.rows.positions(box.y0, box.y1), self.cols.positions(box.x0, box.x1), indexing="ij")
+        rows, cols = self.rows.positions(box.y0, box.y1, device), self.cols.positions(box.x0, box.x1, device)
+        y, x = torch.meshgrid(rows, cols, indexing="ij")
         if self.field is None:
             return (y, x) if self.transposed else (x, y)
         moved = [t.double() for t in self.field(x, y)]

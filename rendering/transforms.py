@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# x, y float64 [h,w] of output positions -> the positions shown there. The centre is (½, ½) in units of the longer side.
+# x, y float64 [h,w] of output positions, on the device that renders -> the positions shown there. The centre is (½, ½),
+# in units of the longer side.
 Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
