@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,18 @@ def test_a_requested_kernel_raises_where_it_is_unavailable():
         PixelPath(layers, impl="triton")
     with pytest.raises(UserError, match="impl='cuda' is unknown; use one of auto, reference, cpp, triton"):
         PixelPath(layers, impl="cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "channels", "problem"),
+    [((7, 5), 32, "8.0 and later"), ((9, 0), 33, "32 channels"), ((9, 0), 32, "")],
+)
+def test_the_kernel_is_for_tensor_cores_of_bfloat16_and_for_few_channels(monkeypatch, capability, channels, problem):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    weight = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(64, channels))
+    found = pixel_path.why_not(weight)
+    assert problem in found
+    assert bool(found) == bool(problem)
 
 
 def test_a_failing_kernel_is_reported_once_and_not_tried_again(fresh_cache, monkeypatch, capsys):
