@@ -230,5 +230,6 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 
 
 @functools.lru_cache
 def say_once(line: str) -> None:
-    """Print a line on stderr the first time that it is given."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line on stderr the first time that it is given, from one process of each machine."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(line, file=sys.stderr, flush=True)

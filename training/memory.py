@@ -5,7 +5,6 @@ import functools
 import gc
 import os
 import re
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,8 @@ def peak_bytes(device: torch.device) -> int:
     # On Linux, ru_maxrss starts at the peak of the process that started this one.
     with contextlib.suppress(OSError, TypeError):
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    import resource  # Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
