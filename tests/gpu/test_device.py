@@ -14,7 +14,10 @@ from training.networks import Generator, GeneratorConfig
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+        reason="there is no CUDA device of compute capability 8.0",
+    ),
 ]
 
 
