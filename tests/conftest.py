@@ -197,18 +197,19 @@ class Tiny:
 def fresh_cache(tmp_path, monkeypatch) -> Iterator[Path]:
     """Return the empty cache directory of a process that has built no C++ or CUDA code yet."""
     monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "cache"))
-    for function in (build.kernels, build.say_once):
+    for function in (build.kernels, build.nvrtc, build.say_once):
         function.cache_clear()
     yield tmp_path / "cache"
-    for function in (build.kernels, build.say_once):
+    for function in (build.kernels, build.nvrtc, build.say_once):
         function.cache_clear()
 
 
 @pytest.fixture
 def fresh_gpu(fresh_cache, monkeypatch) -> Path:
     """Return the same for a machine with a GPU of compute capability 9.0."""
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    card = SimpleNamespace(major=9, minor=0, multi_processor_count=1, max_threads_per_multi_processor=2048)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return fresh_cache
 
 

@@ -1,7 +1,9 @@
 """Kernels without a GPU: the CUDA sources compile, and run on a CPU (tests/emulator). Building is in test_build.py."""
 
 import ctypes
+import functools
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,33 +24,58 @@ from torch_utils.ops.bias_act import bias_act
 from training.networks import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
 
 SOURCES = [bias_act_module.SOURCE, modulated_linear_module.SOURCE]
-EMULATOR = Path(__file__).parent / "emulator"
+EMULATOR = Path(__file__).parent / "emulator" / "emulator.cpp"
 
 
-class Emulated(build.Kernels):
-    def call(self, name, *arguments):
-        self.invoke(name, 0, 0, arguments)
+KERNELS = {"bias_act": ["bias_act", "bias_act_gradient"], "modulated_linear": ["modulate"]}
+
+
+class Emulated(build.CudaKernels):
+    """The kernels on a driver of tests/emulator."""
+
+    def __init__(self, source: Path):
+        self.source, self.device, self.capability, self.threads = source, torch.device("cpu"), 90, 2048
+        self.modules, self.functions, self.context, self.driver = {}, {}, None, build.driver()
+
+    def launch(self, name, dtype, blocks, threads, *arguments):
+        self.start(0, name, dtype, blocks, threads, arguments)
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    compiler = shutil.which("g++")
+def emulate(tmp_path_factory):
+    """Returns a function that compiles a source for the emulator and returns the path of the library."""
+    compiler, folder = shutil.which("g++"), tmp_path_factory.mktemp("emulated")
     if compiler is None:
         pytest.skip("there is no g++, whose _Float16 the emulator needs")
-    folder, found = tmp_path_factory.mktemp("emulated"), {}
-    for source in SOURCES:
-        path = folder / f"{source.stem}.so"
-        flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC", f"-I{EMULATOR}", "-x", "c++"]
-        subprocess.run([compiler, *flags, str(source), "-o", str(path)], check=True)
-        found[source] = Emulated(ctypes.CDLL(str(path)), torch.device("cpu"), 90)
-    return found
+
+    @functools.lru_cache
+    def compile(source: Path, dtype: torch.dtype, capability: int) -> bytes:
+        number = build.DTYPES[dtype]
+        path = folder / f"{source.stem}-{number}.so"
+        product = ["modulated_product"] if number >= 2 and source.stem == "modulated_linear" else []
+        kernels = " ".join(f"KERNEL({name})" for name in KERNELS[source.stem] + product)
+        macros = {"TYPE": number, "__CUDA_ARCH__": 10 * capability, "SOURCE": f'"{source}"', "KERNELS": kernels}
+        flags = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+        flags += [f"-D{name}={value}" for name, value in macros.items()]
+        subprocess.run([compiler, *flags, str(EMULATOR), "-o", str(path)], check=True)
+        return bytes(path)
+
+    return compile
+
+
+@pytest.fixture
+def emulated(emulate, monkeypatch):
+    """The driver and the compiler are those of the emulator."""
+    library = ctypes.CDLL(os.fsdecode(emulate(bias_act_module.SOURCE, torch.float32, 90)))
+    monkeypatch.setattr(build, "driver", lambda: library)
+    monkeypatch.setattr(build, "cubin", emulate)
 
 
 @pytest.fixture
 def device(emulated, monkeypatch):
     """The kernels run on the CPU, and `auto` chooses them there."""
     real = build.kernels
-    found = {source: (kernels, "") for source, kernels in emulated.items()}
+    found = {source: (Emulated(source), "") for source in SOURCES}
     monkeypatch.setattr(build, "kernels", lambda source, *args: found.get(source) or real(source, *args))
     return torch.device("cpu")
 
@@ -57,33 +84,30 @@ def device(emulated, monkeypatch):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-@pytest.mark.parametrize("capability", [75, 80, 90])
-def test_cuda_sources_compile_without_a_warning_or_a_spill(source, capability, tmp_path):
+@pytest.mark.parametrize(("capability", "number"), [(75, 1), (75, 3), (80, 2), (90, 3), (100, 0), (120, 3)])
+def test_cuda_sources_compile_without_a_warning_or_a_spill(source, capability, number):
     try:
-        compiler = build.cuda_compiler()
+        build.nvrtc()
     except UserError as problem:
         pytest.skip(str(problem))
-    strict = ["-Werror=all-warnings", "-Xcompiler=-Wall", "-Xptxas=--warn-on-spills"]
-    flags = [*build.CUDA_FLAGS, f"-arch=sm_{capability}", *strict]
-    made = subprocess.run(
-        [*compiler, *flags, str(source), "-o", str(tmp_path / "made.so")], capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stderr
-    assert made.stdout + made.stderr == ""
+    strict = f"--gpu-architecture=sm_{capability}", f"-DTYPE={number}", "--ptxas-options=--warn-on-spills"
+    made, warnings = build.compile_cuda(source, *strict)
+    assert made.startswith(b"\x7fELF")
+    assert warnings == ""
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_a_library_that_the_driver_refuses_is_not_used(fresh_gpu, emulated, monkeypatch, capfd, source):
-    monkeypatch.setattr(build, "cuda_library", lambda source, capability: emulated[source].functions)
-    monkeypatch.setattr(build.Kernels, "call", lambda self, name: self.invoke(name, 1, 0, ()))  # there is but device 0
+@pytest.mark.usefixtures("emulated", "fresh_gpu")
+def test_kernels_that_the_driver_refuses_are_not_used(monkeypatch, capfd):
+    source = bias_act_module.SOURCE
+    found, reason = build.kernels(source, GPU_TENSOR.device)
+    assert (found.capability, found.threads, reason) == (90, 2048, "")
+    build.kernels.cache_clear()
+    monkeypatch.setattr(build, "cubin", lambda *_: b"/nowhere")
     for _ in range(2):
         assert build.choose("auto", bias_act_module.IMPLS, source, GPU_TENSOR) is None
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(
-        f"{source.stem} continues in plain PyTorch, which is slower: the CUDA function probe failed: "
-    )
-    assert "update the NVIDIA driver, or set CUDA_HOME to an older CUDA toolkit" in line
-    with pytest.raises(UserError, match=f"impl='cuda' of {source.stem} is unavailable: .* invalid device ordinal;"):
+    assert "slower: CUDA's cuModuleLoadData failed: device kernel image is invalid; update the NVIDIA driver" in line
+    with pytest.raises(UserError, match=r"impl='cuda' of bias_act is unavailable: .* is invalid; update"):
         build.choose("cuda", bias_act_module.IMPLS, source, GPU_TENSOR)
 
 
@@ -152,13 +176,13 @@ def test_the_doctor_reports_wrong_results_and_crashes():
 def test_the_doctor_needs_neither_a_gpu_nor_compilers(fresh_gpu, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    monkeypatch.setattr(build.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     page = CliRunner().invoke(doctor.main, catch_exceptions=False)
     assert page.exit_code == 0
-    assert "no CUDA device: there is no NVIDIA GPU" in page.output
-    assert "none: there is no CUDA compiler nvcc" in page.output
+    assert "no CUDA: this PyTorch is built without it" in page.output
+    assert "none: there is no NVRTC" in page.output
     assert "none: there is no C++ compiler /nowhere/c++; install g++" in page.output
     assert page.output.count("no: it needs a CUDA device") == 4
 

@@ -105,14 +105,21 @@ def verdict(impl: str, kind: str, dtypes: tuple[torch.dtype, ...], example: Call
     return f"works (distance to float64: {', '.join(names)})"
 
 
-def first_line(compiler: Callable[[], list[str]], word: str) -> str:
-    """Return a compiler's version line and path, or why there is none."""
+def cpp_compiler() -> str:
+    """Return the C++ compiler's version line and path, or why there is none."""
     try:
-        command = compiler()
+        command = build.cpp_compiler()
         lines = build.version(command).splitlines()
     except UserError as problem:
         return f"none: {problem}"
-    return f"{next((line for line in lines if word in line), lines[0] if lines else 'unknown version')} ({command[0]})"
+    return f"{lines[0] if lines else 'unknown version'} ({command[0]})"
+
+
+def nvrtc() -> str:
+    try:
+        return build.nvrtc_version()
+    except UserError as problem:
+        return f"none: {problem}"
 
 
 def devices() -> Iterator[str]:
@@ -152,8 +159,8 @@ def main():
         "Python": [f"{platform.python_version()} ({sys.executable})"],
         "PyTorch": [f"{torch.__version__}, for CUDA {torch.version.cuda or '(none)'}"],
         "devices": list(devices()),
-        "nvcc": [first_line(build.cuda_compiler, "release")],
-        "C++ compiler": [first_line(build.cpp_compiler, "")],
+        "CUDA compiler": [nvrtc()],
+        "C++ compiler": [cpp_compiler()],
         "Triton": [triton()],
         "libraries": [f"are built on first use and kept in {cache_dir() / 'libraries'}"],
     }

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from torch_utils.build import DTYPES, Kernels, choose
+from torch_utils.build import DTYPES, CudaKernels, Kernels, choose
 
 IMPLS = ("auto", "reference", "cpp", "cuda")
 SOURCE = Path(__file__).with_suffix(".cu")
+THREADS = 256  # of a block, as in bias_act.cu
 
 
 class Activation(NamedTuple):
@@ -67,7 +68,9 @@ def bias_act(
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 
-def fused(kernels: Kernels, x: Tensor, bias: Tensor | None, formula: tuple[float, float, float], dim: int) -> Tensor:
+def fused(
+    kernels: Kernels | CudaKernels, x: Tensor, bias: Tensor | None, formula: tuple[float, float, float], dim: int
+) -> Tensor:
     """Compute bias_act by a kernel. `formula`: slope, gain, clamp. The result has the memory layout of x."""
     if not x.is_contiguous():
         order = sorted(range(x.ndim), key=x.stride, reverse=True)
@@ -92,19 +95,33 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def codes_for(x: Tensor, count: int, kernels: Kernels) -> Tensor:
+def codes_for(x: Tensor, count: int, kernels: Kernels | CudaKernels) -> Tensor:
     """Allocate the codes of `count` elements in the dtype of x: on a GPU two bits per element, on a CPU a byte."""
     if not kernels.capability:
         return torch.empty(count, dtype=torch.int8)
     return torch.empty(-(-count * x.element_size() // 16), dtype=torch.int16, device=x.device)
 
 
-def value(x: Tensor, bias: Tensor | None, codes: Tensor | None, dim: int, kernels: Kernels, formula: tuple) -> Tensor:
+def value(
+    x: Tensor, bias: Tensor | None, codes: Tensor | None, dim: int, kernels: Kernels | CudaKernels, formula: tuple
+) -> Tensor:
     y = torch.empty_like(x)
     channels, inner = (1, 1) if bias is None else (x.shape[dim], x.shape[dim + 1 :].numel())
-    if x.numel():
-        kernels.call("bias_act", DTYPES[x.dtype], x, bias, y, codes, x.numel(), channels, inner, *formula)
+    arguments = x, bias, y, codes, x.numel(), channels, inner
+    if x.numel() and kernels.capability:
+        blocks, step = passes(kernels, x)
+        shift = step // inner % channels, step % inner  # in [channels,inner], from a step to the next
+        kernels.launch("bias_act", x.dtype, blocks, THREADS, *arguments, *shift, *formula)
+    elif x.numel():
+        kernels.call("bias_act", DTYPES[x.dtype], *arguments, *formula)
     return y
+
+
+def passes(kernels: CudaKernels, x: Tensor) -> tuple[int, int]:
+    """Return the number of blocks that pass over x, no more than the device holds at once, and the size of a step."""
+    elements = THREADS * 16 // x.element_size()  # of a block
+    blocks = min(-(-x.numel() // elements), kernels.threads // THREADS)
+    return blocks, blocks * elements
 
 
 class BiasAct(Function):
@@ -139,8 +156,11 @@ class Gradient(Function):
         ctx.kernels, ctx.formula = kernels, formula
         g = aligned(g)
         y = torch.empty_like(g)
-        if g.numel():
-            kernels.call("bias_act_gradient", DTYPES[g.dtype], g, codes, y, g.numel(), *formula[:2])
+        arguments = g, codes, y, g.numel(), *formula[:2]
+        if g.numel() and kernels.capability:
+            kernels.launch("bias_act_gradient", g.dtype, passes(kernels, g)[0], THREADS, *arguments)
+        elif g.numel():
+            kernels.call("bias_act_gradient", DTYPES[g.dtype], *arguments)
         return y
 
     @staticmethod

@@ -11,13 +11,18 @@ from torch import Tensor
 from torch.autograd import Function
 
 from dnnlib.console import UserError
-from torch_utils.build import DTYPES, Kernels, choose
+from torch_utils.build import CudaKernels, choose
 from torch_utils.ops.bias_act import ACTIVATIONS, Gradient, aligned, bias_act, codes_for, wide
 from torch_utils.ops.bias_act import SOURCE as ELEMENTS
 from torch_utils.precision import full_precision, product_dtype
 
 IMPLS = ("auto", "reference", "cuda", "cublas")
 SOURCE = Path(__file__).with_suffix(".cu")
+ROWS, TILE, WARPS = (
+    8,
+    (128, 64),
+    4,
+)  # of a block of each kernel in modulated_linear.cu: rows; positions × outputs, warps
 EPSILON = 1e-8  # added to the squared length by which demodulation divides
 # "auto" uses our own kernel up to this many inputs. Beyond, the library's faster product gains more than another pass
 # over the outputs costs: with 600 and 250 TFLOP/s and 3 TB/s, assumed for an H100, from 285 on. Not measured.
@@ -75,8 +80,8 @@ def modulated(weight: Tensor, style: Tensor, demodulate: bool = True, gain: floa
 
 
 def fused(
-    kernels: Kernels,
-    elements: Kernels,
+    kernels: CudaKernels,
+    elements: CudaKernels,
     x: Tensor,
     weight: Tensor,
     style: Tensor,
@@ -102,7 +107,7 @@ def fused(
     return product(x, modulated, bias, None, kernels, formula)
 
 
-def why_not(kernels: Kernels, dtype: torch.dtype, outputs: int, inputs: int) -> str:
+def why_not(kernels: CudaKernels, dtype: torch.dtype, outputs: int, inputs: int) -> str:
     """Return why our own kernel is unavailable, or an empty string."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"is for half types, not {dtype}"
@@ -123,7 +128,8 @@ class Modulate(Function):
         made = dtype if wide(dtype) == weight.dtype else weight.dtype
         out = weight.new_empty(len(style), *weight.shape, dtype=made)
         if out.numel():
-            kernels.call("modulate", DTYPES[made], weight, style, out, *out.shape, int(demodulate), EPSILON)
+            count, arguments = len(style) * len(weight), (*weight.shape, int(demodulate), EPSILON)
+            kernels.launch("modulate", made, -(-count // ROWS), 32 * ROWS, weight, style, out, count, *arguments)
         return out.to(dtype)
 
     @staticmethod
@@ -151,12 +157,16 @@ class Modulate(Function):
         return g_weight, g_style, None, None, None
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor | None, kernels: Kernels, formula: tuple) -> Tensor:
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor | None, kernels: CudaKernels, formula: tuple
+) -> Tensor:
     """x [N,P,I], weight [N,O,I], bias [O] in float32 -> [N,P,O]; `formula`: slope, gain, clamp."""
     (n, p, i), o = x.shape, len(bias)
     y = x.new_empty(n, p, o)
     if y.numel():
-        kernels.call("modulated_product", DTYPES[x.dtype], x, weight, bias, y, codes, n, p, i, o, *formula)
+        blocks = n * -(-p // TILE[0]) * -(-o // TILE[1])
+        arguments = x, weight, bias, y, codes, p, i, o
+        kernels.launch("modulated_product", x.dtype, blocks, 32 * WARPS, *arguments, *formula)
     return y
 
 

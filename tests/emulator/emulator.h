@@ -1,6 +1,7 @@
 // Enough of CUDA to run this project's kernels on a CPU, so that tests can: one block after the other, the threads of a
 // block as fibers that switch where they wait for each other. Copies that a thread starts asynchronously arrive no
 // earlier than it waits for them; threads run in one order, then in the other, so that what is not waited for shows.
+// emulator.cpp adds a driver.
 
 #pragma once
 
@@ -14,6 +15,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -33,6 +35,31 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 using std::min;
 using std::sqrt;
+
+// --- numbers ----------------------------------------------------------------------------------------------------------
+
+struct Half {
+    _Float16 number;
+    Half() = default;
+    Half(float value) : number(_Float16(value)) {}
+    operator float() const { return float(number); }
+};
+
+struct BFloat {
+    uint16_t bits;
+    BFloat() = default;
+    BFloat(float value) {  // to the nearest, and of two to the even
+        uint32_t wide;
+        std::memcpy(&wide, &value, sizeof(wide));
+        bits = value != value ? 0x7fff : uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+    }
+    operator float() const {
+        const uint32_t wide = uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &wide, sizeof(wide));
+        return value;
+    }
+};
 
 // --- fibers -----------------------------------------------------------------------------------------------------------
 
@@ -131,32 +158,87 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
     return value;
 }
 
+// --- tensor_cores.h ---------------------------------------------------------------------------------------------------
+
+inline void copy_async(void *to, const void *from, int zeros) {
+    if (uintptr_t(to) % 16 || uintptr_t(from) % 16) emulator::fail("an asynchronous copy is not aligned");
+    emulator::fibers[emulator::present].copies.push_back({to, from, 16, size_t(zeros)});
+}
+
+inline void commit() { emulator::fibers[emulator::present].copies.push_back({nullptr, nullptr, 0, 0}); }
+
+template <int PRIOR>
+void wait() {
+    auto &copies = emulator::fibers[emulator::present].copies;
+    int groups = 0;
+    for (const auto &copy : copies) groups += !copy.from;
+    auto copy = copies.begin();
+    for (; groups > PRIOR; copy++) {
+        groups -= !copy->from;
+        if (!copy->from) continue;
+        const size_t bytes = copy->size - copy->zeros;
+        std::memcpy(copy->to, copy->from, bytes);
+        std::memset(static_cast<char *>(copy->to) + bytes, 0, copy->zeros);
+    }
+    copies.erase(copies.begin(), copy);
+}
+
+// Lane 0 alone holds a matrix and does the work of its warp.
+inline bool leads(const void *memory) {
+    if (uintptr_t(memory) % 32) emulator::fail("a fragment is not aligned");
+    return threadIdx.x % 32 == 0;
+}
+
+struct Left {
+    float at[16][16];
+    template <typename T>
+    void load(const T *from, int pitch) {
+        if (!leads(from)) return;
+        for (int r = 0; r < 16; r++)
+            for (int c = 0; c < 16; c++) at[r][c] = float(from[r * pitch + c]);
+    }
+};
+
+struct Right {
+    float at[16][16];
+    template <typename T>
+    void load(const T *from, int pitch) {
+        if (!leads(from)) return;
+        for (int r = 0; r < 16; r++)
+            for (int c = 0; c < 16; c++) at[r][c] = float(from[c * pitch + r]);
+    }
+};
+
+struct Sum {
+    float at[16][16] = {};
+    void add(const Left &a, const Right &b) {
+        if (threadIdx.x % 32) return;
+        for (int i = 0; i < 16; i++)
+            for (int j = 0; j < 16; j++)
+                for (int k = 0; k < 16; k++) at[i][j] += a.at[i][k] * b.at[k][j];
+    }
+    void store(float *to, int pitch) const {
+        if (!leads(to)) return;
+        for (int r = 0; r < 16; r++)
+            for (int c = 0; c < 16; c++) to[r * pitch + c] = at[r][c];
+    }
+};
+
 // --- launching --------------------------------------------------------------------------------------------------------
 
-using cudaStream_t = void *;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxThreadsPerMultiProcessor };
-struct cudaLaunchConfig_t {
-    dim3 gridDim, blockDim;
-    size_t dynamicSmemBytes;
-    cudaStream_t stream;
-};
-struct cudaFuncAttributes {};
-inline const char *cudaGetErrorString(cudaError_t error) { return error ? "invalid device ordinal" : "no error"; }
-inline cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidDevice : cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
-    return *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : 2048, cudaSuccess;
+namespace emulator {
+
+// `parameters` holds a pointer to each argument, as for cuLaunchKernel.
+template <typename... P, size_t... I>
+void launch(void (*kernel)(P...), unsigned blocks, unsigned threads, void **parameters, std::index_sequence<I...>) {
+    gridDim = blocks, blockDim = threads;
+    body = [=] { kernel(*static_cast<P *>(parameters[I])...); };
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) run_block(threads);
 }
 
-template <typename F>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, F *) {
-    return cudaSuccess;
+template <typename... P>
+void launch(void (*kernel)(P...), unsigned blocks, unsigned threads, void **parameters) {
+    launch(kernel, blocks, threads, parameters, std::index_sequence_for<P...>());
 }
 
-template <typename... P, typename... A>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(P...), A... arguments) {
-    gridDim = config->gridDim, blockDim = config->blockDim;
-    emulator::body = [=] { kernel(arguments...); };
-    for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) emulator::run_block(blockDim.x);
-    return cudaSuccess;
-}
+}  // namespace emulator
