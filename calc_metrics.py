@@ -19,7 +19,7 @@ from metrics.needs import Settings
 from metrics.reals import EqualFiles, Given, LargeFiles
 from metrics.registry import KNOWN, Metric, parse
 from metrics.resize import FILTERS
-from torch_utils.command import command
+from torch_utils.command import Group, command
 from torch_utils.distributed import Processes, processes
 from training.data import ImageArchive
 from training.networks import Generator
@@ -223,7 +223,7 @@ def add(records: list[dict], folder: Path, seen: dict[str, float]) -> None:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-@click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
+@click.group(cls=Group, invoke_without_command=True, context_settings={"max_content_width": 110})
 @click.option(
     "--network", metavar="NAME|FILE", help="A name in models/, a network-snapshot-*.safetensors, or a released .pkl."
 )

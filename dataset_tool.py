@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dnnlib.console import UserError
-from torch_utils.command import command
+from torch_utils.command import Group, command
 from training.archives import TRANSFORMS, Size, Transform, convert, examine, read_labels
 from training.sources import BadImage, ImageFiles, Source
 
@@ -53,7 +53,7 @@ def open_source(
     return Letters(characters, resolution, drawings or DRAWINGS, seed)
 
 
-@click.group(invoke_without_command=True, context_settings={"max_content_width": 100})
+@click.group(cls=Group, invoke_without_command=True, context_settings={"max_content_width": 100})
 @click.option("--source", metavar="DIR|ZIP|TAR|letters", help="Where the images come from.")
 @click.option(
     "--dest", type=click.Path(path_type=Path), metavar="ZIP|DIR", help="What to write; a ZIP if it ends in .zip."

@@ -16,7 +16,7 @@ from rendering.jobs import Job, write_film, write_grid, write_images
 from rendering.saved import SavedStyles, write_styles
 from rendering.styles import Seeds, Styles, parse_seeds
 from rendering.writers import FORMATS
-from torch_utils.command import command
+from torch_utils.command import Group, command
 from torch_utils.distributed import processes
 from training.snapshot import find_network, load_generator, network_names, save_generator
 
@@ -51,7 +51,7 @@ def image_size(
     return height, width
 
 
-@click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
+@click.group(cls=Group, invoke_without_command=True, context_settings={"max_content_width": 110})
 @click.option(
     "--network",
     metavar="NAME|FILE",

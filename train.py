@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from dnnlib.config import fields, merge, nested, override
 from dnnlib.console import UserError
 from metrics.registry import parse
-from torch_utils.command import command
+from torch_utils.command import Command, command
 from torch_utils.distributed import launched
 from training.config import RunConfig, gather, resolve
 from training.runs import NewRun, ResumedRun, launch, open_images, read_config, snapshot_metrics, to_yaml, work
@@ -81,7 +81,30 @@ def flags_of_settings(function):
     return function
 
 
-@click.command(context_settings={"max_content_width": 110})
+# What to do instead of flags of StyleGAN2-ADA that this project lacks.
+FORMER = {
+    "--subset": "make a smaller archive with dataset_tool.py --max-images",
+    "--augpipe": "ada and fixed use its bgc, and --aug=diffaug has policies",
+    "--freezed": "layers are not frozen; lower the learning rate of D with --dlr",
+    "--nhwc": "the memory format is chosen by device",
+    "--nobench": "cuDNN's benchmark is always on; leave it out",
+    "--allow-tf32": "TF32 is never used; mixing with bfloat16 is, see --fp32",
+}
+
+
+class Training(Command):
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        try:
+            return super().parse_args(context, arguments)
+        except click.NoSuchOption as error:
+            if error.option_name in FORMER:
+                raise click.UsageError(
+                    f"{error.option_name} is a flag of StyleGAN2-ADA: {FORMER[error.option_name]}", context
+                ) from error
+            raise
+
+
+@click.command(cls=Training, context_settings={"max_content_width": 110})
 @click.option("--outdir", metavar="DIR", help="Where run directories are made.  [required for a new run]")
 @click.option(
     "--cfg", metavar="NAME|FILE", help="A recipe: a name in configs/, or a YAML file.  [required for a new run]"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ def command(*, memory: str = "free some of it", interrupted: str = "nothing was 
     Mistakes, full memory and full disks exit with code 2, unexpected errors with 1. `memory` says how to need less of
     it. Ctrl-C exits with code 130, and `interrupted` says what is kept.
     """
+    print_anything()
     try:
         yield
         return
@@ -44,3 +46,31 @@ def command(*, memory: str = "free some of it", interrupted: str = "nothing was 
     except OSError:  # its reader is gone, or its disk is full: Python would try again at exit, and print a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def print_anything() -> None:
+    """Print what a console lacks, such as ψ or names that are not UTF-8, as escapes instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class _Arguments:
+    """Parses the arguments of a command: a leading ~ is the home directory, also after `--flag=`."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        print_anything()  # --help prints while arguments are parsed
+        pieces = [re.fullmatch(r"((?:--)?[\w.-]+=)?(~.*)", argument, re.DOTALL) for argument in arguments]
+        arguments = [
+            f"{piece[1] or ''}{os.path.expanduser(piece[2])}" if piece else argument
+            for piece, argument in zip(pieces, arguments, strict=True)
+        ]
+        return super().parse_args(context, arguments)
+
+
+class Command(_Arguments, click.Command):
+    pass
+
+
+class Group(_Arguments, click.Group):
+    command_class = Command

@@ -16,7 +16,7 @@ from dnnlib.console import UserError, brief
 from dnnlib.files import cache_dir
 from rendering.pixel_path import PixelPath
 from torch_utils import build
-from torch_utils.command import command
+from torch_utils.command import Command, command
 from torch_utils.distributed import check_capability, count_gpus
 from torch_utils.ops import bias_act, modulated_linear
 from torch_utils.ops.chain import Chain, Folded
@@ -150,7 +150,7 @@ def triton() -> str:
         return "none: pip install triton"
 
 
-@click.command()
+@click.command(cls=Command)
 @command()
 def main():
     """One page on this machine and on which implementation of each operation works on it."""

@@ -46,6 +46,8 @@ def explain(error: Exception, log: Path | None = None) -> UserError:
     if memory_full(error):
         on_gpu = isinstance(error, torch.OutOfMemoryError) or ON_GPU.search(str(error))
         return MemoryFull("the GPU's memory is full" if on_gpu else "the memory of this machine is full")
+    if isinstance(error, UnicodeEncodeError) and "surrogate" in error.reason:  # how Python reads other names
+        return UserError(f"{error.object!r:.200} holds a name that is not UTF-8; rename that file or folder")
     if isinstance(error, OSError) and error.errno in REMEDIES:
         what = error.filename or ("standard output" if error.errno == errno.EPIPE else "the system")
         return UserError(f"{what}: {error.strerror}; {REMEDIES[error.errno]}")
@@ -57,7 +59,7 @@ def _keep_traceback(error: Exception, log: Path | None) -> str:
     text = "".join(traceback.format_exception(error))
     for path in (log, Path(tempfile.gettempdir()) / f"creps-traceback-{os.getpid()}.txt"):
         with contextlib.suppress(OSError, TypeError):
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
             return f"; its traceback is in {path}"
     return f"\n{text}"

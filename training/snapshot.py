@@ -9,9 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dnnlib.config import build, nearest
+from dnnlib.config import build, nearest, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
+from torch_utils import checkpoint
 from training.networks import Generator, GeneratorConfig
 from training.networks.released import load_released
 
@@ -25,13 +26,18 @@ def network_names() -> list[str]:
 
 
 def find_network(network: str | os.PathLike) -> Path:
-    """Return the file of a network: a path, or a name in models/. Raises UserError."""
+    """Return the file of a network: a path, a run directory (its newest snapshot), or a name in models/.
+
+    Raises UserError.
+    """
     path, names = Path(network), network_names()
     if path.is_file():
         return path
+    if path.is_dir() and snapshots(path):
+        return snapshots(path)[-1]
     if str(network) in names:
         return MODELS / f"{network}.safetensors"
-    what = "is not a file" if path.exists() else "does not exist"
+    what = "is a folder without snapshots" if path.exists() else "does not exist"
     known = f", or one of the networks in models/; {nearest(str(network), names)}" if names else ""
     raise UserError(f"{path} {what}; give a network-snapshot-*.safetensors of a training run or a released .pkl{known}")
 
@@ -60,8 +66,8 @@ def save_generator(G: Generator, path: str | os.PathLike, **trained: float) -> N
 def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:
     """Load the generator in `path`, or of a name in models/, in eval mode and without gradients.
 
-    Reads files of `save_generator`, and the G_ema of a `.pkl` that the authors released. Raises UserError when the file
-    is missing, broken or something else, or holds numbers that are not finite.
+    Reads files of `save_generator`, and the G_ema of a training state or of a `.pkl` that the authors released. Raises
+    UserError when the file is missing, broken or something else, or holds numbers that are not finite.
     """
     path = find_network(path)
     G = load_released(path, ("G_ema",))["G_ema"] if path.suffix == ".pkl" else _load(path)
@@ -96,7 +102,12 @@ def read_trained(path: Path) -> dict[str, float]:
 
 
 def _read(path: Path, tensors: Callable[[safe_open], dict] = lambda file: {}) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Return the header, and `tensors` of the open file."""
+    """Return the header, and `tensors` of the open file; of a training state, the settings of G and the G_ema."""
+    if path.suffix == ".pt":
+        options = path.parent / "options.yaml"
+        if not options.is_file():
+            raise UserError(f"{path} needs the options.yaml of its run next to it, which says how G is built")
+        return read_yaml(options).get("G") or {}, checkpoint.load(path)["G_ema"]
     try:
         with safe_open(path, "pt", device="cpu") as file:
             metadata, found = file.metadata() or {}, tensors(file)
