@@ -84,7 +84,6 @@ def flags_of_settings(function):
 # What to do instead of flags of StyleGAN2-ADA that this project lacks.
 FORMER = {
     "--subset": "make a smaller archive with dataset_tool.py --max-images",
-    "--augpipe": "ada and fixed use its bgc, and --aug=diffaug has policies",
     "--freezed": "layers are not frozen; lower the learning rate of D with --dlr",
     "--nhwc": "the memory format is chosen by device",
     "--nobench": "cuDNN's benchmark is always on; leave it out",
@@ -121,7 +120,8 @@ class Training(Command):
 @click.option(
     "--init-from",
     metavar="NAME|FILE",
-    help="Start a new run from the weights of a network in models/, a snapshot, a training state or a released .pkl.",
+    help="Start a new run from the weights of a network in models/, a snapshot, a run directory (its newest one), a "
+    "training state or a released .pkl.",
 )
 @click.option("--desc", metavar="TEXT", help="Added to the name of the run directory.")
 @click.option(

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import files_up_to
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from dnnlib.console import UserError
+from torch_utils import checkpoint
 from training.networks import Generator, GeneratorConfig
 from training.networks.layers import Layer, compute_with
-from training.snapshot import load_generator, save_generator
+from training.snapshot import find_network, load_generator, save_generator, snapshot_name
 
 SETTINGS = {
     "img_resolution": 16,
@@ -214,3 +216,18 @@ def test_how_a_generator_was_computed_is_not_saved(tmp_path):
         assert loaded.config == G.config
         assert {(m.impl, m.recompute) for m in loaded.modules() if isinstance(m, Layer)} == {("auto", "pixels")}
         rewrite(path, with_config(impl="reference", recompute="all"))
+
+
+def test_a_run_directory_gives_its_newest_snapshot_and_a_training_state_its_average(tmp_path):
+    G = generator_of()
+    for kimg in (1, 2):
+        save_generator(G, tmp_path / snapshot_name(kimg))
+    assert find_network(tmp_path) == tmp_path / snapshot_name(2)
+    state = checkpoint.save({"G_ema": G.state_dict()}, tmp_path, 3)
+    with pytest.raises(UserError, match="needs the options"):
+        load_generator(state)
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump({"G": G.config.model_dump(mode="json")}))
+    loaded = load_generator(state).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in G.state_dict().items())
+    with pytest.raises(UserError, match="folder with snapshots"):
+        find_network(tmp_path.parent)

@@ -37,7 +37,7 @@ def find_network(network: str | os.PathLike) -> Path:
         return snapshots(path)[-1]
     if str(network) in names:
         return MODELS / f"{network}.safetensors"
-    what = "is a folder without snapshots" if path.exists() else "does not exist"
+    what = "is not a file, nor a folder with snapshots" if path.exists() else "does not exist"
     known = f", or one of the networks in models/; {nearest(str(network), names)}" if names else ""
     raise UserError(f"{path} {what}; give a network-snapshot-*.safetensors of a training run or a released .pkl{known}")
 

@@ -1,0 +1,55 @@
+"""Laws of torch_utils/command.py that hold for every command."""
+
+import io
+import sys
+
+import pytest
+from click.testing import CliRunner
+from helpers import encode, noise_image, write_folder
+
+import calc_metrics
+import dataset_tool
+import generate
+import train
+from dnnlib.console import UserError
+from torch_utils import doctor
+from torch_utils.errors import explain
+
+COMMANDS = [train.main, generate.main, calc_metrics.main, dataset_tool.main, doctor.main]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1"])
+def test_help_is_printed_on_any_console(monkeypatch, encoding):
+    for command in COMMANDS:
+        console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", console)
+        with pytest.raises(SystemExit) as ended:
+            command(["--help"])
+        console.flush()
+        assert ended.value.code == 0
+        assert b"--" in console.buffer.getvalue()
+
+
+def test_a_leading_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_folder(tmp_path / "in", {"a.png": encode(noise_image(0, 8, 8))})
+    arguments = ["--source", "~/in", "--dest=~/out.zip"]
+    assert CliRunner().invoke(dataset_tool.main, arguments).exit_code == 0
+    assert CliRunner().invoke(dataset_tool.main, ["check", "~/out.zip"]).exit_code == 0
+    result = CliRunner().invoke(train.main, ["--cfg=auto", "--outdir=~/runs", "-o", "data.path=~/no.zip"])
+    assert f"{tmp_path}/no.zip does not exist" in result.output
+
+
+def test_a_name_that_is_not_utf8_is_a_mistake_that_can_be_fixed():
+    with pytest.raises(UnicodeEncodeError) as caught:
+        "caf\udce9".encode()
+    assert isinstance(explain(caught.value), UserError)
+    assert "is not UTF-8" in str(explain(caught.value))
+
+
+def test_flags_of_stylegan2_ada_without_a_counterpart_say_what_to_do():
+    for flag in train.FORMER:
+        result = CliRunner().invoke(train.main, [f"{flag}=1"])
+        assert result.exit_code == 2
+        assert train.FORMER[flag] in result.output
