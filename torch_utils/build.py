@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -46,15 +47,16 @@ def version(compiler: list[str]) -> str:
 def library(source: Path) -> ctypes.CDLL:
     """Build and load the library of a C++ `source`, optimised for this processor.
 
-    It is kept in the cache directory under a hash of the source, its own headers, the flags, the compiler and the
-    processor's features. It is written atomically, so processes may build at once, or die while they build.
-    Raises UserError, with the reason and the fix, when there is no compiler or it fails.
+    It is kept in the cache directory under a hash of the source, its own headers, the flags, the compiler, the
+    processor's features and the host. It is written atomically, so processes may build at once, or die while they
+    build. Raises UserError, with the reason and the fix, when there is no compiler or it fails.
     """
     command = [*cpp_compiler(), *FLAGS]
     fix = "set CXX to another compiler"
     # The predefined macros hold the compiler's version and the processor's features.
     identity = _run([*command, "-dM", "-E", "-x", "c++", os.devnull], fix)
-    path = _cached(source, ".so", command, identity)
+    # The host too: one that replaces a file which another has mapped over NFS would end the other's processes.
+    path = _cached(source, ".so", command, identity, platform.node())
     if not path.exists():
         with atomic_write(path) as temporary:
             _run([*command, str(source), "-o", str(temporary)], fix)
