@@ -19,9 +19,15 @@ from training.networks.lines import Lines
 FUSION_GAIN = 0.5  # of the dot product of row and column (paper section 3.2); rows are multiplied by it beforehand
 
 
-def part_size(device: str) -> int:
-    """Return how many positions a backward pass recomputes at a time: on a CPU, 2 MB of the paper's widest features."""
-    return 4096 if device == "cpu" else 2**18
+def part_size(device: torch.device) -> int:
+    """Return how many positions a backward pass recomputes at a time.
+
+    On a CPU, the widest features of a part are 2 MB with the paper's widths. On a GPU, a part keeps 5 KiB for each
+    position, a thirteenth of the memory: smaller parts would not keep the GPU busy.
+    """
+    if device.type != "cuda":
+        return 4096
+    return torch.cuda.get_device_properties(device).total_memory // 2**16
 
 
 def fuse(rows: Tensor, cols: Tensor) -> Tensor:
@@ -83,7 +89,7 @@ class PixelSynthesis(Layer):
         if self.recompute == "none" or not len(w):
             return self.window(rows, cols, w)
         height, width = rows.shape[2], cols.shape[2]
-        size = part_size(w.device.type)
+        size = part_size(w.device)
         images, count = max(1, size // (height * width)), max(1, size // width)  # several images, or rows of one
         groups = zip(rows.split(images, 1), cols.split(images, 1), w.split(images), strict=True)
         parts = [(part, col, style) for row, col, style in groups for part in row.split(count, 2)]
