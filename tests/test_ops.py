@@ -260,6 +260,12 @@ def test_lowpass_of_clamped_features_stays_finite(dtype):
     assert got.max().item() == 256
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_an_identity_copies_nothing(impl):
+    x = noise(3, 4).float()
+    assert bias_act(x, act="linear", impl=impl) is x
+
+
 # --- convolutions -------------------------------------------------------------------------------------------------
 
 

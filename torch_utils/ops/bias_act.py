@@ -41,6 +41,8 @@ def bias_act(
 ) -> Tensor:
     """Compute clamp(gain · act(x + bias), ±clamp) in the dtype of x, with `bias` [C] along axis `dim` of x.
 
+    Return x itself where that is the identity.
+
     act: a key of ACTIVATIONS, which also has the default gain.
     impl: "reference" is PyTorch; "cuda" (bias_act.cu) and "cpp" (bias_act.cpp, float32 and bfloat16 on CPUs) round
         once, where the reference rounds after each step, and keep two bits (cpp: eight) per element for the gradient;
@@ -53,6 +55,8 @@ def bias_act(
     if bias is not None and bias.shape != x.shape[dim : dim + 1 or None]:
         raise ValueError(f"bias must be [{x.shape[dim]}], as axis {dim} of x {list(x.shape)}; got {list(bias.shape)}")
     kernels = choose(impl, IMPLS, SOURCE, x)
+    if bias is None and clamp is None and activation.slope == gain == 1:
+        return x
     if kernels is not None:
         formula = (activation.slope, float(gain), math.inf if clamp is None else float(clamp))
         return fused(kernels, x, bias, formula, dim % max(x.ndim, 1))

@@ -71,9 +71,10 @@ class EqualConv2d(Layer):
         self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.act, self.halve = act, halve
-        self.gain = ACTIVATIONS[act].gain * gain
-        self.clamp = CLAMP * gain if bias else None  # the skip path has neither bias nor clamp
-        self.weight_gain = 1 / math.sqrt(inputs * kernel**2)
+        # The skip path has no bias, activation or clamp: its weight takes the gain.
+        self.gain, skip_gain = (ACTIVATIONS[act].gain * gain, 1) if bias else (1, gain)
+        self.clamp = CLAMP * gain if bias else None
+        self.weight_gain = skip_gain / math.sqrt(inputs * kernel**2)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight * self.weight_gain
