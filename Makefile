@@ -21,7 +21,7 @@ demo: .venv/ready
 	$(BIN)/python dataset_tool.py --source=letters --dest=out/demo/letters.zip --resolution=32x32
 	$(BIN)/python train.py --outdir=out/demo --cfg=demo --cond --data=out/demo/letters.zip --gpus=$(PROCESSES) --workers=1
 	$(BIN)/python generate.py --network=$(LETTERS) --seeds=0-25 --size=128x128 --columns=9 --grid=out/demo/alphabet.png
-	$(BIN)/python generate.py --network=$(LETTERS) --seeds=0-4 --class=2,17,4,15,18 --size=819x819 --columns=5 \
+	$(BIN)/python generate.py --network=$(LETTERS) --seeds=0-4 --class=C,R,E,P,S --size=819x819 --columns=5 \
 		--grid=out/demo/word.png
 	$(BIN)/python -m docs.figures --network=emoji-people --seed=0 --trunc=0.8 --out=out/demo/scales.png
 	$(BIN)/python generate.py --network=emoji-people --trunc=0.8 --seeds=0 --size=4096x4096 --grid=out/demo/poster.png

@@ -172,6 +172,12 @@ def open_labelled(path: str, G: Generator, mirror: bool) -> ImageArchive:
             f"the labels of {path} have {images.label_dim} numbers, and the network needs {G.config.c_dim}; "
             "give the archive that it was trained on"
         )
+    if G.class_names and images.class_names and images.class_names != G.class_names:
+        old, new = next(pair for pair in zip(G.class_names, images.class_names, strict=True) if pair[0] != pair[1])
+        raise UserError(
+            f"the classes of {path} are others than the network's, e.g. {new} instead of {old}; number them as in the "
+            "archive that it was trained on"
+        )
     return images
 
 

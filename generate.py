@@ -14,10 +14,11 @@ from rendering.engine import DTYPES
 from rendering.grid import FITS, Shot
 from rendering.jobs import Job, write_film, write_grid, write_images
 from rendering.saved import SavedStyles, write_styles
-from rendering.styles import Seeds, Styles, parse_seeds
+from rendering.styles import Seeds, Styles, parse_classes, parse_seeds
 from rendering.writers import FORMATS
 from torch_utils.command import Group, command
 from torch_utils.distributed import processes
+from training.labels import listed
 from training.snapshot import find_network, load_generator, network_names, save_generator
 
 MAX_SIDE = 10**7  # pixels; a square of it would take 300 TB
@@ -74,7 +75,8 @@ def image_size(
     "--class",
     "classes",
     metavar="C[,C…]",
-    help="Classes of the seeds, in turn: 2, or a blend such as 2:0.3+5:0.7.  [default: seed mod number of classes]",
+    help="Classes of the seeds, in turn: a name or a number, a blend such as 2:0.3+cat:0.7, or a vector such as "
+    "[1,0,-1.5].  [default: seed mod number of classes]",
 )
 @click.option("--mix", multiple=True, metavar="SEED:STYLES", help="Use these styles of another seed, e.g. 7:4-8.")
 @click.option("--size", metavar="WxH", help="Size in pixels.  [default: the training size]")
@@ -148,7 +150,7 @@ def main(
         raise UserError(f"--trunc={trunc}: give a finite number, for example 0.7")
     camera = Camera.parse(window, translate, rotate, zoom)
     seeds = parse_seeds(seeds) if seeds else []
-    styles = Styles(trunc, trunc_cutoff, classes.split(",") if classes else [], mix)
+    styles = Styles(trunc, trunc_cutoff, parse_classes(classes) if classes else [], mix)
     if not video and camera.moves:
         raise UserError("a path A:B is for videos; add --video, or give single values")
     with processes() as group:
@@ -158,7 +160,8 @@ def main(
             say(f"--network={network}; models/ holds {', '.join(names)}")
         G = load_generator(network, group.device)
         if G.config.c_dim and not (classes or saved):
-            say(f"{network} is conditional: seed i gets class i mod {G.config.c_dim}; choose with --class")
+            known = f": {listed(G.class_names)}" if G.class_names else ""
+            say(f"{network} is conditional: seed i gets class i mod {G.config.c_dim}; choose with --class{known}")
         if dtype == "fp16" and group.device.type == "cpu":
             raise UserError("--dtype=fp16 is for GPUs; use bf16 or fp32 on a CPU")
         shot = Shot(image_size(G.config.img_shape, size, scale, camera.window[0]), **shot)

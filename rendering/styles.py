@@ -1,6 +1,8 @@
 """Turn seeds, classes and mixtures into styles."""
 
+import difflib
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from dnnlib.console import UserError
 from rendering.camera import parse_number
+from training.labels import listed
 from training.networks import Generator
 
 MOST = 10**6  # seeds
@@ -36,24 +39,55 @@ def sample_latent(G: Generator, seed: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).randn(1, G.config.z_dim)).float()
 
 
+def parse_classes(text: str) -> list[str]:
+    """Split at commas, except in "[1,0]" and within double quotes, which are removed."""
+    parts = re.split(r',(?![^\[]*\])(?=(?:[^"]*"[^"]*")*[^"]*$)', text)
+    return [re.sub(r'^\s*"(.*)"\s*$', r"\1", part) for part in parts]
+
+
 def parse_label(G: Generator, text: str | None) -> Tensor:
-    """Return [1,c_dim] for a class "2" or a blend "2:0.3+5:0.7" (equal parts without weights). Raises UserError."""
-    c_dim = G.config.c_dim
+    """Return [1,c_dim], with the numbers as they are written. Raises UserError.
+
+    "cat" or "2" is one class, "cat:0.3+5:0.7" a blend, "cat+5" one of equal parts whose sum is 1, and "[1,0,-1.5]" a
+    vector. A name takes precedence over a number.
+    """
+    names, c_dim = G.class_names, G.config.c_dim
     c = torch.zeros(1, c_dim)
     if text is None:  # a network without classes
         return c
-    for part in text.split("+"):
-        match = re.fullmatch(r"\s*(\d{1,9})(?::([0-9.]{1,12}))?\s*", part)
-        weight = parse_number(match[2] or "1") if match else None
-        if weight is None:
-            raise UserError(f"class={text}: cannot read {part!r}; write a class, or a blend such as 2:0.3+5:0.7")
-        if int(match[1]) >= c_dim:
-            known = f"it has classes 0 to {c_dim - 1}" if c_dim else "the network has no classes; leave it out"
-            raise UserError(f"class={text}: {known}")
-        c[0, int(match[1])] += weight
-    if not c.sum() > 0:
+    if not c_dim:
+        raise UserError(f"class={text}: the network has no classes; leave it out")
+    text = unicodedata.normalize("NFC", text).strip()
+    if text.startswith("[") and text not in names:
+        numbers = [parse_number(number) for number in text[1:].removesuffix("]").split(",")]
+        if None in numbers or len(numbers) != c_dim:
+            raise UserError(f"class={text}: a vector for this network has {c_dim} numbers, such as [1,0,-1.5] for 3")
+        return torch.tensor([numbers])
+    parts = [parse_part(G, text, part.strip()) for part in ([text] if text in names else text.split("+"))]
+    weights = [weight for _, weight in parts if weight is not None]
+    if len(weights) not in (0, len(parts)):
+        raise UserError(f"class={text}: give every part of the blend a weight, or none of them")
+    if weights and not any(weights):
         raise UserError(f"class={text}: the parts of the blend are all 0; make one of them larger")
-    return c / c.sum()
+    for number, weight in parts:
+        c[0, number] += 1 / len(parts) if weight is None else weight
+    return c
+
+
+def parse_part(G: Generator, text: str, part: str) -> tuple[int, float | None]:
+    """Return (5, 0.7) for a part "5:0.7" of `text`, (5, None) for "5". Raises UserError."""
+    names, c_dim = G.class_names, G.config.c_dim
+    word, colon, number = (part, "", "") if part in names or ":" not in part else part.rpartition(":")
+    weight = parse_number(number) if colon else None
+    if colon and weight is None:
+        raise UserError(f"class={text}: cannot read {part!r}; write a class, or a blend such as 2:0.3+5:0.7")
+    if word in names:
+        return names.index(word), weight
+    if re.fullmatch(r"[0-9]{1,9}", word) and int(word) < c_dim:
+        return int(word), weight
+    known = f"it has classes 0 to {c_dim - 1}" + (f": {listed(names)}" if names else ", without names")
+    near = difflib.get_close_matches(word, names, cutoff=0.5)
+    raise UserError(f"class={text}: {known}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
 
 
 def parse_mix(text: str, count: int) -> tuple[int, list[int]]:
@@ -88,7 +122,8 @@ class Styles(NamedTuple):
         """Return the class of each seed, None for an unconditional G."""
         if self.classes:
             return [self.classes[i % len(self.classes)] for i in range(len(seeds))]
-        return [str(seed % G.config.c_dim) if G.config.c_dim else None for seed in seeds]
+        known = G.class_names or [str(number) for number in range(G.config.c_dim)] or [None]
+        return [known[seed % len(known)] for seed in seeds]
 
 
 class Seeds:

@@ -165,7 +165,8 @@ class Tiny:
         """Write a folder of `count` random images, `size` = (width, height)."""
         files = {f"{i:03}.png": encode(noise_image(i, *size[::-1])) for i in range(count)}
         if labels:
-            files["dataset.json"] = json.dumps({"labels": [[file, i % 3] for i, file in enumerate(files)]}).encode()
+            labelled = [[file, i % 3] for i, file in enumerate(files)]
+            files["dataset.json"] = json.dumps({"labels": labelled, "class_names": ["ant", "bee", "cat"]}).encode()
         return write_folder(self.folder / name, files)
 
     def new(self, *arguments: object, outdir: str = "runs", data: Path | None = None) -> list[str]:

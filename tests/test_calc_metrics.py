@@ -372,6 +372,10 @@ def test_labels_are_distributed_as_those_of_the_real_images_or_take_turns(bench)
     assert bench.measure(metrics="fd_dinov2_4_full", network=network)
     other = bench.save("other.safetensors", c_dim=5)
     assert "the network needs 5" in bench.refused(metrics="fd_dinov2_4_full", network=other)
+    (bench.data / "dataset.json").write_text(json.dumps({"labels": labels, "class_names": ["ant", "bee", "cat"]}))
+    G.class_names = ["ant", "cat", "bee"]
+    save_generator(G, network)
+    assert "bee instead of cat" in bench.refused(metrics="fd_dinov2_4_full", network=network)
 
 
 def test_truncation_and_other_sizes_are_in_the_name(bench):

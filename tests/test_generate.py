@@ -40,7 +40,8 @@ def test_seeds(text, seeds):
 def networks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("networks")
     made = {"plain": tiny(), "cond": tiny(c_dim=3), "grey": tiny(img_channels=1), "rgba": tiny(img_channels=4)}
-    made["smooth"] = tiny(bandwidth=0.5)
+    made["smooth"], made["named"] = tiny(bandwidth=0.5), tiny(c_dim=3)
+    made["named"].class_names = ["ant", "2", "0"]
     for name, G in made.items():
         save_generator(G, folder / f"{name}.safetensors")
     (folder / "broken.safetensors").write_bytes((folder / "plain.safetensors").read_bytes()[:-10])
@@ -118,6 +119,33 @@ def test_classes_go_round_and_blend(networks, tmp_path):
         assert np.array_equal(found, to_uint8(image)[0].movedim(0, -1).numpy())
 
 
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("hat", [0, 1, 0, 0]),
+        ("3", [0, 0, 0, 1]),
+        ("1", [0, 0, 1, 0]),  # the name of class 2
+        ("0:0.01", [0.01, 0, 0, 0]),
+        ("hat:0.3+shoes:0.7", [0.7, 0.3, 0, 0]),
+        ("hat:1 + 3:1", [0, 1, 0, 1]),
+        ("hat:-2+hat:0.5", [0, -1.5, 0, 0]),
+        ("hat+0", [0.5, 0.5, 0, 0]),
+        ("a+b:c", [0, 0, 0, 1]),
+        ("[1,0,-1.5,2e-3]", [1, 0, -1.5, 0.002]),
+        ("[0, 0, 0, 0]", [0, 0, 0, 0]),
+    ],
+)
+def test_a_label_has_the_numbers_that_were_written(text, label):
+    G = tiny(c_dim=4)
+    G.class_names = ["shoes", "hat", "1", "a+b:c"]
+    assert torch.equal(styles.parse_label(G, text), torch.tensor([label]))
+
+
+def test_classes_are_split_at_commas_outside_of_brackets_and_quotes():
+    text = '3,[1,0,-1],hat:0.3+2:0.7,"tench, fish",[0,1]'
+    assert styles.parse_classes(text) == ["3", "[1,0,-1]", "hat:0.3+2:0.7", "tench, fish", "[0,1]"]
+
+
 def test_without_classes_a_seed_has_one_of_its_own(networks, tmp_path):
     call = ("--network", networks / "cond.safetensors", "--outdir")
     result = run(*call, tmp_path / "alone", "--seeds=5")
@@ -125,7 +153,10 @@ def test_without_classes_a_seed_has_one_of_its_own(networks, tmp_path):
     assert "seed i gets class i mod 3" in result.output
     assert run(*call, tmp_path / "among", "--seeds=4-6").exit_code == 0
     assert run(*call, tmp_path / "chosen", "--seeds=5", "--class=2").exit_code == 0
-    assert len({(tmp_path / name / "seed0005.png").read_bytes() for name in ("alone", "among", "chosen")}) == 1
+    named = run("--network", networks / "named.safetensors", "--outdir", tmp_path / "named", "--seeds=5")
+    assert "ant, 2, 0" in named.output
+    kinds = ("alone", "among", "chosen", "named")
+    assert len({(tmp_path / name / "seed0005.png").read_bytes() for name in kinds}) == 1
 
 
 @pytest.mark.parametrize(
@@ -431,6 +462,9 @@ WRONG = {
     "--network=cond --class=3": "class=3: it has classes 0 to 2",
     "--network=cond --class=1:x": "2:0.3+5:0.7",
     "--network=cond --class=0:0": "larger",
+    "--network=cond --class=0:1+2": "every part",
+    "--network=cond --class=[1,0]": "3 numbers",
+    "--network=named --class=and": "classes 0 to 2: ant, 2, 0; did you mean ant?",
     "--network=cond --seeds=3,3 --class=0,1": "two images would be seed0003.png",
     "--seeds=0-4294967295": "1,000,000",
     "--w=w.npy": "--seeds does not go with --w",

@@ -54,6 +54,18 @@ def test_a_generator_loaded_is_the_generator_saved(tmp_path, settings):
     assert torch.equal(loaded(z, c), G(z, c))
 
 
+def test_names_of_classes_are_kept_and_must_fit(tmp_path):
+    G, path = generator_of(c_dim=2), tmp_path / "network.safetensors"
+    for names in ([], ["ä", "b, c"]):
+        G.class_names = names
+        save_generator(G, path)
+        assert load_generator(path).class_names == names
+    G.class_names = ["alone"]
+    save_generator(G, path)
+    with pytest.raises(UserError, match="class_names"):
+        load_generator(path)
+
+
 def test_the_header_of_a_snapshot_holds_the_config(tmp_path):
     G, path = generator_of(), tmp_path / "network.safetensors"
     save_generator(G, path)

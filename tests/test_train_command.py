@@ -114,7 +114,8 @@ def test_a_run_directory_holds_the_files_of_stylegan(tiny):
     assert not [name for name in names if name.startswith(".")]
     for name in ("reals.png", "fakes000000.png"):
         assert Image.open(folder / name).size == (12 * 8, 8 * 8)
-    assert load_generator(folder / "network-snapshot-000000.safetensors").config.c_dim == 3
+    G = load_generator(folder / "network-snapshot-000000.safetensors")
+    assert (G.config.c_dim, G.class_names) == (3, ["ant", "bee", "cat"])
     lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
     assert [line["Progress/kimg"] for line in lines] == [0.016, 0.032, 0.048, 0.056]
     for key in ("Loss/G/loss", "Loss/D/loss", "Loss/scores/fake", "Loss/scores/real", "Loss/signs/real"):

@@ -173,6 +173,7 @@ def run(task: NewRun | ResumedRun, procs: Processes) -> int:
     if config.train.batch_gpu == "auto":
         config = config.with_train(batch_gpu=largest_micro_batch(config, images, procs))
     state = new_state(config, procs.device)
+    state.G_ema.class_names = images.class_names
     evaluate = snapshot_evaluation(config, images, state, procs, say)
     if isinstance(task, NewRun):
         report = initialise(state, task.init_from) if task.init_from else []

@@ -53,14 +53,15 @@ def snapshots(run: Path) -> list[Path]:
 
 
 def save_generator(G: Generator, path: str | os.PathLike, **trained: float) -> None:
-    """Write parameters, buffers and config of G to `path` (.safetensors), whole or not at all.
+    """Write parameters, buffers, config and class names of G to `path` (.safetensors), whole or not at all.
 
     `trained`: of a snapshot, its `step` and the thousand images (`kimg`) it has seen; `read_trained` reads them.
     """
     tensors = {name: t.detach().contiguous().cpu() for name, t in G.state_dict().items()}
+    names = {"class_names": G.class_names} if G.class_names else {}
     with atomic_write(path) as temporary:
         # One entry: safetensors writes several in random order, and equal generators should give equal files.
-        save_file(tensors, temporary, {FORMAT: json.dumps(G.config.model_dump() | {"trained": trained})})
+        save_file(tensors, temporary, {FORMAT: json.dumps(G.config.model_dump() | names | {"trained": trained})})
 
 
 def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:
@@ -81,9 +82,13 @@ def _load(path: Path) -> Generator:
     settings, tensors = _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     for name in ("trained", "impl", "recompute"):  # the last two in older files
         settings.pop(name, None)
+    names = settings.pop("class_names", [])
     config = build(GeneratorConfig, settings, f"the config in {path}")
     with torch.device("meta"):
         G = Generator(config)
+    if not (isinstance(names, list) and len(names) in (0, config.c_dim) and all(isinstance(n, str) for n in names)):
+        raise UserError(f"the class_names in {path} are not {config.c_dim} texts; copy or download it again")
+    G.class_names = names
     expected = {name: tuple(t.shape) for name, t in G.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:

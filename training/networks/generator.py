@@ -137,11 +137,15 @@ class StyleMapping(Mapping):
 
 
 class Generator(nn.Module):
-    """z [N,z_dim], c [N,c_dim] or None -> [N,C,H,W], on the training grid or at any rows × cols (see Synthesis)."""
+    """z [N,z_dim], c [N,c_dim] or None -> [N,C,H,W], on the training grid or at any rows × cols (see Synthesis).
+
+    class_names: what the numbers of c stand for, or []. Snapshots keep it, and nothing computed depends on it.
+    """
 
     def __init__(self, config: GeneratorConfig):
         super().__init__()
         self.config = config
+        self.class_names: list[str] = []
         self.mapping = StyleMapping(config)
         self.synthesis = Synthesis(config)
 
