@@ -149,7 +149,8 @@ class Canvas(Unfinished):
                     raise self.broken(f"{path.name} has {path.stat().st_size} bytes instead of {length}")
         except (OSError, IndexError, tifffile.TiffFileError) as error:
             raise self.broken(f"it cannot be read ({error})") from error
-        self._file, self._marks = (os.open(path, os.O_RDWR) for path in (self.pixels, self.marks))
+        flags = os.O_RDWR | getattr(os, "O_BINARY", 0)  # Windows would translate line ends
+        self._file, self._marks = (os.open(path, flags) for path in (self.pixels, self.marks))
         self._unmarked: list[int] = []
         self._flushed = time.monotonic()
         return self
@@ -221,7 +222,8 @@ class Canvas(Unfinished):
     def publish(self, encoded: Path) -> None:
         if self.path.suffix == ".dzi":  # swap the tiles; the old ones are removed with the directory
             tiles = self.path.with_name(f"{self.path.stem}_files")
-            os.sync()  # thousands of small files
+            with contextlib.suppress(AttributeError):  # Windows has no sync
+                os.sync()  # thousands of small files
             if tiles.exists():
                 os.replace(tiles, encoded.with_name("former_files"))
             os.replace(encoded.with_name(f"{encoded.stem}_files"), tiles)
@@ -253,5 +255,9 @@ def write_all(handle: int, data, offset: int) -> None:
     """Write bytes at `offset` of a file; one system call writes 2 GiB at most, and less on a full disk."""
     view = memoryview(data)
     while len(view):
-        written = os.pwrite(handle, view, offset)
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(handle, view, offset)
+        else:  # Windows
+            os.lseek(handle, offset, os.SEEK_SET)
+            written = os.write(handle, view)
         view, offset = view[written:], offset + written

@@ -21,6 +21,7 @@ from torch_utils.distributed import check_capability, count_gpus
 from torch_utils.ops import bias_act, modulated_linear
 from torch_utils.ops.chain import Chain, Folded
 from torch_utils.precision import disable_tf32
+from training.colours import ENDINGS, HINTS
 from training.networks.fused_pixels import fused_pixels
 
 
@@ -162,6 +163,7 @@ def main():
         "CUDA compiler": [nvrtc()],
         "C++ compiler": [cpp_compiler()],
         "Triton": [triton()],
+        "image files": [", ".join(ENDINGS), *(f".{e}: {what}" for e, what in HINTS.items() if e not in ENDINGS)],
         "libraries": [f"are built on first use and kept in {cache_dir() / 'libraries'}"],
     }
     for name, lines in facts.items():

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import math
 import os
 import re
 import sys
@@ -22,21 +23,28 @@ GIB = 2**30
 USABLE = 0.9  # of the memory: the rest is for fragmentation, metrics and other processes on the machine
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Return the peak of allocations on the GPU since its last reset, or of this process's memory since its start."""
+def peak_bytes(device: torch.device) -> float:
+    """Return the peak of allocations on the GPU since its last reset, or of this process's memory since its start.
+
+    nan on Windows, where Python does not know the latter.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # On Linux, ru_maxrss starts at the peak of the process that started this one.
     with contextlib.suppress(OSError, TypeError):
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-    import resource  # Windows has none
-
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def available_bytes() -> int:
     """Return how much more memory this process may take: what the machine, or its container, has left."""
+    if not hasattr(os, "sysconf"):
+        raise UserError("on Windows the free memory is not known; set train.batch_gpu to a number of images, not auto")
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with contextlib.suppress(OSError):
         found.append(1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]))
