@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -187,6 +188,19 @@ def test_several_batches_in_one_call_are_judged_as_in_calls_of_their_own(variant
 def test_equal_images_deviate_by_the_root_of_epsilon():
     x = noise(1, 3, 4, 4).expand(4, 3, 4, 4)
     assert torch.allclose(minibatch_std(x, 4)[:, 3], torch.full((4, 4, 4), 1e-4).double(), rtol=1e-9)
+
+
+def test_groups_of_several_processes_are_those_of_the_whole_batch():
+    """Two batches of eight images; each of four processes has two of each, and groups hold four."""
+    x = noise(16, 3, 4, 4)
+
+    def own(x, rank):
+        return x.unflatten(0, (2, 8))[:, rank::4].flatten(0, 1)
+
+    for rank in range(4):
+        everyone = torch.stack([own(x, r).unflatten(0, (2, 2)) for r in range(4)])
+        procs = SimpleNamespace(rank=rank, world=4, gather=lambda mine, everyone=everyone: everyone)
+        assert torch.equal(minibatch_std(own(x, rank), 4, 2, procs), own(minibatch_std(x, 4, 2), rank))
 
 
 @pytest.mark.parametrize(("variant", "group"), [("plain", 4), ("conditional", 4), ("plain", 1)])

@@ -84,7 +84,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
         return x
 

@@ -118,7 +118,7 @@ def cpp_compiler() -> str:
 
 def nvrtc() -> str:
     try:
-        return build.nvrtc_version()
+        return f"NVRTC {build.nvrtc_version()}"
     except UserError as problem:
         return f"none: {problem}"
 
