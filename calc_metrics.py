@@ -103,7 +103,8 @@ def from_network(options: Options, metrics: tuple[Metric, ...], procs: Processes
         raise UserError("--size and --scale both set the size; give one of them")
     if not math.isfinite(options.trunc):
         raise UserError(f"--trunc={options.trunc}: give a finite number, for example 0.7")
-    file, G = find_network(options.network), load_generator(options.network, procs.device)
+    file = procs.broadcast(find_network(options.network) if procs.is_first else None)
+    G = load_generator(file, procs.device)
     trained = trained_on(file)
     path = options.data or trained.get("path")
     compares = any(metric.family.reals for metric in metrics)
@@ -120,7 +121,9 @@ def from_network(options: Options, metrics: tuple[Metric, ...], procs: Processes
     labelled = archive if archive and archive.label_dim else None
     images = Generated(G, size, seed=options.seed, trunc=options.trunc, labelled=labelled)
     seen = read_trained(file)
-    source = {"network": Path(options.network).name} | ({"kimg": seen["kimg"]} if seen else {})
+    source = {"network": file.name if options.network.startswith("http") else Path(options.network).name} | (
+        {"kimg": seen["kimg"]} if seen else {}
+    )
     # The results of networks in models/ are kept only in --outdir.
     beside = file.parent if Path(options.network).is_file() else None
     return Subject(
@@ -231,7 +234,9 @@ def add(records: list[dict], folder: Path, seen: dict[str, float]) -> None:
 
 @click.group(cls=Group, invoke_without_command=True, context_settings={"max_content_width": 110})
 @click.option(
-    "--network", metavar="NAME|FILE", help="A name in models/, a network-snapshot-*.safetensors, or a released .pkl."
+    "--network",
+    metavar="NAME|FILE|URL",
+    help="A name in models/, a network-snapshot-*.safetensors, a released .pkl, or https://…#sha256=….",
 )
 @click.option("--images", metavar="ZIP|DIR", help="Images to measure, instead of a network's.")
 @click.option("--data", metavar="ZIP|DIR", help="Real images to compare with.  [default: the training images]")

@@ -55,8 +55,8 @@ def image_size(
 @click.group(cls=Group, invoke_without_command=True, context_settings={"max_content_width": 110})
 @click.option(
     "--network",
-    metavar="NAME|FILE",
-    help="A name in models/, a network-snapshot-*.safetensors, or a released .pkl.  "
+    metavar="NAME|FILE|URL",
+    help="A name in models/, a network-snapshot-*.safetensors, a released .pkl, or https://…#sha256=….  "
     "[default: emoji-people, or else the first name in models/]",
 )
 @click.option("--seeds", metavar="0-3,7", help="One image for each seed; the stops of a video.")
@@ -158,7 +158,8 @@ def main(
         if network is None:
             network = names[0]
             say(f"--network={network}; models/ holds {', '.join(names)}")
-        G = load_generator(network, group.device)
+        file = group.broadcast(find_network(network) if group.is_first else None)
+        G = load_generator(file, group.device)
         if G.config.c_dim and not (classes or saved):
             known = f": {listed(G.class_names)}" if G.class_names else ""
             say(f"{network} is conditional: seed i gets class i mod {G.config.c_dim}; choose with --class{known}")
@@ -171,7 +172,7 @@ def main(
         if save_w and group.is_first:
             write_styles(images, Path(save_w))
             click.echo(f"{save_w}\t{len(images)}x{G.config.num_ws}x{G.config.w_dim}")
-        job = Job(G, sha256(find_network(network)), images, camera, shot, dtype, resume, click.echo)
+        job = Job(G, sha256(file), images, camera, shot, dtype, resume, click.echo)
         if video:
             write_film(job, group, Path(video), w_frames, fps)
         elif grid:

@@ -6,8 +6,10 @@ import http.client
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +26,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path next to `path`; after the block, flush it to disk and rename it to `path`.
 
     `path` keeps its former content when the block raises or the process dies.
-    Raises UserError when the directory cannot be made or written.
+    Raises UserError when the directory cannot be made or written, or `path` is a directory.
     """
     path = Path(path)
+    if os.path.isdir(path):
+        raise UserError(f"cannot write {path}: a directory has this name; choose another one, or remove it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=f".tmp{path.suffix}")
@@ -39,6 +43,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         _publish(temporary, path, 0o666)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names none, and the temporary name would mean nothing to the user
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -70,8 +77,9 @@ def append_line(path: str | os.PathLike, line: str) -> None:
         try:
             while data:
                 data = data[file.write(data) :]
-        except OSError:
+        except OSError as error:
             file.truncate(end)
+            error.filename = str(path)
             raise
 
 
@@ -127,29 +135,54 @@ def locate(file: RemoteFile, folder: str | os.PathLike | None = None) -> Path:
         raise UserError(f"{wanted} (it is not downloaded, because its SHA-256 is not known here)")
     try:
         download(file, places[0])
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{wanted} (downloading it failed: {error})") from error
+    except UserError as error:
+        raise UserError(f"{wanted} ({error})") from error
     return places[0]
+
+
+def fetch(url: str) -> Path:
+    """Return the file of "https://…#sha256=…" in the cache directory, downloaded unless it is there intact.
+
+    Raises UserError.
+    """
+    address, _, digest = url.partition("#sha256=")
+    digest = digest.lower()
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise UserError(
+            f"{url} needs its SHA-256, so that nobody can replace it: write {address}#sha256=DIGEST, with the 64 "
+            "digits that its author states, or that `sha256sum FILE` prints of a file you trust"
+        )
+    name = Path(urllib.parse.urlsplit(address).path).name or "file"
+    path = cache_dir() / "downloads" / digest / name
+    if not (path.is_file() and sha256(path) == digest):
+        download(RemoteFile(name, address, digest), path)
+    return path
 
 
 def download(file: RemoteFile, path: Path) -> None:
     """Download `file` to `path`, with a progress bar; `path` changes only when the SHA-256 is right.
 
-    Raises UserError when the SHA-256 is wrong or `path` cannot be written, and OSError or HTTPException when the server
-    is out of reach or silent for TIMEOUT seconds.
+    Raises UserError when the SHA-256 is wrong, `path` cannot be written, or the server is out of reach or silent for
+    TIMEOUT seconds.
     """
-    with urllib.request.urlopen(file.url, timeout=TIMEOUT) as answer, atomic_write(path) as temporary:
-        length = int(answer.headers.get("Content-Length") or 0) or None
-        with open(temporary, "wb") as output, progress(None, desc=file.name, total=length, unit="B", scale=True) as bar:
-            while block := answer.read(BLOCK):
-                output.write(block)
-                bar.update(len(block))
-        found = sha256(temporary)
-        if not found.startswith(file.digest):
-            raise UserError(
-                f"{file.url} gave a file whose SHA-256 is {found}, not one that begins with {file.digest}; the "
-                f"download was cut short or the file was replaced: try again, or put the right file at {path}"
-            )
+    try:
+        with urllib.request.urlopen(file.url, timeout=TIMEOUT) as answer, atomic_write(path) as temporary:
+            length = int(answer.headers.get("Content-Length") or 0) or None
+            bar = progress(None, desc=file.name, total=length, unit="B", scale=True)
+            with open(temporary, "wb") as output, bar:
+                while block := answer.read(BLOCK):
+                    output.write(block)
+                    bar.update(len(block))
+            found = sha256(temporary)
+            if not found.startswith(file.digest):
+                raise UserError(
+                    f"{file.url} gave a file whose SHA-256 is {found}, not one that begins with {file.digest}; the "
+                    f"download was cut short or the file was replaced: try again, or put the right file at {path}"
+                )
+    except UserError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:  # the last: an address that is none
+        raise UserError(f"downloading {file.url} failed: {error}") from error
 
 
 def check_writable(folder: Path) -> None:

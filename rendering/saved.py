@@ -63,8 +63,11 @@ def write_styles(images: Seeds, path: Path) -> None:
     """Write w of all images. Raises UserError."""
     _, write = choose_file(path)
     w = np.stack([images.ws(i).cpu().numpy() for i in range(len(images))])
-    with atomic_write(path) as temporary:
-        write(temporary, w)
+    try:
+        with atomic_write(path) as temporary:
+            write(temporary, w)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {error}; free some space, or choose another disk") from error
 
 
 class SavedStyles:

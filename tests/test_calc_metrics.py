@@ -151,6 +151,7 @@ def test_the_usual_names_are_known_and_keep_their_spelling():
         ("fid50k", 1500, "fid1500"),
         ("pr50k3_full", 2000, "pr2k3_full"),
         ("scale_psnr", 16, "scale_psnr_16"),
+        ("FID50K_full", 50_000, "fid50k_full"),
         ("ppl2_wend", 50_000, "ppl2_wend"),
     ],
 )
@@ -246,6 +247,7 @@ def test_lite0_gives_the_frechet_distance_of_its_means_without_any_download(benc
     options = {"network": None, "weights": None, "outdir": bench.folder, "metrics": "fd_lite0_50k_full"}
     (record,) = bench.measure(images=other, **options).values()
     assert list(record["results"]) == ["fd_lite0_9_full"]  # as many as there are
+    assert "9 images are too few" in record["caution"]
     detector = features.Detector("lite0")
     both = [
         detector(torch.stack([images[i][0] for i in range(len(images))])).features.double().numpy()
@@ -417,6 +419,7 @@ def test_the_training_images_of_a_run_are_found(bench):
     ("options", "words"),
     [
         ({"metrics": "fidd50k_full"}, "did you mean fid50k_full?"),
+        ({"metrics": "FID"}, "did you mean fid50k_full?"),
         ({"metrics": "none"}, "measures nothing"),
         ({"metrics": "is50k", "num": 9}, "10 images"),
         ({"metrics": "fd_dinov2_5_full", "data": None}, "compares with real images; give them with --data"),

@@ -1,16 +1,20 @@
 """Laws of snapshots: what was saved is loaded, and anything else is one sentence."""
 
+import http.server
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from helpers import files_up_to
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dnnlib.console import UserError
+from dnnlib.files import sha256
 from torch_utils import checkpoint
 from training.networks import Generator, GeneratorConfig
 from training.networks.layers import Layer, compute_with
@@ -206,13 +210,15 @@ def test_saving_below_a_file_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*network"):
         save_generator(generator_of(), tmp_path / "file" / "network.safetensors")
     assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(UserError, match="a directory has this name"):
+        save_generator(generator_of(), tmp_path)
 
 
 def test_when_the_disk_is_full_the_old_snapshot_stays_and_nothing_half_written(tmp_path):
     path = tmp_path / "network.safetensors"
     save_generator(generator_of(), path)
     before = path.read_bytes()
-    with files_up_to(len(before) // 2), pytest.raises(SafetensorError, match="File too large"):
+    with files_up_to(len(before) // 2), pytest.raises(UserError, match="cannot write .*File too large"):
         save_generator(generator_of(), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -243,3 +249,57 @@ def test_a_run_directory_gives_its_newest_snapshot_and_a_training_state_its_aver
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in G.state_dict().items())
     with pytest.raises(UserError, match="folder with snapshots"):
         find_network(tmp_path.parent)
+
+
+@pytest.fixture
+def server(tmp_path) -> Iterator[str]:
+    """Serve tmp_path / "www"; /short breaks off."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=tmp_path / "www")
+
+        def do_GET(self):
+            if self.path == "/short":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b"cut off")
+            else:
+                super().do_GET()
+
+        def log_message(self, *_): ...
+
+    (tmp_path / "www").mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_network_at_an_address_is_downloaded_once_and_is_the_one_with_that_digest(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("CREPS_CACHE", str(tmp_path / "cache"))
+    G = generator_of()
+    save_generator(G, tmp_path / "www" / "net.safetensors")
+    digest = sha256(tmp_path / "www" / "net.safetensors")
+    for url, words in {
+        f"{server}/net.safetensors": f"write {server}/net.safetensors#sha256=",
+        f"{server}/net.safetensors#sha256={digest[:-1]}": "64 digits",
+        f"{server}/net.safetensors#sha256={digest[::-1]}": f"SHA-256 is {digest}",
+        f"{server}/short#sha256={digest}": "cut short|IncompleteRead",
+        f"{server}/gone#sha256={digest}": "404",
+        f"http://127.0.0.1:1/x#sha256={digest}": "refused",
+        f"http://#sha256={digest}": "failed",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            load_generator(url)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    url = f"{server}/net.safetensors#sha256={digest.upper()}"
+    expected = G.state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in load_generator(url).state_dict().items())
+    (tmp_path / "www" / "net.safetensors").unlink()
+    (kept,) = (tmp_path / "cache").rglob("net.safetensors")
+    load_generator(url)
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with pytest.raises(UserError, match="404"):  # it does not trust what is damaged
+        load_generator(url)

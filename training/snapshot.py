@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from dnnlib.config import build, nearest, read_yaml
 from dnnlib.console import UserError
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, fetch
 from torch_utils import checkpoint
 from training.networks import Generator, GeneratorConfig
 from training.networks.released import load_released
@@ -26,18 +26,20 @@ def network_names() -> list[str]:
 
 
 def find_network(network: str | os.PathLike) -> Path:
-    """Return the file of a network: a path, a run directory (its newest snapshot), or a name in models/.
+    """Return the file of a network: a path, a run directory (its newest snapshot), a name in models/, or an address.
 
-    Raises UserError.
+    An address ends in the SHA-256 of its file, see dnnlib.files.fetch. Raises UserError.
     """
+    if str(network).startswith(("https://", "http://")):
+        return fetch(str(network))
     path, names = Path(network), network_names()
-    if path.is_file():
+    if os.path.isfile(path):
         return path
-    if path.is_dir() and snapshots(path):
+    if os.path.isdir(path) and snapshots(path):
         return snapshots(path)[-1]
     if str(network) in names:
         return MODELS / f"{network}.safetensors"
-    what = "is not a file, nor a folder with snapshots" if path.exists() else "does not exist"
+    what = "is not a file, nor a folder with snapshots" if os.path.exists(path) else "does not exist"
     known = f", or one of the networks in models/; {nearest(str(network), names)}" if names else ""
     raise UserError(f"{path} {what}; give a network-snapshot-*.safetensors of a training run or a released .pkl{known}")
 
@@ -59,13 +61,17 @@ def save_generator(G: Generator, path: str | os.PathLike, **trained: float) -> N
     """
     tensors = {name: t.detach().contiguous().cpu() for name, t in G.state_dict().items()}
     names = {"class_names": G.class_names} if G.class_names else {}
-    with atomic_write(path) as temporary:
-        # One entry: safetensors writes several in random order, and equal generators should give equal files.
-        save_file(tensors, temporary, {FORMAT: json.dumps(G.config.model_dump() | names | {"trained": trained})})
+    # One entry: safetensors writes several in random order, and equal generators should give equal files.
+    header = {FORMAT: json.dumps(G.config.model_dump() | names | {"trained": trained})}
+    try:
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, header)
+    except SafetensorError as error:
+        raise UserError(f"cannot write {path}: {error}; free some space, or choose another disk") from error
 
 
 def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:
-    """Load the generator in `path`, or of a name in models/, in eval mode and without gradients.
+    """Load the generator in `path`, or what else `find_network` takes, in eval mode and without gradients.
 
     Reads files of `save_generator`, and the G_ema of a training state or of a `.pkl` that the authors released. Raises
     UserError when the file is missing, broken or something else, or holds numbers that are not finite.
