@@ -84,6 +84,9 @@ def measure(options: Options, procs: Processes) -> None:
         if subject.large and subject.large.left_out:
             side = max(subject.images.size)
             click.echo(f"{subject.large.left_out:,} images smaller than {side} pixels are left out", err=True)
+        if subject.reals and any(m.family.reals for m in metrics) and subject.reals.size != subject.images.size:
+            theirs, ours = (f"{width}x{height}" for height, width in (subject.reals.size, subject.images.size))
+            click.echo(f"the real images are {theirs}; they are cropped and resized to {ours}", err=True)
         if subject.folder:
             check_writable(subject.folder)
     evaluation = Evaluation(metrics, settings, procs, subject.reals, subject.large, options.weights)

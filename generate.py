@@ -43,7 +43,8 @@ def image_size(
     else:
         shares = window[3] - window[1], window[2] - window[0]
         scale = scale or 1 / max(shares)
-        height, width = (round(side * share * scale) for side, share in zip(trained, shares, strict=True))
+        sides = (side * (share * scale) for side, share in zip(trained, shares, strict=True))
+        height, width = (round(min(side, MAX_SIDE + 1)) for side in sides)
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise UserError(
             f"an image of {width}x{height} pixels cannot be written; it may have 1 to {MAX_SIDE:,} per side, "

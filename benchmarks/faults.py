@@ -1,4 +1,4 @@
-"""Inject faults into the commands and count what goes wrong: kills, a full disk, damaged files.
+"""Inject faults into the commands and count what goes wrong: kills, a full disk, damaged files, ten thousand images.
 
 python -m benchmarks.faults --out=benchmarks/results/faults.json             # everything: hours on two cores
 python -m benchmarks.faults --part=kills --count=10 --out=/tmp/faults.json   # one part, shorter
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from dnnlib.files import atomic_write
 from torch_utils.command import command
 
 ROOT = Path(__file__).parents[1]
+GROWTH = 20  # MiB: more is a leak, of 2 kB for each of 10,000 images
 LIMIT = 60  # seconds: a command that still runs this long after a fault counts as hanging
 RECIPE = """
 base: demo
@@ -42,10 +44,11 @@ data: {workers: 1}
 
 @dataclass
 class Tally:
-    """The faults injected into one command, and each violation as a sentence."""
+    """The faults injected into one command, each violation as a sentence, and what was measured."""
 
     faults: int = 0
     violations: list[str] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
 
     def require(self, held: bool, violation: str) -> None:
         if not held:
@@ -355,12 +358,55 @@ def mutations(count: int, rng: random.Random) -> dict[str, Tally]:
     return tallies
 
 
-PARTS = {"kills": (kills, 100), "full-disk": (full_disk, 30), "mutations": (mutations, 200)}
+READ = """
+import itertools, sys
+from training.data import ImageArchive, batches
+for batch in itertools.islice(batches(ImageArchive(sys.argv[1]), batch=10, workers=0), int(sys.argv[2]) // 10):
+    print("image\\n" * 10, end="", flush=True)
+"""
+
+
+def memory(count: int, rng: random.Random) -> dict[str, Tally]:
+    """Render `count` seeds, and read ten times as many images, in fresh processes, whose memory may not grow.
+
+    Each prints a line for each image: their resident memory is read after a tenth of them, and near the end.
+    """
+    tallies = {}
+    with inputs() as base:
+        seeds = [
+            "generate.py",
+            "--network=letters",
+            f"--seeds=0-{count - 1}",
+            "--size=16x16",
+            f"--outdir={base / 'out'}",
+        ]
+        read = ["-c", READ, str(base / "letters.zip"), str(10 * count)]
+        for name, arguments, images in (("seeds rendered", seeds, count), ("images read", read, 10 * count)):
+            tally, seen = tallies.setdefault(name, Tally()), {}
+            process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            for done, _ in enumerate(process.stdout, 1):
+                tally.faults = done
+                if done in (images // 10, images * 9 // 10):
+                    status = Path(f"/proc/{process.pid}/status").read_text()
+                    seen[done] = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+            tally.require(process.wait() == 0 and tally.faults == images, f"{name}: {tally.faults} of {images}")
+            early, late = seen.values()
+            tally.figures = {f"MiB after {done:,}": round(mib, 1) for done, mib in seen.items()}
+            tally.require(late - early < GROWTH, f"{name}: {early:.0f} MiB became {late:.0f} MiB")
+    return tallies
+
+
+PARTS = {
+    "kills": (kills, 100),
+    "full-disk": (full_disk, 30),
+    "mutations": (mutations, 200),
+    "memory": (memory, 10_000),
+}
 
 
 @click.command()
 @click.option("--part", "parts", type=click.Choice(list(PARTS)), multiple=True, help="One part; by default all.")
-@click.option("--count", type=click.IntRange(1), help="Faults of each kind.  [default: 100, 30, 200]")
+@click.option("--count", type=click.IntRange(1), help="Faults of each kind, or seeds.  [default: 100, 30, 200, 10000]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", metavar="JSON", type=click.Path(path_type=Path), required=True)
 @command()
@@ -370,7 +416,9 @@ def main(parts, count, seed, out):
     for name in parts or PARTS:
         function, default = PARTS[name]
         tallies = function(count or default, random.Random(seed))
-        result[name] = {what: {"faults": t.faults, "violations": t.violations} for what, t in tallies.items()}
+        result[name] = {
+            what: {"faults": t.faults, "violations": t.violations} | t.figures for what, t in tallies.items()
+        }
         with atomic_write(out) as file:
             file.write_text(json.dumps(result, indent=1) + "\n")
         click.echo(f"{name}: " + ", ".join(f"{what} {len(t.violations)} of {t.faults}" for what, t in tallies.items()))

@@ -118,8 +118,8 @@ def render_tiles(
             colours = torch.stack([lines.colours(i, box) for i in range(len(networks))])
             if not colours.isfinite().all():  # before conversion to bytes, which hides it
                 raise NotFinite(
-                    "the network returns colours that are not finite; it is broken, or too large for this dtype: use "
-                    "an earlier snapshot, or dtype fp32"
+                    "the network returns colours that are not finite; it is broken, too large for this dtype, or the "
+                    "window is too far away: use an earlier snapshot, dtype fp32 or a nearer window"
                 )
             colours = colours.unflatten(2, [side * samples for side in box.shape])
             return finish(F.avg_pool2d(colours, samples) if samples > 1 else colours)

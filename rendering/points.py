@@ -56,10 +56,11 @@ class Spread(NamedTuple):
         return cls(t.min().item(), t.max().item(), spacing, t.numel())
 
     def grid(self) -> tuple[float, float, int] | None:
-        """Return (first, step, count) of the samples to interpolate, or None if exact points cost less."""
+        """Return (first, step, count) of the samples to interpolate; None if exact points cost less or are too far."""
         step = min(1 / DENSITY, self.spacing / FINENESS) or 1 / DENSITY
         samples = (self.high - self.low) / step + 1 + 2 * MARGIN
-        if samples > min(self.count, LONGEST):
+        resolved = step > 2**-46 * max(abs(self.low), abs(self.high))  # by float64
+        if samples > min(self.count, LONGEST) or not resolved:
             return None
         return self.low - MARGIN * step, step, math.ceil(samples) + 1
 

@@ -473,6 +473,7 @@ WRONG = {
     "--window=0,0,1": "window=0.25,0.25,0.5,0.5",
     "--window=1,0,0,1": "left < right",
     "--window=0,0,1e-16,1e-16": "float64",
+    "--window=0,0,1e308,1e308 --scale=2": "cannot be written",
     "--zoom=0": "above 0",
     "--zoom=a": "zoom=2",
     "--rotate=inf": "rotate=inf",
