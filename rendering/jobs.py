@@ -172,7 +172,7 @@ def write_film(job: Job, group: Processes, path: Path, frames: int, fps: float) 
     keys = torch.cat([ws, ws[:1]]).cpu().double().numpy()
     walk = CubicSpline(np.linspace(0, 1, len(keys)), keys, bc_type="periodic")
     channels = job.G.config.img_channels
-    settings = job.settings(**job.images.settings(), frames=frames)
+    settings = job.settings(**job.images.settings(), frames=frames, fps=fps)
     film = Film(path, settings, size=job.shot.size, channels=channels, frames=frames, fps=fps)
     with shared(film, job, group) as numbers:
         for index in progress(numbers, desc=path.name, unit="frame"):

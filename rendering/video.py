@@ -11,17 +11,20 @@ from dnnlib.files import atomic_write
 from rendering.unfinished import Unfinished
 
 SIDE = 16384  # the limit of libx264
+CODEC = "libx264"
 CRF = 18  # constant quality: 18 is hard to tell from the source, 23 is libx264's default, -6 doubles the file
 THREADS = 4  # fixed, because the bytes of H.264 depend on the number of threads
 
 
 def import_av():
-    """Import PyAV. Raises UserError if it is missing."""
+    """Import PyAV. Raises UserError if it, or its encoder of H.264, is missing."""
     try:
         import av
         import av.video.reformatter
-    except (ImportError, OSError) as error:
-        raise UserError(f"writing videos needs PyAV ({error}); install it with: pip install av") from error
+
+        av.codec.Codec(CODEC, "w")
+    except (ImportError, OSError, ValueError) as error:  # the last: it was built without this codec
+        raise UserError(f"writing videos needs PyAV with {CODEC} ({error}); run: pip install av") from error
     return av
 
 
@@ -76,7 +79,7 @@ class Film(Unfinished):
         try:
             with av.open(str(target), "w", options={"movflags": "+faststart"}) as file:
                 rate = Fraction(self.fps).limit_denominator(1001)  # 29.97 is 2997/100
-                stream = file.add_stream("libx264", rate=rate, options={"crf": str(CRF), "preset": "medium"})
+                stream = file.add_stream(CODEC, rate=rate, options={"crf": str(CRF), "preset": "medium"})
                 stream.height, stream.width = self.size
                 stream.pix_fmt = "yuv420p"
                 context = stream.codec_context

@@ -355,6 +355,13 @@ def test_resuming_keeps_what_is_finished_if_it_is_of_the_same_job(networks, tmp_
     assert all(path.stat().st_mtime_ns != time for path, time in before.items())
 
 
+def test_resuming_a_film_at_another_speed_is_refused(networks, tmp_path):
+    call = ("--network", networks / "smooth.safetensors", "--seeds=0-1", "--w-frames=1", "--video", tmp_path / "x.mp4")
+    assert run(*call).exit_code == 0
+    result = run(*call, "--fps=60", "--resume")
+    assert (result.exit_code, "fps = 30" in result.output) == (2, True)
+
+
 @pytest.mark.parametrize("suffix", saved.FILES)
 def test_saved_styles_give_the_images_of_their_seeds(networks, tmp_path, suffix):
     call = ("--network", networks / "cond.safetensors")

@@ -218,7 +218,7 @@ def test_when_the_disk_is_full_the_old_snapshot_stays_and_nothing_half_written(t
     path = tmp_path / "network.safetensors"
     save_generator(generator_of(), path)
     before = path.read_bytes()
-    with files_up_to(len(before) // 2), pytest.raises(UserError, match="cannot write .*File too large"):
+    with files_up_to(len(before) // 2), pytest.raises(UserError, match=r"cannot write .*File too large"):
         save_generator(generator_of(), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]

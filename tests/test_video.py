@@ -125,8 +125,12 @@ def test_what_a_film_cannot_hold_is_refused_before_the_work(tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_without_av_a_sentence_comes_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "av", None)
+@pytest.mark.parametrize("missing", ["PyAV", "its encoder"])
+def test_without_av_a_sentence_comes_before_the_work(tmp_path, monkeypatch, missing):
+    if missing == "PyAV":
+        monkeypatch.setitem(sys.modules, "av", None)
+    else:
+        monkeypatch.setattr(video, "CODEC", "libx2640")
     with pytest.raises(UserError, match="pip install av"):
         start(tmp_path / "a.mp4")
     assert not list(tmp_path.iterdir())
