@@ -642,10 +642,16 @@ def test_check_names_what_is_wrong(tmp_path, files, words):
 
 def test_files_are_known_by_ending_or_contents_and_those_left_out_are_counted(tmp_path):
     png = encode(noise_image(0))
-    images = {"a.PNG": png, "b.jpe": encode(noise_image(0), "jpeg"), "c": png, "d.png": encode(noise_image(0), "gif")}
+    images = {
+        "a.PNG": png,
+        "b.jpe": encode(noise_image(0), "jpeg"),
+        "c": png,
+        "d.png": encode(noise_image(0), "gif"),
+        "g": encode(noise_image(0), "bmp"),
+    }
     others = {"e.xyz": png, "f.XYZ": png, "notes.txt": b"x", "README": b"x", ".DS_Store": b"x", "__MACOSX/a.png": b"x"}
     output = make(write_folder(tmp_path / "in", images | others), tmp_path / "out.zip")
-    assert len(images_in(tmp_path / "out.zip")) == 4
+    assert len(images_in(tmp_path / "out.zip")) == 5
     assert "left out: 2 .xyz, 1 .txt, 1 without an ending" in output.splitlines()
 
 

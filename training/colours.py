@@ -34,7 +34,8 @@ Image.MAX_IMAGE_PIXELS = 2**29
 
 def looks_like_image(data: bytes) -> bool:
     """Check the first bytes of a file."""
-    return data.startswith(MAGIC) or data[4:8] == b"ftyp"
+    bitmap = data.startswith(b"BM") and data[6:10] == bytes(4)
+    return data.startswith(MAGIC) or data[4:8] == b"ftyp" or bitmap
 
 
 def open_image(file: BinaryIO) -> Image.Image:
