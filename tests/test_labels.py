@@ -215,6 +215,12 @@ def test_the_tool_check_and_training_agree_and_conversions_keep_the_labels(tmp_p
     assert read[0] == read[1]
 
 
+def test_labels_of_a_part_of_the_images_are_not_passed_over_in_silence(tmp_path):
+    files = {f"{part}/a.png": encode(noise_image(0)) for part in "xy"} | {"x/dataset.json": b'{"a.png": 1}'}
+    options = ["--source", write_folder(tmp_path / "in", files), "--dest", tmp_path / "out.zip"]
+    assert "labels: x/dataset.json is not" in CliRunner().invoke(dataset_tool.main, list(map(str, options))).output
+
+
 def test_a_labels_file_is_read_for_a_folder_of_images(tmp_path):
     write_folder(tmp_path / "in", {f"x/{name}": encode(noise_image(0)) for name in IMAGES})
     (tmp_path / "l.csv").write_bytes(WRITTEN.encode())

@@ -136,6 +136,10 @@ class Table:
     def _match_names(self, images: list[str]) -> tuple[int, Callable[[str], str], dict[str, int]]:
         """Return the column of file names, how to normalise them, and the image of each normalised name."""
         texts = [{cell for cell in column if isinstance(cell, str)} for column in zip(*self.rows, strict=True)]
+        exact = {name: i for i, name in enumerate(images)}
+        for c, column in enumerate(texts):
+            if exact.keys() <= column:  # in a tenth of the time
+                return c, str, exact
         for normalise in ways(images):
             place = {normalise(name): i for i, name in enumerate(images)}
             if len(place) == len(images):
@@ -387,8 +391,8 @@ def parse_csv(data: bytes, where: str | os.PathLike) -> Table:
     for line, row in rows:
         if len(row) != len(rows[0][1]) or len(row) == 1:
             raise UserError(
-                f"{where}, line {line}: {len(row)} columns, and {len(rows[0][1])} in the first line; each line needs a "
-                "file name and a label"
+                f"{where}, line {line}: {count(len(row), 'column')}, and {len(rows[0][1])} in the first line; each "
+                "line needs a file name and a label"
             )
     return Table(where, [row for _, row in rows])
 

@@ -76,20 +76,27 @@ class ImageFiles:
         self._files, names = open_container(self.path)
         resolved = self.path.resolve()
         self.name = resolved.name if resolved.is_dir() else re.sub(r"(\.tar)?\.\w+$", "", resolved.name)
-        found, self._left_out = [], Counter()
+        found, labels, self._left_out = [], [], Counter()
         for name in names:
             if is_hidden(name):
                 continue
             ending = PurePosixPath(name).suffix[1:].lower()
             if self._files.all_images or ending in ENDINGS or (not ending and self._begins_like_image(name)):
                 found.append(name)
-            elif PurePosixPath(name).name != "dataset.json":
+            elif PurePosixPath(name).name == "dataset.json":
+                labels.append(name)
+            else:
                 self._left_out[ending] += 1
         if not found:
             others = f" ({self._left_out_text()})" if self._left_out else ""
             raise UserError(f"{self.path} holds no images{others}; known endings are {', '.join(ENDINGS)}")
         # Bytes in one array: a list of a million str costs 100 MB, copied page by page into every forked worker.
         self._names = np.array([os.fsencode(name) for name in sorted(found)])
+        above = common_folder(found)
+        self._labels = min(
+            (n for n in labels if above.startswith(n.removesuffix("dataset.json"))), key=len, default=None
+        )
+        self._unread = sorted(labels) if self._labels is None else []
         self.written = all(WRITTEN.fullmatch(name) for name in found)
         if bits is not None:
             self.bits = bits
@@ -162,6 +169,8 @@ class ImageFiles:
         lines = [f"channels: {MODES[channels]} ({', '.join(others)}, of {total:,}; converted)"] if others else []
         if "bits" in self.__dict__:
             lines.append(f"16-bit files: read as {self.bits} bits, 0 to {(1 << self.bits) - 1}, scaled to 0 to 255")
+        if self._unread:
+            lines.append(f"labels: {self._unread[0]} is not above all images, so it was not read")
         if self._profiles:
             lines.append(f"colours: converted to sRGB from {tally(self._profiles)}")
         return [*lines, self._left_out_text()] if self._left_out else lines
@@ -189,17 +198,14 @@ class ImageFiles:
 
     def labels(self) -> Table | None:
         """Read `dataset.json`, if there is one above all images. Raises UserError when it is damaged."""
-        folders = common_folder(self.names()).split("/")[:-1]
-        for depth in range(len(folders) + 1):
-            name = "/".join([*folders[:depth], "dataset.json"])
-            try:
-                data = self._read(name)
-            except (FileNotFoundError, KeyError):
-                continue
-            except READ_ERRORS as error:
-                raise UserError(f"{self.path / name} cannot be read: {error}; make the dataset again") from error
-            return parse_json(data, self.path / name)
-        return None
+        if self._labels is None:
+            return None
+        where = self.path / self._labels
+        try:
+            data = self._read(self._labels)
+        except READ_ERRORS as error:
+            raise UserError(f"{where} cannot be read: {error}; make the dataset again") from error
+        return parse_json(data, where)
 
     @contextlib.contextmanager
     def _name_errors(self, name: str) -> Iterator[None]:
