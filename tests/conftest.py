@@ -153,7 +153,7 @@ def folder_contents(folder: Path) -> dict[str, bytes]:
 class Tiny:
     """A recipe and images in one folder, and ways to train with them."""
 
-    def __init__(self, folder: Path, start: Callable[..., Forked]):
+    def __init__(self, folder: Path, start: Callable[..., Forked] | None = None):
         self.folder = folder
         self.start = start
         self.recipe = folder / "tiny.yaml"

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from conftest import Tiny
 from PIL import Image
 
 import train
@@ -27,9 +28,10 @@ def make(run: Path, *arguments: str):
     return CliRunner().invoke(card.main, ["--run", str(run), "--name=noise", *arguments])
 
 
-@pytest.fixture
-def run(tiny, models):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
     """A conditional run with a second, better snapshot, and measurements of both."""
+    tiny = Tiny(tmp_path_factory.mktemp("card"))
     folder = tiny.run("--cond", "--mirror", "-o", "optim.eps=1e-9", data=tiny.labelled)
     first, better = (folder / f"network-snapshot-00000{i}.safetensors" for i in range(2))
     torch.manual_seed(1)
@@ -45,7 +47,7 @@ def run(tiny, models):
     return folder
 
 
-def test_a_card_says_how_to_train_and_render_what_it_shows(tiny, models, run, monkeypatch):
+def test_a_card_says_how_to_train_and_render_what_it_shows(models, run, monkeypatch):
     result = make(run, *WORDS, "--by=fid1k_full", "--trunc=0.7")
     assert result.exit_code == 0, (result.output, result.exception)
     assert {p.name for p in models.iterdir()} == {"noise.safetensors", "noise.md"}
@@ -56,12 +58,12 @@ def test_a_card_says_how_to_train_and_render_what_it_shows(tiny, models, run, mo
     assert Image.open(models.parent / "docs" / "images" / "noise-fid1k_full.png").size == (600, 250)
 
     training, drawing = (shlex.split(line) for line in text.splitlines() if line.startswith("python "))
-    monkeypatch.chdir(tiny.folder)
+    monkeypatch.chdir(run.parents[1])
     result = CliRunner().invoke(train.main, [*training[2:], "--dry-run"])
     assert result.exit_code == 0, result.output
     found, wanted = yaml.safe_load(result.output), yaml.safe_load((run / "options.yaml").read_text())
     assert found | {"data": None} == wanted | {"data": None}
-    assert found["data"] == wanted["data"] | {"path": tiny.labelled.name}
+    assert found["data"] == wanted["data"] | {"path": "labelled"}
 
     G = load_generator("noise")
     classes = [str(i % 3) for i in range(64)]
