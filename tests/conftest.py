@@ -214,6 +214,17 @@ def fresh_gpu(fresh_cache, monkeypatch) -> Path:
     return fresh_cache
 
 
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory) -> Path:
+    """Return a file of random weights of Inception, under the name of the released one."""
+    from benchmarks.metrics import random_weights
+    from metrics.features import DETECTORS
+
+    path = tmp_path_factory.mktemp("weights") / DETECTORS["inception"].weights.name
+    torch.save(random_weights(), path)
+    return path
+
+
 @pytest.fixture
 def models(tmp_path, monkeypatch):
     """Return an empty folder in place of models/."""

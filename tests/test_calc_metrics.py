@@ -18,7 +18,7 @@ from conftest import ROOT, run_ranks
 from helpers import files_up_to
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_features import DINO, crops, dino_state, inception_file  # noqa: F401 (a fixture)
+from test_features import DINO, crops, dino_state
 from torchvision.models import alexnet
 
 import calc_metrics
@@ -217,23 +217,26 @@ def test_two_processes_give_the_results_of_one(bench, start):
 
 
 @pytest.mark.slow
-def test_the_inception_family_and_windows(bench, inception_file):  # noqa: F811
-    torch.manual_seed(0)
-    torch.save(alexnet().state_dict(), inception_file.parent / BACKBONES["alex"].weights.name)
+def test_the_inception_family_and_windows(bench, inception_file):
+    with torch.device("meta"):
+        state = {f"features.{name}": t.shape for name, t in alexnet().features.state_dict().items()}
+    state = {name: 0.1 * torch.randn(shape) for name, shape in state.items()}
+    torch.save(state | {"classifier.6.bias": torch.zeros(1000)}, inception_file.parent / BACKBONES["alex"].weights.name)
+    few = save_images(bench.folder / "few", crops("coffee", 4, (SIDE, SIDE)))
     large = save_images(bench.folder / "large", crops("astronaut", 3, (70, 90)))
     save_images(bench.folder / "large" / "small", crops("coffee", 2, (40, 50)))
-    options = {"weights": inception_file.parent, "num": 12}
+    options = {"weights": inception_file.parent, "num": 10, "data": few}
     records = bench.measure(metrics="fid50k_full,kid50k_full,pr50k3_full,is50k,scale_lpips", **options)
-    assert sorted(records) == ["fid12_full", "is12", "kid12_full", "pr12_3_full", "scale_lpips_12"]
-    names = [name.split("@")[0] for name in (*records["pr12_3_full"]["results"], *records["is12"]["results"])]
-    assert names == ["pr12_3_full_precision", "pr12_3_full_recall", "is12_mean", "is12_std"]
-    options |= {"metrics": "pfid50k_full", "size": "64x64", "data": large}
+    assert sorted(records) == ["fid10_full", "is10", "kid10_full", "pr10_3_full", "scale_lpips_10"]
+    names = [name.split("@")[0] for name in (*records["pr10_3_full"]["results"], *records["is10"]["results"])]
+    assert names == ["pr10_3_full_precision", "pr10_3_full_recall", "is10_mean", "is10_std"]
+    options |= {"metrics": "pfid50k_full", "size": "64x64", "data": large, "num": 4}
     result = bench.call(**options)
     assert result.exit_code == 0, result.output
     assert "2 images smaller than 64 pixels are left out" in result.output
-    (path,) = bench.folder.glob("metric-pfid12_full@64x64@*.jsonl")
+    (path,) = bench.folder.glob("metric-pfid4_full@64x64@*.jsonl")
     record = json.loads(path.read_text())
-    assert (record["num_photographs"], record["num_real"], record["window"]) == (3, 12, SIDE)
+    assert (record["num_photographs"], record["num_real"], record["window"]) == (3, 4, SIDE)
     assert value(record) > 0
     oblong = bench.save("oblong.safetensors", img_shape=(SIDE, 2 * SIDE))
     assert "trained on squares, not on 64x32" in bench.refused(**options | {"network": oblong})
