@@ -140,7 +140,6 @@ def batches(
     world: int = 1,
     seed: int = 0,
     workers: int = 2,
-    pin_memory: bool = False,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the shards of this rank without end: (uint8 [batch/world,C,H,W], float32 [batch/world,label_dim]).
 
@@ -157,7 +156,7 @@ def batches(
         [index_at(position, len(images), seed) for position in range(first + rank, first + batch, world)]
         for first in itertools.count(start, batch)
     )
-    return read_ahead(functools.partial(_read, images), shards, workers, pin_memory)
+    return read_ahead(functools.partial(_read, images), shards, workers)
 
 
 def _read(images: ImageArchive, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,9 +50,9 @@ class Trainer:
     def step(self, real: Tensor, c: Tensor) -> None:
         """real uint8 [n,C,H,W] and labels [n,c_dim]: the images of this rank. Raises UserError after divergence."""
         s, train = self.state, self.config.train
-        # To the device first: a quarter of the bytes, and from pinned memory.
-        real = real.to(self.procs.device, non_blocking=True).to(self.dtype) / 127.5 - 1
-        c = c.to(self.procs.device, non_blocking=True).to(self.dtype)
+        # To the device first: a quarter of the bytes.
+        real = send(real, self.procs.device).to(self.dtype) / 127.5 - 1
+        c = send(c, self.procs.device, self.dtype)
         for phase in self.phases:
             if s.step % phase.interval == 0:
                 self.run(phase, real, c)
