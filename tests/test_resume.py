@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from dnnlib.config import build, merge, read_yaml
+from dnnlib.console import UserError
 from torch_utils import checkpoint
 from torch_utils.distributed import Processes
 from training.config import RunConfig
@@ -86,7 +87,7 @@ def same_run(continued: Path, unbroken: Path):
 
 
 class PlugPuller(ImageArchive):
-    """Images of which reading the `fatal`-th raises a signal."""
+    """Images of which reading the `fatal`-th raises a signal or an exception."""
 
     fatal = None
     number = signal.SIGTERM
@@ -94,6 +95,8 @@ class PlugPuller(ImageArchive):
     def __getitem__(self, index):
         if self.fatal is not None:
             self.fatal -= 1
+            if self.fatal == 0 and isinstance(self.number, Exception):
+                raise self.number
             if self.fatal == 0:
                 signal.raise_signal(self.number)
         return super().__getitem__(index)
@@ -154,6 +157,18 @@ def test_an_interrupt_says_how_to_continue(tiny, capsys):
     assert interrupted(folder, config, 2, signal.SIGINT) == 130
     assert f"interrupted at 0.016 kimg; to continue: --resume={folder}" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # given back
+
+
+@pytest.mark.parametrize("error", [UserError("cut short"), KeyError("odd")])
+def test_an_error_between_steps_saves_the_state_first(tiny, error):
+    unbroken = tiny.run()
+    folder, config = fresh(tiny.folder / "broken", unbroken)
+    with pytest.raises(UserError, match=r"(cut short|KeyError).*--resume=.*broken"):
+        interrupted(folder, config, 4, error)
+    assert checkpoint.found(folder)[0].name == "training-state-000000003.pt"
+    assert ("in __getitem__" in (folder / "log.txt").read_text()) == isinstance(error, KeyError)
+    assert tiny.call("--resume", folder).exit_code == 0
+    same_run(folder, unbroken)
 
 
 def test_an_interrupt_in_the_last_step_is_ignored(tiny):
@@ -238,7 +253,7 @@ def test_a_run_killed_at_random_moments_and_continued_is_the_unbroken_run(tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_the_whole_process_group_saves_a_state_first(tiny, number):
     """As from a terminal, systemd, Slurm or torchrun: the processes that read images receive it as well."""
     process = tiny.process(*tiny.new("--kimg", 20, "--tick", 0.08, "--snap", 1000, "--workers", 1))

@@ -16,10 +16,10 @@ PATTERN = re.compile(r"training-state-(\d+)\.pt")
 def save(state: dict, folder: Path, number: int, keep: int = 2) -> Path:
     """Write `state` to folder/training-state-<number>.pt atomically and remove all but the newest `keep`."""
     path = folder / f"training-state-{number:09d}.pt"
-    with atomic_write(path) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:  # given the path, torch hides a full disk
+        torch.save({"format": FORMAT, **state}, file)
     for old in found(folder)[keep:]:
-        old.unlink()
+        old.unlink(missing_ok=True)
     return path
 
 

@@ -48,9 +48,12 @@ def explain(error: Exception, log: Path | None = None) -> UserError:
         return MemoryFull("the GPU's memory is full" if on_gpu else "the memory of this machine is full")
     if isinstance(error, UnicodeEncodeError) and "surrogate" in error.reason:  # how Python reads other names
         return UserError(f"{error.object!r:.200} holds a name that is not UTF-8; rename that file or folder")
-    if isinstance(error, OSError) and error.errno in REMEDIES:
-        what = error.filename or ("standard output" if error.errno == errno.EPIPE else "the system")
-        return UserError(f"{what}: {error.strerror}; {REMEDIES[error.errno]}")
+    in_rust = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(in_rust[1]) if in_rust else getattr(error, "errno", None)
+    if number in REMEDIES:
+        unnamed = "standard output" if number == errno.EPIPE else log.parent if log else "the system"
+        what = getattr(error, "filename", None) or unnamed
+        return UserError(f"{what}: {os.strerror(number)}; {REMEDIES[number]}")
     return Unexpected(f"an unexpected error, {type(error).__name__}: {brief(error)}{_keep_traceback(error, log)}")
 
 

@@ -1,17 +1,21 @@
 """The training loop: steps, and the jobs that are due after some of them."""
 
 import contextlib
+import itertools
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from dnnlib.console import UserError
 from torch_utils import checkpoint
 from torch_utils.distributed import PeerLost, Processes
+from torch_utils.errors import explain
 from torch_utils.reading import cores
 from torch_utils.signals import note_signals
 from training.config import RunConfig
@@ -23,6 +27,8 @@ from training.report import RunLog, SilentLog, duration
 from training.snapshot import save_generator, snapshot_name
 from training.state import TrainState
 from training.trainer import CHECK_INTERVAL, Trainer
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -45,32 +51,74 @@ class Loop:
         self.log = RunLog(self.folder, self.state.written, self.state.step) if self.procs.is_first else SilentLog()
 
     def run(self) -> int:
-        """Return the exit code: 0 at the end, or 128 + signal after SIGTERM or Ctrl-C, when the state is saved."""
+        """Return the exit code: 0 at the end, or 128 + signal after one of STOPS, when the state is saved.
+
+        Raises UserError. After an error between steps, such as an unreadable image, all ranks save the state first.
+        """
+        self.saved = self.state.step or None  # the step of the newest state
+        self.failure: Exception | None = None
+        try:
+            with note_signals() as self.signals, contextlib.closing(self.log), contextlib.closing(self.stream()) as s:
+                return self.train(s)
+        except PeerLost:
+            if not self.signals:
+                raise
+            return 128 + self.signals[0][0]  # the launcher ends all processes, because one has ended
+        except UserError:
+            raise
+        except Exception as error:
+            raise self.explain(error) from error
+
+    def train(self, stream: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> int:
         s, t = self.state, self.config.train
         last = math.ceil(round(t.kimg * 1000) / t.batch)
         tick = max(1, round(t.tick * 1000 / t.batch))  # steps between reports
-        jobs = [(tick, self.report)] + [(tick * t.snap, job) for job in (self.snapshot, self.save, self.measure)]
-        # Several GPUs agree on a signal by waiting for each other, so they do it where a step waits anyway.
+        # Several GPUs agree on a stop by waiting for each other, so they do it where a step waits anyway.
         listen = CHECK_INTERVAL if self.procs.world > 1 and self.procs.device.type == "cuda" else 1
-        stream = self.stream()
-        with note_signals() as self.signals, contextlib.closing(self.log):
-            try:
-                if s.step == 0:
-                    self.introduce()
-                while s.step < last:
-                    self.step(stream)
-                    for interval, job in jobs:
-                        if s.step % interval == 0 or s.step == last:
-                            job()
-                    if s.step < last and s.step % listen == 0 and self.procs.any(bool(self.signals)):
-                        self.save()
-                        self.log.print(f"interrupted at {self.kimg:.3f} kimg; to continue: --resume={self.folder}")
-                        return 128 + (self.signals[0][0] if self.signals else signal.SIGTERM)
-            except PeerLost:
-                if not self.signals:
-                    raise
-                return 128 + self.signals[0][0]  # the launcher ends all processes, because one has ended
+        if s.step == 0:
+            self.attempt(self.introduce)
+        while s.step < last:
+            count = min(listen - s.step % listen, tick - s.step % tick, last - s.step)
+            stop = bool(self.signals)
+            ahead = self.attempt(self.read, stream, count)
+            if self.procs.any(stop or self.failure is not None):
+                break
+            for real, c in ahead:
+                self.step(real, c)
+            if s.step % tick == 0 or s.step == last:
+                self.attempt(self.report)
+            if s.step % (tick * t.snap) == 0 or s.step == last:
+                self.attempt(self.snapshot)
+                self.save()
+                if not self.procs.any(self.failure is not None):
+                    self.measure()
+        if self.saved != s.step:
+            self.attempt(self.save)
+        if self.procs.any(self.failure is not None):
+            if self.failure is None:
+                raise PeerLost("another process of this run has stopped; resume the run")
+            raise self.explain(self.failure) from self.failure
+        if s.step < last:
+            self.log.print(f"interrupted at {self.kimg:.3f} kimg; to continue: --resume={self.folder}")
+            return 128 + (self.signals[0][0] if self.signals else signal.SIGTERM)
         return 0
+
+    def attempt(self, job: Callable[..., T], *arguments: object) -> T | None:
+        """Call `job`, between steps. An exception is kept until all ranks have saved the state."""
+        try:
+            return job(*arguments)
+        except PeerLost:
+            raise
+        except Exception as error:
+            self.failure = self.failure or error
+
+    def explain(self, error: Exception) -> UserError:
+        """Return an error as a sentence that says how to resume. Its traceback, if unexpected, goes to log.txt."""
+        mistake = explain(error, self.folder / "log.txt")
+        if self.saved is None:
+            return mistake
+        kimg = self.saved * self.config.train.batch / 1000
+        return type(mistake)(f"{mistake}; to continue from {kimg:.3f} kimg: --resume={self.folder}")
 
     @property
     def kimg(self) -> float:
@@ -86,15 +134,22 @@ class Loop:
             world=self.procs.world,
             seed=t.seed,
             workers=min(self.config.data.workers, cores()),
-            pin_memory=self.procs.device.type == "cuda",
         )
 
-    def step(self, stream: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def read(
+        self, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], count: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Read the batches of `count` steps."""
         began = time.perf_counter()
-        real, c = next(stream)
+        ahead = list(itertools.islice(stream, count))
         waited = time.perf_counter() - began
+        self.add_seconds(waited, waited)
+        return ahead
+
+    def step(self, real: torch.Tensor, c: torch.Tensor) -> None:
+        began = time.perf_counter()
         self.trainer.step(real, c)
-        self.add_seconds(time.perf_counter() - began, waited)
+        self.add_seconds(time.perf_counter() - began)
         if self.state.step == 1:  # all phases were due
             self.log.print(f"memory {peak_bytes(self.procs.device) / GIB:.2f} GiB per process in the first step")
 
@@ -167,9 +222,12 @@ class Loop:
     def save(self) -> None:
         self.state.written = self.log.written()
         self.state.gather_sums(self.procs)
-        if self.procs.is_first:
-            checkpoint.save(self.state.state_dict(), self.folder, self.state.step)
-        self.procs.barrier()  # a launcher ends all processes as soon as one has ended
+        try:
+            if self.procs.is_first:
+                checkpoint.save(self.state.state_dict(), self.folder, self.state.step)
+            self.saved = self.state.step
+        finally:
+            self.procs.barrier()  # a launcher ends all processes as soon as one has ended
 
     def measure(self) -> None:
         if self.config.metrics:

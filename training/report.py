@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ class RunLog:
                 temporary.write_text("".join(x for x in lines if _belongs(x, step)), encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
+        # Its thread prints exceptions, of a full disk for example, although its next call raises them as well.
+        threading.excepthook = lambda arguments: None
         self.events = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def print(self, line: str) -> None:
@@ -63,7 +66,7 @@ class RunLog:
         self.events.flush()
 
     def written(self) -> dict[str, int]:
-        return {name: (self.folder / name).stat().st_size for name in self.GROWING}
+        return {path.name: path.stat().st_size for name in self.GROWING if (path := self.folder / name).exists()}
 
     def close(self) -> None:
         self.events.close()

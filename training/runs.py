@@ -181,8 +181,9 @@ def run(task: NewRun | ResumedRun, procs: Processes) -> int:
         lines = [f"run directory {folder}", f"precision: {config.train.precision}", *report]
     else:
         folder = task.folder
-        path = procs.broadcast(find_state(folder, say) if procs.is_first else None)
-        state.load_state_dict(checkpoint.load(path), procs)
+        path, saved = find_state(folder, say) if procs.is_first else (None, None)
+        path = procs.broadcast(path)
+        state.load_state_dict(saved or checkpoint.load(path), procs)
         lines = [f"resume {folder} at {state.step * config.train.batch / 1000:g} kimg, from {path.name}"]
     if task.config.train.batch_gpu == "auto":
         lines.append(f"micro-batch: {config.train.batch_gpu} images per process, the most that fit into memory")
@@ -228,13 +229,15 @@ def new_folder(new: NewRun, images: ImageArchive) -> Path:
     return folder
 
 
-def find_state(folder: Path, say: Callable[[str], None]) -> Path:
-    """Return the newest intact state in a run directory, and name the broken ones before it. Raises UserError."""
+def find_state(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict]:
+    """Load the newest intact state in a run directory; return its path as well. Name the broken ones before it.
+
+    Raises UserError.
+    """
     paths = checkpoint.found(folder)
     for path in paths:
         try:
-            checkpoint.load(path)
-            return path
+            return path, checkpoint.load(path)
         except UserError as error:
             say(f"passed over: {error}")
     if paths:
