@@ -279,6 +279,14 @@ def test_a_run_is_continued_on_a_moved_archive_but_not_on_another(tiny):
     result = tiny.call("--resume", folder, "--data", tiny.images("large", size=(16, 16)))
     assert result.exit_code == 2
     assert "not the archive" in result.output
+    result = tiny.call("--resume", folder, "--data", tiny.images("fewer", count=20))
+    assert result.exit_code == 2
+    assert "20 images" in result.output
+    (moved / "007.png").write_bytes((moved / "008.png").read_bytes())
+    assert tiny.call("--resume", folder, "--data", moved).exit_code == 2
+    options = (folder / "options.yaml").read_text()
+    (folder / "options.yaml").write_text(re.sub(r"  contents: .*\n", "", options))  # as older runs have them
+    assert tiny.call("--resume", folder, "--data", moved).exit_code == 0
 
 
 # --- torchrun --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from training.networks import AnyDiscriminatorConfig, GeneratorConfig
 
 class DataConfig(Config):
     path: str = setting(may_change=True, description="ZIP or folder of images")
+    contents: str | None = Field(None, description="how a resumed run knows its archive (ImageArchive.summary)")
     cond: bool = setting(False, flag="cond", description="train on the archive's labels")
     mirror: bool = setting(False, flag="mirror", description="train on every image flipped left to right as well")
     workers: int = setting(
@@ -206,11 +207,12 @@ def default_ema_kimg(batch: int) -> float:
 def resolve(settings: dict, images: ImageArchive, where: str) -> RunConfig:
     """Build the config from nested `settings` and the images. Raises UserError, which begins with `where`.
 
-    Size, channels and label length come from the images; γ and the EMA half-life, if not set, from size and batch.
+    Size, channels, label length and contents come from the images; γ and the EMA half-life, if not set, from size and
+    batch.
     """
     channels, height, width = images.shape
     path = settings["data"]["path"]
-    settings = merge({"G": {}, "D": {}}, settings)
+    settings = merge(merge({"G": {}, "D": {}}, settings), nested("data.contents", images.summary()))
     for network in ("G", "D"):
         side = settings[network].pop("img_resolution", None)
         given = settings[network].get("img_shape", (height, width) if side is None else (side, side))

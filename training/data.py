@@ -7,6 +7,7 @@ The order of the images is a function of (seed, position): a run that resumes af
 """
 
 import functools
+import hashlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -102,6 +103,17 @@ class ImageArchive:
     def facts(self) -> dict:
         """Return what affects the pixels, besides the files, the channels and mirroring."""
         return self._files.facts()
+
+    def summary(self) -> str:
+        """Return the number of images, and a digest of their names, and of the bytes and labels of 64 of them."""
+        digest = hashlib.sha256()
+        for number in self._kept:
+            digest.update(os.fsencode(self._files.filename(number)) + b"\0")
+        sample = range(0, len(self._kept), -(-len(self._kept) // 64))
+        files = self._files.contents(map(self._files.filename, self._kept[sample]))
+        for index, data in zip(sample, files, strict=True):
+            digest.update(data + self.label(index).numpy().tobytes())
+        return f"{len(self._kept)} images, {digest.hexdigest()[:16]}"
 
     def contents(self) -> Iterator[bytes]:
         """Yield the bytes of the files in use, in their order, each once."""

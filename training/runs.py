@@ -85,7 +85,13 @@ def read_config(folder: Path, changes: dict) -> RunConfig:
     images = open_images(after.model_dump())
     if images.shape[1:] != after.G.img_shape or images.label_dim != after.G.c_dim:
         raise UserError(f"{after.data.path} is not the archive that {folder} was trained on: sizes or labels differ")
-    return after
+    contents = images.summary()
+    if before.data.contents not in (None, contents):  # None: of an older run
+        raise UserError(
+            f"{after.data.path} is not the archive that {folder} was trained on: it holds {contents}, and that one "
+            f"{before.data.contents}; give that one, or start a new run from the weights of this one"
+        )
+    return after.model_copy(update={"data": after.data.model_copy(update={"contents": contents})})
 
 
 def snapshot_metrics(config: RunConfig) -> tuple[Metric, ...]:
