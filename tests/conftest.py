@@ -67,6 +67,8 @@ def run_forked(command: list[str], environment: dict[str, str], out: Connection,
     for number, pipe in ((1, out), (2, err)):
         os.dup2(pipe.fileno(), number)
         pipe.close()
+    # The server's own may be files, which can seek.
+    sys.stdout, sys.stderr = (open(n, "w", buffering=size, closefd=False) for n, size in ((1, -1), (2, 1)))  # noqa: SIM115
     sys.argv = command[command[0] in ("-c", "-m") :]
     if command[0] == "-c":
         exec(command[1], {"__name__": "__main__"})
