@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dnnlib.console import UserError, brief
 from torch_utils.build import say_once
+from torch_utils.errors import memory_full
 from torch_utils.ops.chain import Chain, Folded
 
 IMPLS = ("auto", "reference", "cpp", "triton")
@@ -55,7 +56,7 @@ class PixelPath:
             try:
                 return self.kernel(rows, cols)
             except Exception as problem:  # Triton's compiler and the driver fail in many ways
-                if self.required or isinstance(problem, torch.OutOfMemoryError):
+                if self.required or memory_full(problem):
                     raise
                 self._continue_without(problem)
         return self.decode(fuse(rows, cols), len(rows))

@@ -3,7 +3,9 @@
 import io
 import sys
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from helpers import encode, noise_image, write_folder
 
@@ -11,7 +13,7 @@ import calc_metrics
 import dataset_tool
 import generate
 import train
-from dnnlib.console import UserError
+from dnnlib.console import MemoryFull, UserError
 from torch_utils import doctor
 from torch_utils.errors import explain
 
@@ -53,3 +55,20 @@ def test_flags_of_stylegan2_ada_without_a_counterpart_say_what_to_do():
         result = CliRunner().invoke(train.main, [f"{flag}=1"])
         assert result.exit_code == 2
         assert train.FORMER[flag] in result.output
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty, bytearray])
+def test_full_memory_of_the_machine_is_told_as_such(allocate):
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        allocate(2**50)
+    assert "machine" in str(explain(caught.value))
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"],
+)
+def test_full_memory_of_a_gpu_is_told_whichever_library_fails(message):
+    mistake = explain(RuntimeError(message))
+    assert isinstance(mistake, MemoryFull)
+    assert "GPU" in str(mistake)

@@ -14,6 +14,7 @@ import torch
 
 from dnnlib.console import UserError
 from torch_utils.distributed import Processes
+from torch_utils.errors import memory_full
 from training.config import RunConfig
 from training.data import ImageArchive
 from training.state import new_state
@@ -50,7 +51,8 @@ def available_bytes() -> int:
         found.append(1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]))
     with contextlib.suppress(OSError, ValueError):  # "max" without a limit
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(limit - used)
+        cached = re.search(r"^inactive_file (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
+        found.append(limit - used + int(cached[1]))  # the kernel gives cached files up first
     return min(found)
 
 
@@ -75,7 +77,9 @@ def _fits_by_trying(run: Callable[[int], None], procs: Processes) -> Callable[[i
         try:
             run(micro)
             full = False
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not memory_full(error):
+                raise
             full = True
         gc.collect()
         torch.cuda.empty_cache()
