@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -130,16 +131,29 @@ def test_a_mistake_found_by_one_of_two_processes_is_one_sentence(tiny):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_others_and_is_named(tiny):
-    process = tiny.process(*tiny.new("--kimg", 20, "--tick", 0.08, "--gpus", 2))
-    for line in process.stdout:
-        if line.startswith("kimg"):
-            break
-    victim = next(child for child in children(process.pid) if b"spawn_main" in command_line(child))
-    os.kill(victim, signal.SIGKILL)
+def test_all_start_again_when_one_is_killed_but_not_when_that_repeats_itself_at_once(tiny):
+    arguments = (*EXACT, "--kimg", 0.4, "--tick", 0.016, "--snap", 2)
+    one = tiny.run(*arguments, outdir="one")
+    process = tiny.process(*tiny.new(*arguments, "--gpus", 2, outdir="two"))
+    while not list(tiny.folder.glob("two/*/training-state-*.pt")):
+        assert process.returncode is None, process.communicate(timeout=1)
+        time.sleep(0.02)
+    kill_a_child(process.pid)
+    assert any("restart 1 of 3" in line for line in process.stdout)
+    kill_a_child(process.pid)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2, err
     assert re.fullmatch(r"Error: process \d of 2 was killed by SIGKILL.*resume the run.*\n", err)
+    (two,) = tiny.runs("two")
+    assert tiny.call("--resume", two).exit_code == 0
+    close(one, two, without=PER_PROCESS)
+
+
+def kill_a_child(pid: int) -> None:
+    """Kill one of the training processes of train.py, as soon as there is one."""
+    while not (found := [child for child in children(pid) if b"spawn_main" in command_line(child)]):
+        time.sleep(0.02)
+    os.kill(found[0], signal.SIGKILL)
 
 
 def children(pid: int) -> list[int]:

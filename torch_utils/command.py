@@ -13,7 +13,9 @@ from dnnlib.console import MemoryFull
 from torch_utils.distributed import PeerLost, claim_report, is_first
 from torch_utils.errors import explain
 
-WAIT = 20  # seconds, in which a launcher ends this rank because another one has ended
+# Seconds in which a launcher ends this rank because another one has ended.
+WAIT = 20
+WAIT_LOST = 5  # that one has ended already; on another machine, its launcher cannot end this one
 
 
 @contextlib.contextmanager
@@ -33,7 +35,9 @@ def command(*, memory: str = "free some of it", interrupted: str = "nothing was 
         raise
     except Exception as error:
         # Every rank may meet this error, and one reports it. Why a peer was lost, that peer or its launcher reports.
-        if isinstance(error, PeerLost) or not claim_report():
+        if isinstance(error, PeerLost):
+            time.sleep(WAIT_LOST)
+        elif not claim_report():
             time.sleep(WAIT)
         mistake = explain(error)
         more = f"; {memory}" if isinstance(mistake, MemoryFull) else ""

@@ -4,8 +4,12 @@ import contextlib
 import datetime
 import os
 import re
+import socket
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +17,8 @@ import torch.distributed as dist
 from dnnlib.console import UserError, brief
 from torch_utils.errors import memory_full
 from torch_utils.precision import disable_tf32
+
+JOIN = datetime.timedelta(minutes=10)  # within which all processes start
 
 
 class PeerLost(UserError):
@@ -78,6 +84,14 @@ class Processes:
                 dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather_objects(self, value: object) -> list:
+        """Return the values of all ranks, by rank, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            with _peers():
+                dist.all_gather_object(values, value)
+        return values
+
 
 class _Sum(torch.autograd.Function):
     """The sum over all ranks, which is its own adjoint."""
@@ -85,7 +99,8 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
+        with _peers():
+            dist.all_reduce(x)
         return x
 
     @staticmethod
@@ -96,6 +111,15 @@ class _Sum(torch.autograd.Function):
 def launched() -> bool:
     """Tell whether torchrun, or train.py through its launcher, started this process."""
     return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def launch_name() -> str:
+    """Return a name of this launch, which processes share that are started again: --rdzv-id, if torchrun has one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if name == "none":  # unique are only the folders of each torchrun: …/<unique>/attempt_<n>/<rank>/error.json
+        error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        name = Path(error_file).parents[2].name if error_file else uuid.uuid4().hex
+    return name
 
 
 def is_first() -> bool:
@@ -141,6 +165,48 @@ def check_capability(capability: tuple[int, int], built: list[str]) -> None:
         )
 
 
+def _meet(rank: int, world: int) -> dist.Store:
+    """Return a store for these processes alone, once all of them are there. Raises UserError when some are missing.
+
+    A torchrun that starts processes again keeps its store, and with it the keys of those that have ended. So every rank
+    but the first shows a token, and waits until the first one has answered it with the name of a prefix.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=JOIN))
+    if rank:
+        token = uuid.uuid4().hex
+        store.set(f"token {rank}", token)
+        try:
+            prefix = store.get(f"prefix for {token}").decode()
+        except dist.DistStoreError as error:
+            raise UserError(f"process 0 of {world} did not start within {JOIN}; see its log") from error
+        store.set(f"{prefix} {rank}", "")
+        return dist.PrefixStore(prefix, store)
+    prefix, missing, until = uuid.uuid4().hex, set(range(1, world)), time.monotonic() + JOIN.total_seconds()
+    while missing:
+        if time.monotonic() > until:
+            raise UserError(f"process {min(missing)} of {world} did not start within {JOIN}; see its log")
+        for other in missing:
+            if store.check([f"token {other}"]):
+                store.set(f"prefix for {store.get(f'token {other}').decode()}", prefix)
+        time.sleep(0.1)
+        missing = {other for other in missing if not store.check([f"{prefix} {other}"])}
+    return dist.PrefixStore(prefix, store)
+
+
+def _notice_lost_machines() -> None:
+    """Have Linux close the connections of this process to a machine that is silent for 20 seconds.
+
+    Without power or network, a machine closes none itself, and gloo would wait for it until the timeout.
+    """
+    keep = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
+    sockets = [path for path in Path("/proc/self/fd").glob("*") if path.is_socket()]
+    for path in sockets:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(path.name))) as connection:
+            for option, value in keep.items():
+                level = socket.SOL_SOCKET if option == "SO_KEEPALIVE" else socket.IPPROTO_TCP
+                connection.setsockopt(level, getattr(socket, option), value)
+
+
 @contextlib.contextmanager
 def processes() -> Iterator[Processes]:
     """Join the process group given by torchrun's environment (none: a single process); leave it after the block.
@@ -166,16 +232,20 @@ def processes() -> Iterator[Processes]:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, torch.get_num_threads() // local_world))
     if world > 1:
-        # The other ranks wait while rank 0 measures a snapshot; the launcher notices a process that died.
-        timeout = datetime.timedelta(hours=6)
+        options = {
+            "timeout": datetime.timedelta(hours=6),  # the other ranks wait while rank 0 measures a snapshot
+            "device_id": device if gpus else None,
+        }
         try:
-            dist.init_process_group("nccl" if gpus else "gloo", timeout=timeout, device_id=device if gpus else None)
+            store = _meet(rank, world)
+            dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=world, **options)
         except dist.DistBackendError as error:
             raise UserError(
                 f"NCCL cannot connect the processes, each of which needs its own GPU: {brief(error)}"
             ) from error
         except RuntimeError as error:
             raise UserError(f"the processes cannot reach each other ({brief(error)}); check the network") from error
+        _notice_lost_machines()
     yield Processes(rank, world, device)
     if world > 1:  # not after an error: nccl would wait for the other ranks, which wait for this one
         dist.destroy_process_group()

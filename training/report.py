@@ -35,7 +35,7 @@ class RunLog:
 
         # Its thread prints exceptions, of a full disk for example, although its next call raises them as well.
         threading.excepthook = lambda arguments: None
-        self.events = SummaryWriter(folder, purge_step=step + 1 if step else None)
+        self.events = SummaryWriter(folder, purge_step=step + 1)
 
     def print(self, line: str) -> None:
         print(line, flush=True)

@@ -5,7 +5,10 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ from metrics.reals import EqualFiles
 from metrics.registry import Metric, parse
 from torch_utils import checkpoint
 from torch_utils.command import command
-from torch_utils.distributed import Processes, count_gpus, processes
+from torch_utils.distributed import Processes, count_gpus, launch_name, launched, processes
 from torch_utils.precision import multiplies_bfloat16_fast
 from torch_utils.signals import heeded
 from training.config import RunConfig
@@ -32,10 +35,16 @@ from training.memory import largest_micro_batch
 from training.report import duration
 from training.state import TrainState, initialise, new_state
 
+RESTARTS = 3  # of the processes that launch() starts
+LAUNCHES = "launches.txt"  # in a run directory: the names of the launches that have trained it
+
 
 @dataclass(frozen=True)
 class NewRun:
-    """A run that begins: its directory is made in `outdir` and named after recipe, images and `desc`."""
+    """A run that begins: its directory is made in `outdir` and named after recipe, images and `desc`.
+
+    When its launch starts it again, it continues in the directory that it made before.
+    """
 
     config: RunConfig
     outdir: Path
@@ -73,11 +82,8 @@ def read_config(folder: Path, changes: dict) -> RunConfig:
     settings = read_yaml(saved)
     before = build(RunConfig, settings, str(saved))
     after = build(RunConfig, merge(settings, changes), str(folder))
-    old, new = flat(before.model_dump()), flat(after.model_dump())
-    may_change = {dotted for dotted, _, extra in fields(RunConfig) if extra.get("may_change")}
-    refused = [key for key in new if new[key] != old[key] and key not in may_change]
-    if refused:
-        listed = ", ".join(f"{key}={new[key]} (was {old[key]})" for key in refused)
+    if refused := refused_changes(before, after):
+        listed = ", ".join(refused)
         raise UserError(
             f"{folder} is resumed with its own settings, but {listed}; leave that out, or start a new run from its "
             "weights"
@@ -89,9 +95,16 @@ def read_config(folder: Path, changes: dict) -> RunConfig:
     if before.data.contents not in (None, contents):  # None: of an older run
         raise UserError(
             f"{after.data.path} is not the archive that {folder} was trained on: it holds {contents}, and that one "
-            f"{before.data.contents}; give that one, or start a new run from the weights of this one"
+            f"{before.data.contents}; give that one, or start a new run from these weights"
         )
     return after.model_copy(update={"data": after.data.model_copy(update={"contents": contents})})
+
+
+def refused_changes(before: RunConfig, after: RunConfig) -> list[str]:
+    """List the changes that a resumed run cannot make."""
+    old, new = flat(before.model_dump()), flat(after.model_dump())
+    may_change = {dotted for dotted, _, extra in fields(RunConfig) if extra.get("may_change")}
+    return [f"{key}={new[key]} (was {old[key]})" for key in new if new[key] != old[key] and key not in may_change]
 
 
 def snapshot_metrics(config: RunConfig) -> tuple[Metric, ...]:
@@ -119,7 +132,10 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def launch(world: int, task: NewRun | ResumedRun) -> int:
-    """Run `task` in `world` processes of torch's elastic launcher. Returns the exit code."""
+    """Run `task` in `world` processes of torch's elastic launcher. Returns the exit code.
+
+    When a process dies after a new state was saved, all of them start again from there, RESTARTS times at most.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -138,25 +154,38 @@ def launch(world: int, task: NewRun | ResumedRun) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=world,
-        run_id="creps",
+        run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=0,  # torch would also start those again that end because of a mistake
         start_method="spawn",
     )
-    try:
-        elastic_launch(config, work)(task)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:  # it has printed a sentence
-            return failure.exitcode
-        raise UserError(
-            f"process {rank} of {world} was killed by {signal.Signals(-failure.exitcode).name}, as systems do when "
-            "memory runs out; resume the run, with less memory per process or fewer of them"
-        ) from error
-    except SignalException as error:
-        return 128 + error.sigval
-    return 0
+    folder, before = (task.folder, checkpoint.found(task.folder)) if isinstance(task, ResumedRun) else (None, [])
+    for restart in range(1, RESTARTS + 2):
+        try:
+            elastic_launch(config, work)(task)
+            return 0
+        except SignalException as error:
+            return 128 + error.sigval
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code == 2 or code > 128:  # a mistake or an interruption, which the process has reported
+            return code
+        ended = f"process {rank} of {world} " + (
+            f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed"
+        )
+        folder = folder or find_folder(task, config.run_id)
+        states = checkpoint.found(folder) if folder else []
+        if states[:1] == before[:1] or restart > RESTARTS:
+            break
+        print(f"{ended}; restart {restart} of {RESTARTS}", flush=True)
+        before = states
+    if code > 0:  # it has printed a sentence
+        return code
+    raise UserError(
+        f"{ended}, as systems do when memory runs out; resume the run, with less memory per process or fewer of them"
+    )
 
 
 def work(task: NewRun | ResumedRun) -> None:
@@ -171,7 +200,16 @@ def work(task: NewRun | ResumedRun) -> None:
 def run(task: NewRun | ResumedRun, procs: Processes) -> int:
     """Begin or resume a run and train to its end. Every rank calls it. Returns the exit code."""
     say = functools.partial(print, flush=True) if procs.is_first else lambda line: None
-    config, images = task.config, open_images(task.config.model_dump())
+    launch = launch_name() if launched() else None
+    config, folder = task.config, task.folder if isinstance(task, ResumedRun) else None
+    if isinstance(task, NewRun) and launch:  # perhaps its launch starts it again, on other machines
+        folder = next(filter(None, procs.gather_objects(find_folder(task, launch))), None)
+        if folder:
+            config = read_config(folder, {})
+            fits = config.train.batch_gpu in config.micro_batches(procs.world)
+            if task.config.train.batch_gpu == "auto" and not fits:  # there are more processes than before
+                config = config.with_train(batch_gpu="auto")
+    images = open_images(config.model_dump())
     if config.train.precision == "auto":  # decided once, so that a resumed run computes the same
         # Older runs that say auto computed in float32 on every CPU.
         half = multiplies_bfloat16_fast(procs.device) and (isinstance(task, NewRun) or procs.device.type == "cuda")
@@ -181,16 +219,17 @@ def run(task: NewRun | ResumedRun, procs: Processes) -> int:
     state = new_state(config, procs.device)
     state.G_ema.class_names = images.class_names
     evaluate = snapshot_evaluation(config, images, state, procs, say)
-    if isinstance(task, NewRun):
-        report = initialise(state, task.init_from) if task.init_from else []
-        folder = procs.broadcast(new_folder(task, images) if procs.is_first else None)
-        lines = [f"run directory {folder}", f"precision: {config.train.precision}", *report]
-    else:
-        folder = task.folder
-        path, saved = find_state(folder, say) if procs.is_first else (None, None)
-        path = procs.broadcast(path)
+    path, saved = find_state(folder, say) if folder and procs.is_first else (None, None)
+    path = procs.broadcast(path)
+    if path:
         state.load_state_dict(saved or checkpoint.load(path), procs)
         lines = [f"resume {folder} at {state.step * config.train.batch / 1000:g} kimg, from {path.name}"]
+    elif isinstance(task, ResumedRun):
+        raise UserError(f"{folder} holds no training-state-*.pt to resume from; give the directory of a run")
+    else:
+        report = initialise(state, task.init_from) if task.init_from else []
+        folder = procs.broadcast((folder or new_folder(task, images)) if procs.is_first else None)
+        lines = [f"run directory {folder}", f"precision: {config.train.precision}", *report]
     if task.config.train.batch_gpu == "auto":
         lines.append(f"micro-batch: {config.train.batch_gpu} images per process, the most that fit into memory")
     if images.has_labels and not config.data.cond:
@@ -200,6 +239,8 @@ def run(task: NewRun | ResumedRun, procs: Processes) -> int:
     if procs.is_first:
         with atomic_write(folder / "options.yaml") as temporary:
             temporary.write_text(to_yaml(config) + "\n", encoding="utf-8")
+    if launch:
+        record_launch(folder, launch, procs)
     return Loop(config, folder, state, images, procs, evaluate).run()
 
 
@@ -235,10 +276,41 @@ def new_folder(new: NewRun, images: ImageArchive) -> Path:
     return folder
 
 
-def find_state(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict]:
-    """Load the newest intact state in a run directory; return its path as well. Name the broken ones before it.
+def find_folder(new: NewRun, launch: str) -> Path | None:
+    """Find the directory that a run made when its launch started it before."""
+    for path in new.outdir.glob(f"*/{LAUNCHES}"):
+        if launch in path.read_text().splitlines():
+            saved = build(RunConfig, read_yaml(path.parent / "options.yaml"), str(path.parent))
+            unresolved = {"precision": "auto"} if new.config.train.precision == "auto" else {}
+            if not refused_changes(saved.with_train(**unresolved), new.config):
+                return path.parent
+    return None
 
-    Raises UserError.
+
+def record_launch(folder: Path, launch: str, procs: Processes) -> None:
+    """Add this launch to a run directory. Raises UserError unless all machines share it."""
+    path = folder / LAUNCHES
+    launches = procs.gather_objects(launch)
+    if procs.is_first:
+        launches = dict.fromkeys([*(path.read_text().splitlines() if path.is_file() else []), *launches])
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(f"{name}\n" for name in launches))
+    procs.barrier()
+    until = time.monotonic() + 60  # network file systems may show new files late
+    while not (sees := path.is_file() and launch in path.read_text().splitlines()) and time.monotonic() < until:
+        time.sleep(1)
+    machines = procs.gather_objects(None if sees else socket.gethostname())
+    if any(machines):
+        raise UserError(
+            f"{', '.join(filter(None, machines))}: does not see {folder} of the first process; choose a folder for "
+            "runs that all machines share"
+        )
+
+
+def find_state(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict] | tuple[None, None]:
+    """Load the newest intact state in a run directory, if it has states; return its path as well.
+
+    Names the broken ones before it. Raises UserError when all of them are broken.
     """
     paths = checkpoint.found(folder)
     for path in paths:
@@ -248,4 +320,4 @@ def find_state(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict]:
             say(f"passed over: {error}")
     if paths:
         raise UserError(f"no training state in {folder} is intact; start a new run from a snapshot instead")
-    raise UserError(f"{folder} holds no training-state-*.pt to resume from; give the directory of a run")
+    return None, None
