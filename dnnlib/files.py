@@ -44,7 +44,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         _publish(temporary, path, 0o666)
     except OSError as error:
-        error.filename = str(path)  # a full disk names none, and the temporary name would mean nothing to the user
+        if error.errno:  # a full disk names no file, and the temporary name would mean nothing to the user
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

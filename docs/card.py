@@ -89,7 +89,8 @@ def training_command(run: Path, config: RunConfig) -> str:
     data = {"path": Path(config.data.path).name, "cond": config.data.cond, "mirror": config.data.mirror}
     train = {"batch": config.train.batch, "kimg": config.train.kimg}
     shown = {"data": data, "train": train, "metrics": list(config.metrics)}
-    images = SimpleNamespace(shape=(config.G.img_channels, *config.G.img_shape), label_dim=config.G.c_dim)
+    shape = (config.G.img_channels, *config.G.img_shape)
+    images = SimpleNamespace(shape=shape, label_dim=config.G.c_dim, summary=lambda: config.data.contents)
     before = flat(resolve(gather(cfg, shown), images, cfg).model_dump(mode="json"))
     after = flat(config.model_dump(mode="json"))
     words = ["python", "train.py", "--outdir=runs", f"--cfg={cfg}"]

@@ -76,7 +76,7 @@ def test_a_card_says_how_to_train_and_render_what_it_shows(models, run, monkeypa
 
 def test_a_recipe_in_the_name_of_the_run_leaves_nothing_to_say(models):
     settings = card.gather("demo", {"data": {"path": "x.zip"}})
-    images = card.SimpleNamespace(shape=(3, 64, 64), label_dim=0)
+    images = card.SimpleNamespace(shape=(3, 64, 64), label_dim=0, summary=lambda: "")
     config = card.resolve(settings, images, "")
     found = card.training_command(Path("runs/00012-demo-x-once-more"), config)
     sizes = f"--batch={config.train.batch} --kimg={config.train.kimg:g}"

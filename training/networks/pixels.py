@@ -25,9 +25,9 @@ def part_size(device: torch.device) -> int:
     On a CPU, the widest features of a part are 2 MB with the paper's widths. On a GPU, a part keeps 5 KiB for each
     position, a thirteenth of the memory: smaller parts would not keep the GPU busy.
     """
-    if device.type != "cuda":
-        return 4096
-    return torch.cuda.get_device_properties(device).total_memory // 2**16
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 2**16
+    return 4096 if device.type == "cpu" else 2**18
 
 
 def fuse(rows: Tensor, cols: Tensor) -> Tensor:
