@@ -29,8 +29,9 @@ demo: .venv/ready
 		--video=out/demo/zoom.mp4
 	@echo "Look at out/demo: alphabet.png, word.png, scales.png, poster.png and zoom.mp4"
 
+# Two processes of one thread each are faster than one of two.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

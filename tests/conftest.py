@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
 import pytest
 import torch
 import yaml
@@ -23,6 +24,9 @@ from helpers import encode, noise_image, write_folder
 import train
 from torch_utils import build
 from training import snapshot
+
+hypothesis.settings.register_profile("busy", deadline=None)  # no test depends on the speed of the machine
+hypothesis.settings.load_profile("busy")
 
 ROOT = Path(__file__).parents[1]
 GPU_TENSOR = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda:0"))  # all that build.choose reads

@@ -480,7 +480,7 @@ def test_what_is_not_finite_is_null_in_the_file_and_left_out_of_the_plot(bench):
     assert " inf " in result.output
     line = (bench.folder / "metric-scale_psnr_2.jsonl").read_text()
     record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert (value(record), record["values"]) == (None, [None, None])
+    assert (list(record["results"].values()), record["values"]) == ([None], [None, None])
     result = CliRunner().invoke(calc_metrics.main, ["plot", str(bench.folder), f"--out={bench.folder / 'plot.png'}"])
     assert result.exit_code == 0, result.output
 

@@ -53,7 +53,7 @@ def in_float64(made, x, terms, every=False):
 
 
 @pytest.mark.parametrize("impl", ["reference", CPP])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     widths=st.lists(st.integers(1, 40), min_size=2, max_size=5),
     outputs=st.sampled_from([1, 3, 6, 7, 32]),

@@ -126,7 +126,7 @@ def test_links_to_folders_are_followed_and_rings_end(tmp_path):
 
 
 @given(count=st.integers(1, 200), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 1000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_an_epoch_shows_every_image_once(count, seed, epoch):
     assert sorted(index_at(epoch * count + i, count, seed) for i in range(count)) == list(range(count))
 
@@ -143,7 +143,7 @@ def test_epochs_and_seeds_differ_and_the_order_is_the_one_of_every_version():
     shard=st.integers(1, 7),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_shards_of_all_ranks_are_the_whole_batches_from_any_start(archive, start, world, shard, seed):
     images, batch = ImageArchive(archive, use_labels=True), world * shard
     streams = [
@@ -162,7 +162,7 @@ def test_the_shards_of_all_ranks_are_the_whole_batches_from_any_start(archive, s
 
 
 @given(seen=st.integers(0, 40))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_run_resumed_at_any_image_sees_what_the_uninterrupted_one_would(archive, seen):
     images = ImageArchive(archive, mirror=True)
     whole = torch.cat([image for image, _ in take(batches(images, batch=1, workers=0, seed=3), seen + 20)])

@@ -136,7 +136,7 @@ def test_a_mean_has_the_standard_error_of_its_values():
 # --- Fréchet distance ------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
+@settings()
 @given(st.lists(st.tuples(*[st.floats(0, 9)] * 4), min_size=1, max_size=5))
 def test_independent_gaussians_give_the_closed_form(features):
     mean_a, mean_b, a, b = np.array(features).T

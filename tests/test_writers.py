@@ -93,7 +93,7 @@ def resume(path: Path, job: dict = JOB, again: bool = True) -> Canvas:
 # Tiles.
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.tuples(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 3, 4])),
     tile=st.tuples(st.integers(1, 40), st.integers(1, 40)),
