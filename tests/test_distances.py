@@ -58,7 +58,7 @@ def near(a: Moments, b: Moments):
 # --- moments and tables ----------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=6).filter(lambda n: sum(n) > 1), SEEDS)
 def test_any_split_gives_the_moments_of_the_whole_and_files_keep_them(sizes, seed):
     x, result = normal(sum(sizes), 3, seed=seed), Moments(3)
@@ -136,7 +136,6 @@ def test_a_mean_has_the_standard_error_of_its_values():
 # --- Fréchet distance ------------------------------------------------------------------------------------------------
 
 
-@settings()
 @given(st.lists(st.tuples(*[st.floats(0, 9)] * 4), min_size=1, max_size=5))
 def test_independent_gaussians_give_the_closed_form(features):
     mean_a, mean_b, a, b = np.array(features).T
@@ -145,7 +144,7 @@ def test_independent_gaussians_give_the_closed_form(features):
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-5)  # variances below 1e-14 are dropped
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(SEEDS, st.sampled_from([2, 16]))
 def test_any_two_gaussians_give_the_closed_form(seed, size):
     a, b = random_covariance(size, seed), random_covariance(size, seed + 1)
@@ -241,7 +240,7 @@ def naive_part_inside(points, centres, k):
     return np.mean([(np.linalg.norm(centres - point, axis=1) <= radii).any() for point in points])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(SEEDS, st.integers(4, 30), st.integers(4, 30), st.integers(1, 40), st.integers(1, 3))
 def test_precision_and_recall_equal_their_definition_with_any_chunk(seed, num_fake, num_real, chunk, k):
     fake, real = normal(num_fake, 3, seed=seed), normal(num_real, 3, seed=seed + 1) * 1.5
