@@ -124,9 +124,8 @@ def from_network(options: Options, metrics: tuple[Metric, ...], procs: Processes
     labelled = archive if archive and archive.label_dim else None
     images = Generated(G, size, seed=options.seed, trunc=options.trunc, labelled=labelled)
     seen = read_trained(file)
-    source = {"network": file.name if options.network.startswith("http") else Path(options.network).name} | (
-        {"kimg": seen["kimg"]} if seen else {}
-    )
+    name = file if options.network.startswith("http") else Path(options.network)
+    source = {"network": name.name} | ({"kimg": seen["kimg"]} if seen else {})
     # The results of networks in models/ are kept only in --outdir.
     beside = file.parent if Path(options.network).is_file() else None
     return Subject(

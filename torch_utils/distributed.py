@@ -153,9 +153,8 @@ def check_capability(capability: tuple[int, int], built: list[str]) -> None:
     found = re.findall(r"(sm|compute)_(\d+)([af]?)", " ".join(built))  # none on AMD's GPUs
     for kind, number, letter in found:
         least = divmod(int(number), 10)
-        newer = (
-            kind == "compute" or least[0] == capability[0]
-        )  # PTX is for all later GPUs, a binary for those of its major
+        # PTX (compute) is for all later GPUs, a binary (sm) for those of its major version.
+        newer = kind == "compute" or least[0] == capability[0]
         if capability == least or (newer and capability >= least and not letter):
             return
     if found:

@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -29,8 +30,8 @@ READ_ERRORS = (
 MAX_FILE_BYTES = 2**31  # a 16-bit RGB image of 350 megapixels
 
 
-class Container:
-    """Base class. Subclasses define names() and open(), which may raise any of READ_ERRORS, and KeyError."""
+class Container(ABC):
+    """Files by name. The methods may raise any of READ_ERRORS, and KeyError."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -48,15 +49,17 @@ class Container:
             self._opened, self._owner = self._open(), os.getpid()
         return self._opened
 
-    def _open(self): ...
+    def _open(self) -> object:
+        """Open what a process keeps open between files: by default nothing."""
+        return None
 
+    @abstractmethod
     def names(self) -> list[str]:
         """List the files, in any order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading. Raises ValueError if it is implausibly large or not a regular file."""
-        raise NotImplementedError
 
 
 class Folder(Container):

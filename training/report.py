@@ -33,8 +33,10 @@ class RunLog:
                 temporary.write_text("".join(x for x in lines if _belongs(x, step)), encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        # Its thread prints exceptions, of a full disk for example, although its next call raises them as well.
-        threading.excepthook = lambda arguments: None
+        # Its thread would print the traceback of a full disk, which its next call raises as well.
+        threading.excepthook = lambda thread: (
+            None if issubclass(thread.exc_type, OSError) else threading.__excepthook__(thread)
+        )
         self.events = SummaryWriter(folder, purge_step=step + 1)
 
     def print(self, line: str) -> None:

@@ -200,10 +200,10 @@ def work(task: NewRun | ResumedRun) -> None:
 def run(task: NewRun | ResumedRun, procs: Processes) -> int:
     """Begin or resume a run and train to its end. Every rank calls it. Returns the exit code."""
     say = functools.partial(print, flush=True) if procs.is_first else lambda line: None
-    launch = launch_name() if launched() else None
+    ours = launch_name() if launched() else None
     config, folder = task.config, task.folder if isinstance(task, ResumedRun) else None
-    if isinstance(task, NewRun) and launch:  # perhaps its launch starts it again, on other machines
-        folder = next(filter(None, procs.gather_objects(find_folder(task, launch))), None)
+    if isinstance(task, NewRun) and ours:  # perhaps its launch starts it again, on other machines
+        folder = next(filter(None, procs.gather_objects(find_folder(task, ours))), None)
         if folder:
             config = read_config(folder, {})
             fits = config.train.batch_gpu in config.micro_batches(procs.world)
@@ -239,8 +239,8 @@ def run(task: NewRun | ResumedRun, procs: Processes) -> int:
     if procs.is_first:
         with atomic_write(folder / "options.yaml") as temporary:
             temporary.write_text(to_yaml(config) + "\n", encoding="utf-8")
-    if launch:
-        record_launch(folder, launch, procs)
+    if ours:
+        record_launch(folder, ours, procs)
     return Loop(config, folder, state, images, procs, evaluate).run()
 
 

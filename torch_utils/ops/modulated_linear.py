@@ -18,11 +18,9 @@ from torch_utils.precision import full_precision, product_dtype
 
 IMPLS = ("auto", "reference", "cuda", "cublas")
 SOURCE = Path(__file__).with_suffix(".cu")
-ROWS, TILE, WARPS = (
-    8,
-    (128, 64),
-    4,
-)  # of a block of each kernel in modulated_linear.cu: rows; positions × outputs, warps
+# Of a block of each kernel in modulated_linear.cu.
+ROWS = 8
+TILE, WARPS = (128, 64), 4  # positions × outputs
 EPSILON = 1e-8  # added to the squared length by which demodulation divides
 # "auto" uses our own kernel up to this many inputs. Beyond, the library's faster product gains more than another pass
 # over the outputs costs: with 600 and 250 TFLOP/s and 3 TB/s, assumed for an H100, from 285 on. Not measured.
