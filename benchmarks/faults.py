@@ -3,6 +3,8 @@
 python -m benchmarks.faults --out=benchmarks/results/faults.json             # everything: hours on two cores
 python -m benchmarks.faults --part=kills --count=10 --out=/tmp/faults.json   # one part, shorter
 
+The file is written after each command or kind of file; started again, the campaign goes on with the next.
+
 A command passes if it ends within a minute of the fault, prints no traceback, fails with a sentence or succeeds, leaves
 no incomplete file under a final name, and gives the result of an undisturbed run when started again.
 """
@@ -153,11 +155,11 @@ def commands(base: Path) -> list[Command]:
         return [measured for line in lines if not line.endswith("}\n")]
 
     return [
-        Command("train.py", train, partial(again, train), trained),
-        Command("train.py --gpus=2", [*train[:-1], "--gpus=2"], partial(again, [*train[:-1], "--gpus=2"]), trained),
-        Command("generate.py", render, lambda folder: [*render, "--resume"], lambda f: sha256(f / "seed0000.tif")),
         Command("dataset_tool.py", make, lambda folder: make, lambda folder: sha256(folder / "made.zip")),
         Command("calc_metrics.py", metric, lambda folder: metric, values, broken_lines),
+        Command("generate.py", render, lambda folder: [*render, "--resume"], lambda f: sha256(f / "seed0000.tif")),
+        Command("train.py", train, partial(again, train), trained),
+        Command("train.py --gpus=2", [*train[:-1], "--gpus=2"], partial(again, [*train[:-1], "--gpus=2"]), trained),
     ]
 
 
@@ -183,12 +185,13 @@ def undisturbed(command: Command, folder: Path) -> tuple[str, float]:
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
-def kills(count: int, rng: random.Random) -> dict[str, Tally]:
+def kills(count: int, seed: int, done: set[str]) -> Iterator[tuple[str, Tally]]:
     """SIGKILL each command `count` times at random moments, and start it again each time until it finishes."""
-    tallies = {}
     with inputs() as base:
         for command in commands(base):
-            tally = tallies[command.name] = Tally()
+            if command.name in done:
+                continue
+            tally, rng = Tally(), random.Random(f"{seed} {command.name}")
             (base / "whole").mkdir()
             expected, seconds = undisturbed(command, base / "whole")
             click.echo(f"{command.name}: {seconds:.1f} s undisturbed")
@@ -215,12 +218,11 @@ def kills(count: int, rng: random.Random) -> dict[str, Tally]:
                     tally.require(ended.code == 0, f"{command.name}: exit {ended.code}: {ended.text[-300:]}")
                     tally.require(command.digest(folder) == expected, f"{command.name}: a different result")
             subprocess.run(["rm", "-r", base / "whole"], check=True)
-    return tallies
+            yield command.name, tally
 
 
-def full_disk(count: int, rng: random.Random) -> dict[str, Tally]:
+def full_disk(count: int, seed: int, done: set[str]) -> Iterator[tuple[str, Tally]]:
     """Fail all writes of a command from one on, for `count` of its writes, then start it again on a disk with space."""
-    tallies = {}
     with inputs() as base:
         library, counter = base / "full_disk.so", base / "counter"
         compiled = ["cc", "-shared", "-fPIC", "-O1", "-o", library, ROOT / "benchmarks/full_disk.c", "-ldl"]
@@ -232,7 +234,9 @@ def full_disk(count: int, rng: random.Random) -> dict[str, Tally]:
             return {"LD_PRELOAD": str(library)} | {f"FULL_DISK_{name}": value for name, value in names.items()}
 
         for command in commands(base):
-            tally = tallies[command.name] = Tally()
+            if command.name in done:
+                continue
+            tally, rng = Tally(), random.Random(f"{seed} {command.name}")
             (base / "whole").mkdir()
             ended = finish(command.start(base / "whole", **disk(base / "whole", 0)), 600)
             expected = command.digest(base / "whole")
@@ -252,7 +256,7 @@ def full_disk(count: int, rng: random.Random) -> dict[str, Tally]:
                     tally.require(ended.code == 0, f"{what}: again: exit {ended.code}: {ended.text[-300:]}")
                     tally.require(command.digest(folder) == expected, f"{what}: a different result")
             subprocess.run(["rm", "-r", base / "whole"], check=True)
-    return tallies
+            yield command.name, tally
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
@@ -301,11 +305,10 @@ def forked(arguments: list[str], log: Path) -> Ended:
     return Ended(None, log.read_text(errors="replace"))
 
 
-def mutations(count: int, rng: random.Random) -> dict[str, Tally]:
+def mutations(count: int, seed: int, done: set[str]) -> Iterator[tuple[str, Tally]]:
     """Give each command `count` damaged copies of each kind of file that it reads."""
     for name in ("train", "generate", "calc_metrics", "dataset_tool"):
         __import__(name)
-    tallies = {}
     with inputs() as base:
         archive, recipe, out = base / "letters.zip", base / "faults.yaml", base / "out"
         train = ["train.py", f"--outdir={out}", f"--cfg={recipe}", "--cond"]
@@ -342,7 +345,9 @@ def mutations(count: int, rng: random.Random) -> dict[str, Tally]:
             "recipe": (recipe, [*train, f"--data={archive}", *dry]),
         }
         for name, (path, arguments) in kinds.items():
-            tally = tallies[name] = Tally()
+            if name in done:
+                continue
+            tally, rng = Tally(), random.Random(f"{seed} {name}")
             whole = path.read_bytes()
             ended = forked(arguments, base / "log")
             tally.require(ended.code == 0, f"{name}: exit {ended.code} without any damage: {ended.text[-300:]}")
@@ -354,8 +359,7 @@ def mutations(count: int, rng: random.Random) -> dict[str, Tally]:
                 path.write_bytes(whole)
                 for other, data in kept.items():
                     other.write_bytes(whole if other == path else data)
-            click.echo(f"{name}: {len(tally.violations)} violations of {tally.faults}")
-    return tallies
+            yield name, tally
 
 
 READ = """
@@ -366,12 +370,11 @@ for batch in itertools.islice(batches(ImageArchive(sys.argv[1]), batch=10, worke
 """
 
 
-def memory(count: int, rng: random.Random) -> dict[str, Tally]:
+def memory(count: int, seed: int, done: set[str]) -> Iterator[tuple[str, Tally]]:
     """Render `count` seeds, and read ten times as many images, in fresh processes, whose memory may not grow.
 
     Each prints a line for each image: their resident memory is read after a tenth of them, and near the end.
     """
-    tallies = {}
     with inputs() as base:
         seeds = [
             "generate.py",
@@ -382,7 +385,9 @@ def memory(count: int, rng: random.Random) -> dict[str, Tally]:
         ]
         read = ["-c", READ, str(base / "letters.zip"), str(10 * count)]
         for name, arguments, images in (("seeds rendered", seeds, count), ("images read", read, 10 * count)):
-            tally, seen = tallies.setdefault(name, Tally()), {}
+            if name in done:
+                continue
+            tally, seen = Tally(), {}
             process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
             for done, _ in enumerate(process.stdout, 1):
                 tally.faults = done
@@ -393,7 +398,7 @@ def memory(count: int, rng: random.Random) -> dict[str, Tally]:
             early, late = seen.values()
             tally.figures = {f"MiB after {done:,}": round(mib, 1) for done, mib in seen.items()}
             tally.require(late - early < GROWTH, f"{name}: {early:.0f} MiB became {late:.0f} MiB")
-    return tallies
+            yield name, tally
 
 
 PARTS = {
@@ -412,17 +417,17 @@ PARTS = {
 @command()
 def main(parts, count, seed, out):
     """Disturb the commands and report every violation; the exit code is 1 if there is one."""
-    result = {"machine": describe(), "seed": seed}
-    for name in parts or PARTS:
-        function, default = PARTS[name]
-        tallies = function(count or default, random.Random(seed))
-        result[name] = {
-            what: {"faults": t.faults, "violations": t.violations} | t.figures for what, t in tallies.items()
-        }
-        with atomic_write(out) as file:
-            file.write_text(json.dumps(result, indent=1) + "\n")
-        click.echo(f"{name}: " + ", ".join(f"{what} {len(t.violations)} of {t.faults}" for what, t in tallies.items()))
-    if any(entry["violations"] for name in parts or PARTS for entry in result[name].values()):
+    result = json.loads(out.read_text()) if out.exists() else {}
+    for part in parts or PARTS:
+        function, default = PARTS[part]
+        entries = result.setdefault(part, {})
+        for name, tally in function(count or default, seed, set(entries)):
+            entries[name] = {"faults": tally.faults, "violations": tally.violations, **tally.figures}
+            entries[name] |= {"seed": seed, "cpu": describe()["cpu"]}
+            with atomic_write(out) as file:
+                file.write_text(json.dumps(result, indent=1) + "\n")
+            click.echo(f"{part}, {name}: {len(tally.violations)} violations of {tally.faults}")
+    if any(entry["violations"] for entries in result.values() for entry in entries.values()):
         sys.exit(1)
 
 
