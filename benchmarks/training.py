@@ -24,7 +24,7 @@ from torch_utils.command import command
 from torch_utils.distributed import processes
 from torch_utils.precision import multiplies_bfloat16_fast
 from training.config import resolve
-from training.data import ImageArchive
+from training.data import Batch, ImageArchive
 from training.state import new_state
 from training.trainer import Trainer
 
@@ -44,15 +44,15 @@ def phases(folder: str, name: str, batch: int, rounds: int) -> dict:
         half = gpu and multiplies_bfloat16_fast(device)
         config = config.with_train(precision="bfloat16" if half else "float32")
         trainer = Trainer(config, new_state(config, device), images, procs)
-        real = torch.stack([images[i][0] for i in range(batch)]).to(device, trainer.dtype) / 127.5 - 1
-        c = torch.zeros(batch, 0, device=device)
+        pixels = torch.stack([images[i][0] for i in range(batch)]).to(device, trainer.dtype) / 127.5 - 1
+        real = Batch(pixels, torch.zeros(batch, 0, device=device))
         work = dict(zip(("G", "path length", "D", "R1"), trainer.phases, strict=True))
         before = peak_mib()
         seconds: dict[str, list[float]] = {name: [] for name in work}
         for _ in range(rounds):
             for name, phase in work.items():
                 start = time.perf_counter()
-                trainer.run(phase, real, c)
+                trainer.run(phase, real)
                 if gpu:
                     torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - start)

@@ -165,8 +165,8 @@ def test_the_shards_of_all_ranks_are_the_whole_batches_from_any_start(archive, s
 @settings(max_examples=20)
 def test_a_run_resumed_at_any_image_sees_what_the_uninterrupted_one_would(archive, seen):
     images = ImageArchive(archive, mirror=True)
-    whole = torch.cat([image for image, _ in take(batches(images, batch=1, workers=0, seed=3), seen + 20)])
-    resumed = torch.cat([image for image, _ in take(batches(images, batch=4, start=seen, workers=0, seed=3), 5)])
+    whole = torch.cat([batch.images for batch in take(batches(images, batch=1, workers=0, seed=3), seen + 20)])
+    resumed = torch.cat([batch.images for batch in take(batches(images, batch=4, start=seen, workers=0, seed=3), 5)])
     assert torch.equal(resumed, whole[seen:])
 
 
@@ -175,7 +175,7 @@ def test_worker_processes_change_nothing(archive):
     images[3]  # the ZIP is open when the workers fork
     alone = take(batches(images, batch=4, workers=0), 12)
     helped = take(batches(images, batch=4, workers=2), 12)
-    for (image, label), (image_helped, label_helped) in zip(alone, helped, strict=True):
+    for (image, label, _), (image_helped, label_helped, _) in zip(alone, helped, strict=True):
         assert torch.equal(image, image_helped)
         assert torch.equal(label, label_helped)
 

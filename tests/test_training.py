@@ -22,7 +22,7 @@ from torch_utils.randomness import make_rng
 from training import ema
 from training.augment import augment, sample
 from training.config import resolve
-from training.data import ImageArchive
+from training.data import Batch, ImageArchive
 from training.grids import grid_shape, tile
 from training.report import duration
 from training.state import new_state
@@ -45,7 +45,7 @@ def prepare(tiny, **settings):
 
 def batch_of(images, step: int, size: int):
     real, labels = zip(*(images[(step * size + i) % len(images)] for i in range(size)), strict=True)
-    return torch.stack(real), torch.stack(labels)
+    return Batch(torch.stack(real), torch.stack(labels))
 
 
 class Straightforward:
@@ -185,9 +185,9 @@ def test_the_four_phases_are_those_of_plain_autograd(tiny, settings):
     plain = Straightforward(config, images, state)
     start = plain.p
     for s in range(9):
-        real, c = batch_of(images, s, config.train.batch)
-        plain.step(s, real, c)
-        trainer.step(real, c)
+        batch = batch_of(images, s, config.train.batch)
+        plain.step(s, batch.images, batch.labels)
+        trainer.step(batch)
         for network, expected in ((state.G, plain.G), (state.D, plain.D), (state.G_ema, plain.average)):
             for (name, got), want in zip(network.state_dict().items(), expected.state_dict().values(), strict=True):
                 np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10, err_msg=f"step {s}, {name}")
@@ -210,13 +210,13 @@ def test_the_state_before_the_first_step_depends_on_the_seed_alone(tiny):
 def test_a_state_restored_is_the_state_saved(tiny, tmp_path):
     config, images, state, trainer = prepare(tiny, augment__mode="ada", augment__p=0.5)
     for s in range(3):
-        trainer.step(*batch_of(images, s, 8))
+        trainer.step(batch_of(images, s, 8))
     checkpoint.save(state.state_dict(), tmp_path, 3)
     other = new_state(config, ALONE.device)
     other.load_state_dict(checkpoint.load(checkpoint.found(tmp_path)[0]), ALONE)
     for s in range(3, 6):
-        trainer.step(*batch_of(images, s, 8))
-        Trainer(config, other, images, ALONE).step(*batch_of(images, s, 8))
+        trainer.step(batch_of(images, s, 8))
+        Trainer(config, other, images, ALONE).step(batch_of(images, s, 8))
     assert bytes_of(other.state_dict()) == bytes_of(state.state_dict())
     assert other.stats.collect(ALONE) == state.stats.collect(ALONE)
 
@@ -243,7 +243,7 @@ BAD = {
 def test_gradients_that_are_not_finite_change_nothing_but_the_count(tiny, harm):
     _, images, state, trainer = prepare(tiny, augment__mode="ada", augment__p=0.5)
     for s in range(2):  # moments, pl_mean and w_avg are no longer zero
-        trainer.step(*batch_of(images, s, 8))
+        trainer.step(batch_of(images, s, 8))
     harm(state)
     g_is_whole = all(p.isfinite().all() for p in state.G.parameters())
     kept = {n: bytes_of(v) for n, v in state.state_dict().items() if n in ("D", "D_opt", "augment_p")}
@@ -253,7 +253,7 @@ def test_gradients_that_are_not_finite_change_nothing_but_the_count(tiny, harm):
         kept |= {n: bytes_of(v) for n, v in state.state_dict().items() if n in ("G", "G_opt", "pl_mean")}
     w_avg = state.G.mapping.w_avg.clone()
     weights = bytes_of(state.G.state_dict())
-    trainer.step(*batch_of(images, 2, 8))
+    trainer.step(batch_of(images, 2, 8))
     assert {n: bytes_of(state.state_dict()[n]) for n in kept} == kept
     assert bytes_of(state.G.state_dict()) == weights
     assert torch.equal(state.G.mapping.w_avg, w_avg)
@@ -269,26 +269,26 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_a_good_one_begins_the_count
     for s in range(8):  # three steps in a row at the end of the second four, when they are looked at
         state.D.epilogue.out.weight.data.copy_(good if s in (2, 4) else torch.full_like(good, math.nan))
         if s < 7:
-            trainer.step(*batch_of(images, s, 8))
+            trainer.step(batch_of(images, s, 8))
         assert (state.bad_steps["G loss"] == 0) == (s in (2, 4))
         if s in (2, 4):
             good = state.D.epilogue.out.weight.data.clone()
     with pytest.raises(
         UserError, match=r"gradients of G loss were not finite in 3 updates in a row.*step 8.*optim.g_lr"
     ):
-        trainer.step(*batch_of(images, 7, 8))
+        trainer.step(batch_of(images, 7, 8))
 
 
 def test_a_huge_finite_gradient_does_not_stop_a_weight_for_ever(tiny):
     """In float32 the square of 1e20 is infinite, and Adam divides by its root from then on."""
     _, images, state, trainer = prepare(tiny, train__precision="float32", loss__pl_weight=0.0, loss__r1_gamma=0.0)
-    trainer.step(*batch_of(images, 0, 8))
+    trainer.step(batch_of(images, 0, 8))
     for p in state.D.parameters():
         p.grad = torch.full_like(p, 1e20)
     trainer.update(next(phase for phase in trainer.phases if phase.network == "D"))
     before = [p.clone() for p in state.D.parameters()]
     for s in range(1, 4):
-        trainer.step(*batch_of(images, s, 8))
+        trainer.step(batch_of(images, s, 8))
     assert any(not torch.equal(a, b) for a, b in zip(before, state.D.parameters(), strict=True))
 
 

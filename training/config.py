@@ -12,6 +12,7 @@ from training.augment import AugmentConfig
 from training.data import ImageArchive
 from training.diffaug import Policy
 from training.networks import AnyDiscriminatorConfig, GeneratorConfig
+from training.scales import ScalesConfig
 
 
 class DataConfig(Config):
@@ -19,6 +20,9 @@ class DataConfig(Config):
     contents: str | None = Field(None, description="how a resumed run knows its archive (ImageArchive.summary)")
     cond: bool = setting(False, flag="cond", description="train on the archive's labels")
     mirror: bool = setting(False, flag="mirror", description="train on every image flipped left to right as well")
+    resolution: int | tuple[int, int] | None = setting(
+        None, description="training size, or height and width, for an archive of images of their own sizes"
+    )
     workers: int = setting(
         3, ge=0, flag="workers", may_change=True, description="reading processes per training process"
     )
@@ -94,6 +98,7 @@ class RunConfig(Config):
     loss: LossConfig
     optim: OptimConfig = OptimConfig()
     augment: AugmentSettings = AugmentSettings()
+    scales: ScalesConfig = ScalesConfig()
     train: TrainConfig
     metrics: tuple[str, ...] = setting((), may_change=True, description="measured at every snapshot")
 
@@ -116,6 +121,16 @@ class RunConfig(Config):
             g, d = getattr(self.G, name), getattr(self.D, name)
             if g != d:
                 raise ValueError(f"G.{name}={g} and D.{name}={d} must be equal")
+        if self.scales.max > 1:
+            if self.data.resolution is None:
+                raise ValueError(
+                    "scales.max needs images that are larger than the training size; make an archive with "
+                    "dataset_tool.py --transform=native, and set data.resolution to the training size"
+                )
+            if getattr(self.G, "coords", None) != "centers":
+                raise ValueError("scales.max needs G.coords=centers, so that a window is part of the whole picture")
+        elif self.D.scale_aware or self.scales.consistency:
+            raise ValueError("D.scale_aware and scales.consistency need windows; set scales.max to more than 1")
         return self
 
     @property
@@ -223,6 +238,8 @@ def resolve(settings: dict, images: ImageArchive, where: str) -> RunConfig:
             )
         found = {"img_shape": (height, width), "img_channels": channels, "c_dim": images.label_dim}
         settings[network] = found | settings[network]
+    scales = settings.get("scales", {}).get("max", 1)
+    settings = merge(nested("D.scale_aware", isinstance(scales, int | float) and scales > 1), settings)
     batch = settings.get("train", {}).get("batch")
     batch = batch if isinstance(batch, int | float) and batch >= 1 else 1  # build refuses a wrong one
     settings = merge(nested("loss.r1_gamma", default_gamma(height * width, batch)), settings)

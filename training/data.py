@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch
 from dnnlib.console import UserError
 from torch_utils.reading import read_ahead
 from training.colours import MODES
+from training.scales import ScalesConfig, sample_window
 from training.sources import ImageFiles
 
 
@@ -143,6 +145,17 @@ def index_at(position: int, count: int, seed: int) -> int:
     return int(epoch_order(count, seed, epoch)[place])
 
 
+class Batch(NamedTuple):
+    """Images uint8 [N,C,H,W], labels float32 [N,label_dim], and the windows that the images show, float64 [N,3].
+
+    windows: see training.scales; None: whole pictures.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    windows: torch.Tensor | None = None
+
+
 def batches(
     images: ImageArchive,
     *,
@@ -152,12 +165,14 @@ def batches(
     world: int = 1,
     seed: int = 0,
     workers: int = 2,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the shards of this rank without end: (uint8 [batch/world,C,H,W], float32 [batch/world,label_dim]).
+    scales: ScalesConfig | None = None,
+) -> Iterator[Batch]:
+    """Yield the shards of this rank without end, batch/world images each.
 
     Batch s of all ranks together holds the positions start + s·batch ... start + (s+1)·batch - 1 of the order that
     `seed` gives; a rank reads every world-th of them, from the rank-th on. `start` is the number of images already
-    seen. `workers` processes read ahead (0: this one reads); the stream does not depend on their number.
+    seen. With `scales`, the images are windows of a NativeArchive, functions of (seed, position). `workers` processes
+    read ahead (0: this one reads); the stream does not depend on their number.
     Raises UserError for impossible numbers at once, and for an unreadable image when its turn comes.
     """
     if batch < 1 or world < 1 or batch % world:
@@ -165,12 +180,18 @@ def batches(
     if not 0 <= rank < world or start < 0 or workers < 0:
         raise UserError(f"{rank=} must be below {world=}, and {start=} and {workers=} not negative")
     shards = (
-        [index_at(position, len(images), seed) for position in range(first + rank, first + batch, world)]
+        [(index_at(position, len(images), seed), position) for position in range(first + rank, first + batch, world)]
         for first in itertools.count(start, batch)
     )
-    return read_ahead(functools.partial(_read, images), shards, workers)
+    return read_ahead(functools.partial(_read, images, seed, scales), shards, workers)
 
 
-def _read(images: ImageArchive, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = zip(*(images[index] for index in indices), strict=True)
-    return torch.stack(images), torch.stack(labels)
+def _read(images: ImageArchive, seed: int, scales: ScalesConfig | None, places: list[tuple[int, int]]) -> Batch:
+    """Read the images of `places`: (index, position in the stream) each."""
+    if scales is None:
+        pixels, labels = zip(*(images[index] for index, _ in places), strict=True)
+        return Batch(torch.stack(pixels), torch.stack(labels))
+    windows = [sample_window(scales, images.largest(index), seed, position) for index, position in places]
+    pixels = [images.window(index, *window) for (index, _), window in zip(places, windows, strict=True)]
+    labels = [images.label(index) for index, _ in places]
+    return Batch(torch.stack(pixels), torch.stack(labels), torch.tensor(windows, dtype=torch.float64))

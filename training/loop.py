@@ -19,7 +19,7 @@ from torch_utils.errors import explain
 from torch_utils.reading import cores
 from torch_utils.signals import note_signals
 from training.config import RunConfig
-from training.data import ImageArchive, batches
+from training.data import Batch, ImageArchive, batches
 from training.grids import generated_grid, real_grid
 from training.memory import GIB, peak_bytes
 from training.networks import Generator
@@ -69,7 +69,7 @@ class Loop:
         except Exception as error:
             raise self.explain(error) from error
 
-    def train(self, stream: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> int:
+    def train(self, stream: Iterator[Batch]) -> int:
         s, t = self.state, self.config.train
         last = math.ceil(round(t.kimg * 1000) / t.batch)
         tick = max(1, round(t.tick * 1000 / t.batch))  # steps between reports
@@ -83,8 +83,8 @@ class Loop:
             ahead = self.attempt(self.read, stream, count)
             if self.procs.any(stop or self.failure is not None):
                 break
-            for real, c in ahead:
-                self.step(real, c)
+            for batch in ahead:
+                self.step(batch)
             if s.step % tick == 0 or s.step == last:
                 self.attempt(self.report)
             if s.step % (tick * t.snap) == 0 or s.step == last:
@@ -124,7 +124,7 @@ class Loop:
     def kimg(self) -> float:
         return self.state.step * self.config.train.batch / 1000
 
-    def stream(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def stream(self) -> Iterator[Batch]:
         t = self.config.train
         return batches(
             self.images,
@@ -134,11 +134,10 @@ class Loop:
             world=self.procs.world,
             seed=t.seed,
             workers=min(self.config.data.workers, cores()),
+            scales=self.config.scales if self.config.scales.max > 1 else None,
         )
 
-    def read(
-        self, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], count: int
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def read(self, stream: Iterator[Batch], count: int) -> list[Batch]:
         """Read the batches of `count` steps."""
         began = time.perf_counter()
         ahead = list(itertools.islice(stream, count))
@@ -146,9 +145,9 @@ class Loop:
         self.add_seconds(waited, waited)
         return ahead
 
-    def step(self, real: torch.Tensor, c: torch.Tensor) -> None:
+    def step(self, batch: Batch) -> None:
         began = time.perf_counter()
-        self.trainer.step(real, c)
+        self.trainer.step(batch)
         self.add_seconds(time.perf_counter() - began)
         if self.state.step == 1:  # all phases were due
             self.log.print(f"memory {peak_bytes(self.procs.device) / GIB:.2f} GiB per process in the first step")

@@ -16,7 +16,7 @@ from dnnlib.console import UserError
 from torch_utils.distributed import Processes
 from torch_utils.errors import memory_full
 from training.config import RunConfig
-from training.data import ImageArchive
+from training.data import Batch, ImageArchive
 from training.state import new_state
 from training.trainer import Trainer
 
@@ -104,5 +104,6 @@ def try_step(config: RunConfig, images: ImageArchive, device: torch.device, micr
     config = config.with_train(batch=micro, batch_gpu=None)
     state = new_state(config, device)
     state.augment_p = float(config.augment.mode != "none")
-    real, c = torch.zeros(micro, *images.shape, dtype=torch.uint8), torch.zeros(micro, images.label_dim)
-    Trainer(config, state, images, Processes(0, 1, device)).step(real, c)
+    windows = torch.tensor([[1.0, 0.0, 0.0]] * micro, dtype=torch.float64) if config.scales.max > 1 else None
+    batch = Batch(torch.zeros(micro, *images.shape, dtype=torch.uint8), torch.zeros(micro, images.label_dim), windows)
+    Trainer(config, state, images, Processes(0, 1, device)).step(batch)

@@ -2,7 +2,7 @@
 
 A loss yields one scalar per micro-batch, and their gradients add up to those of the batch.
 
-Legend: t the trainer, z latents, c labels, ws styles.
+Legend: t the trainer, z latents, c labels, ws styles, windows of pictures (training.scales).
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from training import losses
 from training.config import LossConfig
+from training.data import Batch
 
 if TYPE_CHECKING:
     from training.trainer import Trainer
@@ -28,7 +30,7 @@ class Phase:
     network: Literal["G", "D"]
     term: str
     interval: int
-    loss: Callable[[Trainer, Tensor, Tensor], Iterator[Tensor]]
+    loss: Callable[[Trainer, Batch], Iterator[Tensor]]
 
     def __str__(self) -> str:
         return f"{self.network} {self.term}"  # the key of bad_steps in training states
@@ -41,25 +43,30 @@ def phases(config: LossConfig) -> list[Phase]:
     return [Phase("G", "loss", 1, generator_loss), *path_length, Phase("D", "loss", 1, discriminator_loss), *r1]
 
 
-def generator_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
-    """Yield the adversarial loss of G. w_avg tracks the mean style of the batch."""
+def generator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
+    """Yield the adversarial loss of G, on the windows of the real images. w_avg tracks the mean style of the batch."""
     G, D = t.state.G, t.state.D
     z, labels = t.sample_latents("generator", t.batch)
     augmentations = t.sample_augmentations("generator")
-    average = 0
-    for part in t.parts:
+    average, consistency = 0, t.config.scales.consistency
+    for part, (_, _, windows) in zip(t.parts, t.split(real), strict=True):
         with t.autocast():
             ws = G.mapping(z[part], labels[part])
-            logits = D(augmentations[part].apply(G.synthesis(ws)), labels[part])
+            images = t.synthesise(ws, windows)
+            logits = D(augmentations[part].apply(images), t.judged_by(labels[part], windows))
         loss = t.adversarial.G(logits)
         average = average + ws[:, 0].detach().mean(dim=0) / len(t.parts)
         t.state.stats.report("Loss/G/loss", loss)
+        if consistency:
+            difference = (F.avg_pool2d(images, 2) - t.synthesise(ws, windows, shrink=2)).square().mean(dim=(1, 2, 3))
+            t.state.stats.report("Loss/G/consistency", difference)
+            loss = loss.mean() + consistency * difference.mean()
         yield loss.mean() / len(t.parts)
     w_avg = G.mapping.w_avg
     t.set_after_update(w_avg, w_avg.lerp(t.procs.mean_(average), 1 - t.config.train.w_avg_decay))
 
 
-def path_length_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
+def path_length_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
     """Yield the path length penalty on half a batch, as in the released code (StyleGAN2, section 3.2)."""
     s, config = t.state, t.config.loss
     count = max(t.batch // 2, 1)
@@ -89,17 +96,18 @@ def path_length_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
     t.set_after_update(s.pl_mean, mean)
 
 
-def discriminator_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
+def discriminator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
     """Yield the adversarial loss of D. Reports what it says of real and generated images."""
     s = t.state
     z, labels = t.sample_latents("critic", t.batch)
     of_fake, of_real = t.sample_augmentations("critic"), t.sample_augmentations("critic real")
-    for part, (x, x_c) in zip(t.parts, t.split(real, c), strict=True):
+    for part, (x, c, windows) in zip(t.parts, t.split(real), strict=True):
         with t.autocast():
             with torch.no_grad():
-                fake = s.G(z[part], labels[part])
+                fake = t.synthesise(s.G.mapping(z[part], labels[part]), windows)
             both = torch.cat([of_fake[part].apply(fake), of_real[part].apply(x)])
-            fake_logits, real_logits = s.D(both, torch.cat([labels[part], x_c]), batches=2).chunk(2)
+            both_labels = torch.cat([t.judged_by(c, windows) for c in (labels[part], c)])
+            fake_logits, real_logits = s.D(both, both_labels, batches=2).chunk(2)
         loss = t.adversarial.D(real_logits, fake_logits)
         s.signs += torch.stack([real_logits.detach().sign().sum(), real_logits.new_full((), real_logits.numel())])
         s.stats.report("Loss/D/loss", loss)
@@ -112,15 +120,16 @@ def discriminator_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
         yield loss.mean() / len(t.parts)
 
 
-def r1_loss(t: Trainer, real: Tensor, c: Tensor) -> Iterator[Tensor]:
+def r1_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
     """Yield γ/2 · R1 of real images, times its interval."""
     config = t.config.loss
     augmentations = t.sample_augmentations("r1")
-    for part, (x, x_c) in zip(t.parts, t.split(real, c), strict=True):
+    for part, (x, c, windows) in zip(t.parts, t.split(real), strict=True):
+        c = t.judged_by(c, windows)
 
-        def judge(x: Tensor, part: slice = part, x_c: Tensor = x_c) -> Tensor:
+        def judge(x: Tensor, part: slice = part, c: Tensor = c) -> Tensor:
             with t.autocast():
-                return t.state.D.regularised(augmentations[part].apply(x), x_c)
+                return t.state.D.regularised(augmentations[part].apply(x), c)
 
         penalty = losses.r1(judge, x)
         t.state.stats.report("Loss/r1_penalty", penalty)

@@ -19,9 +19,10 @@ from torch_utils.randomness import make_rng
 from torch_utils.transfer import send
 from training import augment, diffaug, ema, losses
 from training.config import RunConfig
-from training.data import ImageArchive
-from training.networks.discriminator import Epilogue
+from training.data import Batch, ImageArchive
+from training.networks.discriminator import Epilogue, scale_features
 from training.phases import Phase, phases
+from training.scales import positions
 from training.state import TrainState
 
 CHECK_INTERVAL = 4  # steps between adjustments of p (ADA paper, section 3.1) and checks for divergence
@@ -47,26 +48,28 @@ class Trainer:
         self.adversarial = losses.ADVERSARIAL[config.loss.kind]
         self._pending: list[tuple[Tensor, Tensor]] = []
 
-    def step(self, real: Tensor, c: Tensor) -> None:
-        """real uint8 [n,C,H,W] and labels [n,c_dim]: the images of this rank. Raises UserError after divergence."""
-        s, train = self.state, self.config.train
-        # To the device first: a quarter of the bytes.
-        real = send(real, self.procs.device).to(self.dtype) / 127.5 - 1
-        c = send(c, self.procs.device, self.dtype)
+    def step(self, batch: Batch) -> None:
+        """Take a step on the images of this rank. Raises UserError after divergence."""
+        s, train, device = self.state, self.config.train, self.procs.device
+        real = Batch(
+            send(batch.images, device).to(self.dtype) / 127.5 - 1,  # to the device first: a quarter of the bytes
+            send(batch.labels, device, self.dtype),
+            None if batch.windows is None else send(batch.windows, device),
+        )
         for phase in self.phases:
             if s.step % phase.interval == 0:
-                self.run(phase, real, c)
+                self.run(phase, real)
         s.step += 1
         if s.step % CHECK_INTERVAL == 0:
             self._check_gradients()
             self._adapt_augmentation()
         ema.track(s.G_ema, s.G, ema.decay(self.batch, s.step * self.batch, train.ema_kimg, train.ema_rampup))
 
-    def run(self, phase: Phase, real: Tensor, c: Tensor) -> None:
-        """Accumulate the gradients of a phase, given real [n,C,H,W] in [-1,1], and update its network."""
+    def run(self, phase: Phase, real: Batch) -> None:
+        """Accumulate the gradients of a phase, given real images in [-1,1], and update its network."""
         self.state.G.requires_grad_(phase.network == "G")
         self.state.D.requires_grad_(phase.network == "D")
-        for loss in phase.loss(self, real, c):
+        for loss in phase.loss(self, real):
             loss.backward()
         self.update(phase)
 
@@ -119,10 +122,10 @@ class Trainer:
     def rng(self, purpose: str) -> torch.Generator:
         return make_rng(self.config.train.seed, self.state.step, purpose)
 
-    def split(self, real: Tensor, c: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the images and labels of this rank by micro-batches, in the order of `parts`."""
+    def split(self, real: Batch) -> Iterator[Batch]:
+        """Yield the images of this rank by micro-batches, in the order of `parts`."""
         count = len(self.parts)
-        return ((real[i::count], c[i::count]) for i in range(count))
+        return (Batch(*(None if x is None else x[i::count] for x in real)) for i in range(count))
 
     def sample_latents(self, purpose: str, count: int) -> tuple[Tensor, Tensor]:
         """Sample z [count,z_dim] and c [count,c_dim], the same on every rank.
@@ -148,10 +151,17 @@ class Trainer:
         noise = [torch.randn(shape, generator=self.rng(f"path noise {i}"), dtype=self.dtype) for i in numbers]
         return send(torch.stack(noise), self.procs.device)
 
-    def synthesise(self, ws: Tensor) -> Tensor:
-        """ws [N,num_ws,w_dim] -> [N,C,H,W]: G.synthesis under autocast."""
+    def synthesise(self, ws: Tensor, windows: Tensor | None = None, shrink: int = 1) -> Tensor:
+        """ws [N,num_ws,w_dim], windows [N,3] or None -> [N,C,H/shrink,W/shrink]: G.synthesis under autocast."""
+        shape = [side // shrink for side in self.config.G.img_shape]
         with self.autocast():
-            return self.state.G.synthesis(ws)
+            return self.state.G.synthesis(ws, *(() if windows is None else positions(windows, shape)))
+
+    def judged_by(self, c: Tensor, windows: Tensor | None) -> Tensor:
+        """Return the labels that D gets for images: c [N,c_dim] and, if D is scale-aware, the scale of the windows."""
+        if not self.config.D.scale_aware:
+            return c
+        return torch.cat([c, scale_features(windows[:, 0]).to(c)], dim=1)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.procs.device.type, torch.bfloat16, self.config.train.precision == "bfloat16")

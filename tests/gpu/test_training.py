@@ -8,7 +8,7 @@ from helpers import distance
 from dnnlib.config import merge
 from torch_utils.distributed import Processes
 from training.config import resolve
-from training.data import ImageArchive
+from training.data import Batch, ImageArchive
 from training.state import new_state
 from training.trainer import Trainer
 
@@ -25,7 +25,7 @@ def parameters_after_a_step(tiny, device, **changes):
     config = resolve(merge(RECIPE, augmented), images, "test")
     state = new_state(config, device)
     real = torch.stack([images[i][0] for i in range(config.train.batch)])
-    Trainer(config, state, images, Processes(0, 1, device)).step(real, torch.zeros(len(real), 0))
+    Trainer(config, state, images, Processes(0, 1, device)).step(Batch(real, torch.zeros(len(real), 0)))
     return torch.cat([p.detach().flatten().cpu() for network in (state.G, state.D) for p in network.parameters()])
 
 

@@ -22,6 +22,15 @@ from torch_utils.recompute import by_parts, recomputed
 from training.networks.layers import CLAMP, EqualLinear, ImageConfig, Layer
 from training.networks.mapping import Mapping, check_label
 
+SCALE_FEATURES = 8
+
+
+def scale_features(zoom: Tensor) -> Tensor:
+    """Describe zooms [N], 1 or more, as [N,SCALE_FEATURES]: 1, v = log2 zoom, sines and cosines of v·π·(1, 2, 4)."""
+    v = zoom.log2()[:, None]
+    phase = v * math.pi * torch.tensor([1.0, 2.0, 4.0], dtype=v.dtype, device=v.device)
+    return torch.cat([torch.ones_like(v), v, phase.sin(), phase.cos()], dim=1)
+
 
 class DiscriminatorConfig(ImageConfig):
     kind: Literal["residual"] = "residual"
@@ -31,6 +40,7 @@ class DiscriminatorConfig(ImageConfig):
         4, ge=1, flag="mbstd-group", description="largest number of images in a minibatch-std group"
     )
     mapping_layers: int = Field(8, ge=0, le=64, description="layers of the label's mapping, when conditional")
+    scale_aware: bool = Field(False, description="judge windows by their scale, too: c is followed by scale_features")
 
     @model_validator(mode="after")
     def _buildable(self):
@@ -55,6 +65,11 @@ class DiscriminatorConfig(ImageConfig):
     def resolutions(self) -> list[int]:
         """Return R of every block, each half of the one before; the last, 8, leaves a shorter side of 4 to 7 pixels."""
         return [8 << i for i in reversed(range((min(self.img_shape) // 4).bit_length() - 1))]
+
+    @property
+    def label_dim(self) -> int:
+        """Return how many numbers D gets for each image besides its pixels."""
+        return self.c_dim + SCALE_FEATURES * self.scale_aware
 
     def channels(self, resolution: int) -> int:
         return min(self.channel_base // resolution, self.channel_max)
@@ -149,7 +164,7 @@ class Epilogue(nn.Module):
 
 
 class Discriminator(Layer):
-    """img [N,C,H,W] in [-1,1], c [N,c_dim] or None -> logits [N,1].
+    """img [N,C,H,W] in [-1,1], c [N,label_dim] or None -> logits [N,1].
 
     img may hold several `batches` in sequence: the same as one call per batch, and faster. Conditional: the projection
     of Miyato and Koyama (ICLR 2018) on a mapping of the label. Raises ValueError when img or c has another shape, or
@@ -167,9 +182,9 @@ class Discriminator(Layer):
             {str(r): ResidualBlock(config.channels(r), config.channels(r // 2)) for r in config.resolutions}
         )
         last = config.channels(4)
-        self.mapping = Mapping(0, config.c_dim, last, config.mapping_layers) if config.c_dim else None
+        self.mapping = Mapping(0, config.label_dim, last, config.mapping_layers) if config.label_dim else None
         pixels = math.prod(config.img_shape) >> 2 * len(config.resolutions)
-        self.epilogue = Epilogue(last, pixels, last if config.c_dim else 1, config.mbstd_group)
+        self.epilogue = Epilogue(last, pixels, last if config.label_dim else 1, config.mbstd_group)
 
     def features(self, img: Tensor) -> Tensor:
         """[N,img_channels,H,W] -> [N,C,h,w], each image separately."""
@@ -187,7 +202,7 @@ class Discriminator(Layer):
             raise ValueError(f"img must be [N,{','.join(map(str, expected))}], got {list(img.shape)}")
         if not len(img):
             raise ValueError("img is an empty batch; the minibatch standard deviation needs an image")
-        check_label(c, self.config.c_dim, len(img))
+        check_label(c, self.config.label_dim, len(img))
         if self.recompute == "all":
             shared = itertools.chain(self.from_rgb.parameters(), self.blocks.parameters())
             x = torch.cat(by_parts(self.features, [(one,) for one in img.split(1)], shared))

@@ -114,7 +114,7 @@ class Head(nn.Module):
 
 
 class ProjectedDiscriminator(nn.Module):
-    """img [N,C,H,W] in [-1,1], c [N,c_dim] or None -> logits [N,8]: four of features, fine first, and four of pixels.
+    """img [N,C,H,W] in [-1,1], c [N,label_dim] or None -> logits [N,8]: four of features, fine first, four of pixels.
 
     The four of pixels are equal, so that pixels and features have the same weight in a mean. Labels, `batches` and
     errors are those of Discriminator.
@@ -126,10 +126,10 @@ class ProjectedDiscriminator(nn.Module):
         self.pixels = Discriminator(config)
         height, width = config.feature_shape
         self.projection = Projection((height, width))
-        outputs = LABEL if config.c_dim else 1
+        outputs = LABEL if config.label_dim else 1
         self.heads = nn.ModuleList(Head(i, (height >> i + 2, width >> i + 2), outputs) for i in range(4))
         self.mappings = nn.ModuleList(
-            Mapping(0, config.c_dim, LABEL, config.mapping_layers) for _ in self.heads if config.c_dim
+            Mapping(0, config.label_dim, LABEL, config.mapping_layers) for _ in self.heads if config.label_dim
         )
 
     def regularised(self, img: Tensor, c: Tensor | None = None) -> Tensor:

@@ -1,0 +1,47 @@
+"""Windows of pictures, so that a generator learns the detail of large photographs at a fixed number of pixels.
+
+A window (zoom, y, x) shows the frame of a picture, resampled to zoom·H × zoom·W pixels, from (y, x) on, in fractions of
+the frame's height and width: its H×W pixels are at y + (i + ½) / (zoom·H) and x + (j + ½) / (zoom·W). The whole picture
+is (1, 0, 0). Legend: N images, H×W the training size.
+"""
+
+import torch
+from torch import Tensor
+
+from dnnlib.config import Config, setting
+from torch_utils.randomness import make_rng
+
+
+class ScalesConfig(Config):
+    """What part of a picture is trained on. By default whole pictures only."""
+
+    max: float = setting(
+        1.0,
+        ge=1,
+        le=4096,
+        flag="max-scale",
+        description="windows from pictures of up to this many times data.resolution",
+    )
+    windows: float = setting(0.5, ge=0, le=1, description="share of the images that are windows; others are whole")
+    consistency: float = setting(
+        0.0, ge=0, description="weight of the squared difference between a window, halved, and the window at half size"
+    )
+
+
+def sample_window(scales: ScalesConfig, largest: float, seed: int, position: int) -> tuple[float, float, float]:
+    """Sample the window of the image at `position` of the stream: zoom log-uniform from 1 to at most `largest`."""
+    choice, zoom, y, x = torch.rand(4, dtype=torch.float64, generator=make_rng(seed, position, "window")).tolist()
+    if choice >= scales.windows:
+        return 1.0, 0.0, 0.0
+    zoom = min(scales.max, largest) ** zoom
+    return zoom, y * (1 - 1 / zoom), x * (1 - 1 / zoom)
+
+
+def positions(windows: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """windows [N,3] -> rows [N,H] and cols [N,W] of their pixels, float64, in fractions of the frame."""
+    zoom = windows[:, :1]
+    axes = zip(windows[:, 1:].split(1, dim=1), shape, strict=True)
+    return tuple(
+        corner + (torch.arange(side, dtype=torch.float64, device=windows.device) + 0.5) / (zoom * side)
+        for corner, side in axes
+    )
