@@ -72,7 +72,7 @@ class LargeFiles(Files):
         """files: a training.data.ImageFiles. Raises UserError if all images are smaller."""
         self.files, self.channels, self.facts = files, channels, {"channels": channels, **files.facts()}
         names = files.names()
-        self.names = [name for name in progress(names, desc="sizes of images") if min(files.size(name)) >= side]
+        self.names = [name for name, size in zip(names, files.sizes(), strict=True) if min(size) >= side]
         if not self.names:
             raise UserError(
                 f"no image of {files.path} has {side} pixels per side; give larger ones, or choose a smaller size"

@@ -20,11 +20,10 @@ from training.colours import count_channels, to_channels
 from training.config import gather, resolve
 from training.data import ImageArchive
 from training.labels import Labels, label_by_folder, parse_csv, parse_json
-from training.sources import BadImage, ImageFiles, Source
+from training.sources import BadImage, ImageFiles, Size, Source, size_text
 
 TRANSFORMS = ("center-crop", "center-crop-wide", "random-crops")
 
-Size = tuple[int, int]  # width, height
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -286,10 +285,3 @@ def examine(files: ImageFiles) -> tuple[list[str], list[str]]:
         *notes,
     ]
     return report, problems
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
-def size_text(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"

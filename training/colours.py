@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, features
+from PIL import ExifTags, Image, ImageCms, ImageOps, features
 
 ENDINGS = (
     "png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "tga", "jp2",
@@ -46,13 +46,27 @@ def open_image(file: BinaryIO) -> Image.Image:
     return Image.open(file, formats=FORMATS)
 
 
-def decode(data: bytes, bits: Callable[[], int]) -> Image.Image:
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the size that an opened image has once it is turned upright."""
+    return image.size[::-1] if orientation(image) in (5, 6, 7, 8) else image.size
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation in the header, 1 to 8. 1, upright, for TIFFs: Pillow turns them itself."""
+    # PngImageFile.getexif would decode the pixels first.
+    return 1 if image.format == "TIFF" else Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+
+
+def decode(data: bytes, bits: Callable[[], int], reduce: int = 1) -> Image.Image:
     """Decode an image file (of an animation the first frame), turned upright by its EXIF orientation.
 
     Values of 16-bit files are scaled to 8 bits; where a file does not say how many bits they have, they have bits().
+    `reduce`, 2, 4 or 8, decodes an upright JPEG at this fraction of its size (sides are rounded up), which is faster.
     Raises ValueError for 32-bit pixels, which have no standard range, and as Pillow.
     """
     image = open_image(io.BytesIO(data))
+    if reduce > 1 and image.format == "JPEG" and orientation(image) == 1:
+        image.draft(None, tuple(max(side // reduce, 1) for side in image.size))
     if not is_deep(image):
         return load(image)
     depth, values = known_depth(image) or bits(), deep_values(image, data)

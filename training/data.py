@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dnnlib.console import UserError
 from torch_utils.reading import read_ahead
@@ -57,8 +58,7 @@ class ImageArchive:
         self._mirror = mirror
         self._kept = np.sort(epoch_order(len(files), seed, 0)[:max_images])
         channels = channels or files.common_channels()
-        first = files.image(files.filename(self._kept[0]), channels)
-        self.shape = (channels, first.height, first.width)
+        self.shape = (channels, *self._side(channels))
         self.name = files.name
         table = files.labels()
         self.has_labels = table is not None
@@ -77,10 +77,8 @@ class ImageArchive:
 
         Raises IndexError outside 0..len-1, and UserError, naming the file, when it is unreadable or of another size.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        mirrored, item = divmod(index, len(self._kept))
-        name = self._files.filename(self._kept[item])
+        number, mirrored = self._locate(index)
+        name = self._files.filename(number)
         channels, height, width = self.shape
         image = self._files.image(name, channels)
         if image.size != (width, height):
@@ -88,15 +86,37 @@ class ImageArchive:
                 f"{self._files.path / name} is {image.width}x{image.height}, but the first image is {width}x{height}; "
                 "bring all images to one size with dataset_tool.py"
             )
-        pixels = np.asarray(image).reshape(height, width, channels)
-        pixels = pixels[:, ::-1] if mirrored else pixels
-        return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C")), self.label(index)
+        return self._pixels(image, mirrored), self.label(index)
 
     def label(self, index: int) -> torch.Tensor:
         """Return the label of image number `index`, float32 [label_dim], without reading the image."""
         if not self.label_dim:
             return torch.zeros(0)
-        return torch.from_numpy(self._labels.vector(self._kept[index % len(self._kept)]))
+        return torch.from_numpy(self._labels.vector(self._locate(index)[0]))
+
+    def _side(self, channels: int) -> tuple[int, int]:
+        """Return height and width of the training images: those of the first file."""
+        if self._files.native_sizes is not None:
+            raise UserError(
+                f"{self._files.path} keeps images at sizes of their own; train at several scales (settings scales), or "
+                "bring all images to one size with dataset_tool.py"
+            )
+        first = self._files.image(self._files.filename(self._kept[0]), channels)
+        return first.height, first.width
+
+    def _locate(self, index: int) -> tuple[int, bool]:
+        """Return the number of the file of an image, and whether it is mirrored. Raises IndexError."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        mirrored, item = divmod(index, len(self._kept))
+        return int(self._kept[item]), bool(mirrored)
+
+    def _pixels(self, image: Image.Image, mirrored: bool) -> torch.Tensor:
+        """Return an image of the training size as uint8 [C,H,W]."""
+        channels, height, width = self.shape
+        pixels = np.asarray(image).reshape(height, width, channels)
+        pixels = pixels[:, ::-1] if mirrored else pixels
+        return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
     def notes(self) -> list[str]:
         """Return lines on what reading leaves out or changes, as far as it is known."""

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dnnlib.console import UserError, progress
+from dnnlib.console import UserError, count, progress
 from training.colours import (
     ENDINGS,
     HINTS,
@@ -29,12 +29,14 @@ from training.colours import (
     profile_of,
     to_channels,
     to_srgb,
+    upright_size,
 )
 from training.containers import READ_ERRORS, open_container
-from training.labels import Table, common_folder, parse_json
+from training.labels import Table, common_folder, load_json, parse_json
 
 WRITTEN = re.compile(r"\d{5}/img\d{8}\.(png|jpg)")  # the names in archives of StyleGAN and of dataset_tool.py
 SAMPLE = 64  # files that decide how many bits the values in 16-bit files have
+Size = tuple[int, int]  # width, height
 
 
 class BadImage(UserError):
@@ -65,7 +67,7 @@ class ImageFiles:
     `__MACOSX` folder of Apple's ZIPs are left out. Objects can be pickled, and used after a fork.
 
     name     of the folder, or of the file without its ending
-    written  whether the names are those of an archive for training: its images are equal, and are read as they are
+    written  whether the names are those of an archive for training, whose images are read as they are
     bits     how many bits the values in 16-bit files have that do not say so; by default a sample decides
 
     Raises UserError when `path` is not a folder or a readable container, or holds no images.
@@ -101,7 +103,7 @@ class ImageFiles:
         if bits is not None:
             self.bits = bits
         # Of the headers if they were all read, else of the images read so far.
-        self._channels, self._profiles, self._surveyed = Counter(), Counter(), False
+        self._channels, self._profiles = Counter(), Counter()
 
     def __len__(self) -> int:
         return len(self._names)
@@ -124,14 +126,14 @@ class ImageFiles:
                     largest = max(largest, int(deep_values(image, data).max()))
         return depth_of(largest) if largest else 16
 
-    def image(self, name: str, channels: int | None = None) -> Image.Image:
+    def image(self, name: str, channels: int | None = None, reduce: int = 1) -> Image.Image:
         """Decode an image by colours.decode, in sRGB. With `channels`, convert it by to_channels.
 
         Raises BadImage when the file is empty, truncated, too large, or not an image.
         """
         with self._name_errors(name):
-            image = decode(self._read(name), lambda: self.bits)
-            if not self._surveyed:
+            image = decode(self._read(name), lambda: self.bits, reduce)
+            if "_survey" not in self.__dict__:
                 self._note(image)
             image = image if self.written else to_srgb(image)
             return image if channels is None else to_channels(image, channels)
@@ -143,18 +145,58 @@ class ImageFiles:
         """
         if self.written:
             return count_channels(self.image(self.filename(0)))
-        for name in progress(self.names(), desc="headers"):
-            with contextlib.suppress(Exception), self._files.open(name) as file:
-                image = open_image(file)
-                self._note(image)
-                if is_deep(image) and not known_depth(image):
-                    self.bits  # noqa: B018 (decides, so that notes name it)
-        self._surveyed = True
+        self._survey  # noqa: B018 (counts channels)
         if set(self._channels) == {4}:
             sample = self.names()[:: -(-len(self) // SAMPLE)]
             alphas = (self.image(name, 4).getchannel("A").getextrema()[0] for name in sample)
             return 4 if any(least < 255 for least in alphas) else 3
         return 1 if set(self._channels) == {1} else 3
+
+    def sizes(self) -> np.ndarray:
+        """Return the width and height of every image, upright: int32 [n,2], of dataset.json or else of the headers.
+
+        Raises BadImage for a header that cannot be read.
+        """
+        sizes = self._survey if self.native_sizes is None else self.native_sizes
+        for number in np.flatnonzero(sizes[:, 0] == 0)[:1]:
+            self._header(self.filename(number))  # raises, with the reason
+        return sizes
+
+    @functools.cached_property
+    def native_sizes(self) -> np.ndarray | None:
+        """Return the sizes in `dataset.json`, which dataset_tool writes for images of different sizes, or None.
+
+        Raises UserError when they are not those of the images that are there.
+        """
+        data = self._read_json()
+        if data is None or b'"sizes"' not in data:
+            return None
+        try:
+            sizes = np.array(load_json(data)["sizes"])
+            if sizes.shape != (len(self), 2) or sizes.dtype.kind != "i" or not 0 < sizes.min() <= sizes.max() < 2**31:
+                raise ValueError(f"they are not a width and a height for each of {count(len(self), 'image')}")
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise UserError(
+                f'"sizes" in {self.path / self._labels} cannot be used ({error}); make the dataset again'
+            ) from error
+        return sizes.astype(np.int32)
+
+    @functools.cached_property
+    def _survey(self) -> np.ndarray:
+        """Read all headers. Return width and height as sizes() does, but 0 where a header cannot be read."""
+        sizes = np.zeros((len(self), 2), np.int32)
+        for number, name in enumerate(progress(self.names(), desc="headers")):
+            with contextlib.suppress(BadImage):
+                sizes[number] = upright_size(self._header(name))
+        return sizes
+
+    def _header(self, name: str) -> Image.Image:
+        with self._name_errors(name), self._files.open(name) as file:
+            image = open_image(file)
+            self._note(image)
+            if is_deep(image) and not known_depth(image):
+                self.bits  # noqa: B018 (decides, so that notes name it)
+            return image
 
     def _note(self, image: Image.Image) -> None:
         self._channels[count_channels(image)] += 1
@@ -184,11 +226,6 @@ class ImageFiles:
         hints = sorted({f".{ending}: {HINTS[ending]}" for ending in self._left_out if ending in HINTS})
         return "; ".join([f"left out: {tally(endings)}", *hints])
 
-    def size(self, name: str) -> tuple[int, int]:
-        """Read width and height from the file's header, before EXIF orientation. Raises BadImage."""
-        with self._name_errors(name), self._files.open(name) as file:
-            return open_image(file).size
-
     def contents(self, names: Iterable[str]) -> Iterator[bytes]:
         """Yield the bytes of each file. Raises BadImage."""
         for name in names:
@@ -198,14 +235,16 @@ class ImageFiles:
 
     def labels(self) -> Table | None:
         """Read `dataset.json`, if there is one above all images. Raises UserError when it is damaged."""
+        data = self._read_json()
+        return None if data is None else parse_json(data, self.path / self._labels)
+
+    def _read_json(self) -> bytes | None:
         if self._labels is None:
             return None
-        where = self.path / self._labels
         try:
-            data = self._read(self._labels)
+            return self._read(self._labels)
         except READ_ERRORS as error:
-            raise UserError(f"{where} cannot be read: {error}; make the dataset again") from error
-        return parse_json(data, where)
+            raise UserError(f"{self.path / self._labels} cannot be read: {error}; make the dataset again") from error
 
     @contextlib.contextmanager
     def _name_errors(self, name: str) -> Iterator[None]:
@@ -239,3 +278,7 @@ def is_hidden(name: str) -> bool:
 def tally(counts: Counter) -> str:
     """Format as `12 .txt, 3 .heic`, the most frequent first."""
     return ", ".join(f"{number:,} {what}" for what, number in sorted(counts.items(), key=lambda item: (-item[1], item)))
+
+
+def size_text(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
