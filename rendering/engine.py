@@ -1,8 +1,9 @@
 """Render images of any size, a tile at a time.
 
-Block by block (most images are one), lines are computed once, in pieces; then pixels, in tiles that stay in the
-processor's cache. The cuts of blocks, pieces and tiles depend on the image alone, and one thread computes each. So any
-number of threads and processes gives the same bytes, in any order, after any interruption.
+Block by block (most images are one), the lines of CREPS are computed once, in pieces; then pixels, in tiles that stay
+in the processor's cache. A tile of another kind of generator is a call of its synthesis. The cuts of blocks, pieces and
+tiles depend on the image alone, and one thread computes each. So any number of threads and processes gives the same
+bytes, in any order, after any interruption.
 """
 
 import copy
@@ -21,9 +22,10 @@ from torch import Tensor
 from dnnlib.console import UserError
 from rendering import points
 from rendering.grid import Box, Shot, View
-from rendering.network import FoldedGenerator
+from rendering.network import DirectGenerator, FoldedGenerator
 from torch_utils.precision import full_precision
 from training.networks import Generator
+from training.networks.creps import CrepsSynthesis
 
 # The side of a tile in samples (benchmarks/rendering.py compares sizes): on a CPU the widest features of a tile, 128
 # channels, are 2 MB. Each point has its own lines, 14 KB with the paper's widths.
@@ -44,7 +46,7 @@ class NotFinite(UserError):
 
 @dataclass(frozen=True)
 class Tiling:
-    """A View, split into blocks, tiles (sides in pixels) and pieces of lines (in pixels).
+    """A View, split into blocks and tiles (sides in pixels).
 
     Tiles are numbered row by row over the whole image.
     """
@@ -53,13 +55,20 @@ class Tiling:
     exact: bool
     tile: int
     block: int
-    piece: int
 
     @classmethod
     def of(cls, G: Generator, shot: Shot) -> "Tiling":
-        """Resolve `shot` for a generator and its device. Raises UserError."""
+        """Resolve `shot` for a generator and its device. Raises UserError, also for what its kind cannot render."""
         view = View.of(G.config, shot)
-        device = G.synthesis.lines.input.weight.device.type
+        if not G.config.any_position and view != View.of(G.config, Shot()):
+            height, width = G.config.img_shape
+            raise UserError(
+                f"a generator of kind {G.config.kind} renders its whole image at {width}x{height} only; leave out "
+                "other sizes, windows, transforms and supersampling"
+            )
+        if view.field:
+            check_lines(G)
+        device = G.mapping.w_avg.device.type
         tile = shot.tile
         if tile is None:
             tile = max(1, (POINTS_TILE if view.field else TILE)[device] // shot.supersample)
@@ -67,8 +76,7 @@ class Tiling:
             while device == "cpu" and tile > 16 and view.size[0] * view.size[1] < 4 * tile * tile:
                 tile //= 2
         block = (POINTS_BLOCK if view.field else BLOCK) // shot.supersample
-        piece = max(1, PIECE[device] // (G.config.thickness * shot.supersample))
-        return cls(view, shot.exact, tile, max(1, block // tile) * tile, piece)
+        return cls(view, shot.exact, tile, max(1, block // tile) * tile)
 
     @property
     def whole(self) -> Box:
@@ -111,11 +119,11 @@ def render_tiles(
         wanted = [box for box in block.split(tiling.tile) if only is None or only[tiling.number(box)]]
         if not wanted:
             return
-        lines = (FieldBlock if tiling.view.field else GridBlock)(networks, tiling, block, wanted, imap)
+        computed = kind(networks, tiling, block, wanted, imap)
 
         def render_tile(box: Box) -> Tensor:
             samples = tiling.view.rows.samples
-            colours = torch.stack([lines.colours(i, box) for i in range(len(networks))])
+            colours = torch.stack([computed.colours(i, box) for i in range(len(networks))])
             if not colours.isfinite().all():  # before conversion to bytes, which hides it
                 raise NotFinite(
                     "the network returns colours that are not finite; it is broken, too large for this dtype, or the "
@@ -128,14 +136,28 @@ def render_tiles(
 
     imap = workers(ws.device)
     networks = fold(G, ws, dtype, imap, impl)
+    kind = DirectBlock if not has_lines(G) else FieldBlock if tiling.view.field else GridBlock
     for block in tiling.whole.split(tiling.block):
         yield from render_block(block)
 
 
+def has_lines(G: Generator) -> bool:
+    return isinstance(G.synthesis, CrepsSynthesis)
+
+
+def check_lines(G: Generator) -> None:
+    """Raise UserError if G has no lines, which arbitrary points need."""
+    if not has_lines(G):
+        raise UserError(
+            f"a generator of kind {G.config.kind} renders rows × columns only; leave out rotations and other "
+            "transforms that mix them"
+        )
+
+
 def fold(
     G: Generator, ws: Tensor, dtype: torch.dtype | None, imap: Callable, impl: str | None = None
-) -> list[FoldedGenerator]:
-    """Return G folded for each of ws [N,num_ws,w_dim]. Raises UserError for other shapes or dtypes, and NotFinite."""
+) -> list[FoldedGenerator] | list[DirectGenerator]:
+    """Return G for each of ws [N,num_ws,w_dim]. Raises UserError for other shapes or dtypes, and NotFinite."""
     expected = (G.config.num_ws, G.config.w_dim)
     if ws.ndim != 3 or ws.shape[1:] != expected or not len(ws):
         raise UserError(f"ws must be [N,{expected[0]},{expected[1]}], as G.mapping returns it; got {list(ws.shape)}")
@@ -144,7 +166,7 @@ def fold(
             f"styles must be finite numbers up to {MOST:g}, and these are not; give a truncation between 0 and 1, or "
             "another file of styles"
         )
-    own = G.synthesis.lines.input.weight.dtype
+    own = G.mapping.w_avg.dtype
     dtype = dtype or own
     if dtype not in DTYPES.values():
         raise UserError(f"dtype={dtype} is not one of {', '.join(map(str, DTYPES.values()))}")
@@ -152,8 +174,11 @@ def fold(
         raise UserError("float16 is for GPUs; use float32 or bfloat16 on a CPU")
     if torch.promote_types(dtype, own) != own:
         G = copy.deepcopy(G).to(dtype)  # styles and input in float64 too
+    ws = ws.to(G.mapping.w_avg.dtype)
+    if not has_lines(G):
+        return [DirectGenerator(G, w, dtype) for w in ws]
     with full_precision(ws):
-        return [FoldedGenerator(G, w, dtype, imap, impl) for w in ws.to(G.synthesis.lines.input.weight.dtype)]
+        return [FoldedGenerator(G, w, dtype, imap, impl) for w in ws]
 
 
 class GridBlock:
@@ -162,11 +187,12 @@ class GridBlock:
     def __init__(self, networks: list[FoldedGenerator], tiling: Tiling, block: Box, wanted: list[Box], imap: Callable):
         self.networks, self.block, self.view = networks, block, tiling.view
         self.samples = tiling.view.rows.samples
+        piece = max(1, PIECE[networks[0].device.type] // (networks[0].thickness * self.samples))  # in pixels
         work = []  # network, axis of the image, first and last pixel
         for axis, (begin, end) in enumerate((block[:2], block[2:])):
             needed = {box[2 * axis : 2 * axis + 2] for box in wanted}
-            for start in range(begin, end, tiling.piece):
-                stop = min(start + tiling.piece, end)
+            for start in range(begin, end, piece):
+                stop = min(start + piece, end)
                 if any(low < stop and start < high for low, high in needed):
                     work += [(i, axis, start, stop) for i in range(len(networks))]
         self.lines: list[list[Tensor | None]] = [[None, None] for _ in networks]
@@ -188,6 +214,24 @@ class GridBlock:
     def colours(self, i: int, box: Box) -> Tensor:
         """Return [img_channels,P]: the samples of `box`, row by row."""
         return self.networks[i].pixels(self.part(i, 0, box.y0, box.y1), self.part(i, 1, box.x0, box.x1))
+
+
+class DirectBlock:
+    """A block of a generator without lines: tile by tile, or the whole image where its kind has no positions."""
+
+    def __init__(self, networks: list[DirectGenerator], tiling: Tiling, block: Box, wanted: list[Box], imap: Callable):
+        self.networks, self.view = networks, tiling.view
+        self.images = None
+        if not networks[0].any_position:
+            self.images = list(imap(DirectGenerator.image, networks))
+
+    def colours(self, i: int, box: Box) -> Tensor:
+        """Return [img_channels,P]: the samples of `box`, row by row."""
+        network, view = self.networks[i], self.view
+        if self.images:
+            return self.images[i][(..., *box.slices)].flatten(1)
+        rows, cols = view.rows.positions(*box[:2], network.device), view.cols.positions(*box[2:], network.device)
+        return (network.image(cols, rows).mT if view.transposed else network.image(rows, cols)).flatten(1)
 
 
 class FieldBlock:
@@ -215,8 +259,10 @@ def render_points(
 
     x, y: to the right and down, in fractions of the training image, which the network continues beyond [0,1].
     `exact` and `dtype` as in Shot and `render`. Points that share a position on a line share its cost. Memory is
-    bounded, apart from x, y and the result. Raises UserError for other shapes or positions that are not finite.
+    bounded, apart from x, y and the result. Raises UserError for other shapes, positions that are not finite, and
+    generators without lines.
     """
+    check_lines(G)
     if x.shape != y.shape or not (x.is_floating_point() and y.is_floating_point()) or not x.numel():
         raise UserError(
             f"x and y must be float tensors of one shape, not empty; got {x.dtype} {list(x.shape)} and {y.dtype} "

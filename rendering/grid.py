@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dnnlib.console import UserError
 from rendering.transforms import Field
-from training.networks import GeneratorConfig
+from training.networks import AnyGeneratorConfig
 from training.networks.coords import COORDS
 
 # (row step, column step) that would stretch the window over the image -> the steps used.
@@ -127,7 +127,7 @@ class View:
     field: Field | None = None
 
     @classmethod
-    def of(cls, config: GeneratorConfig, shot: Shot) -> "View":
+    def of(cls, config: AnyGeneratorConfig, shot: Shot) -> "View":
         """Resolve `shot` for a generator. Raises UserError if float64 cannot resolve neighbouring pixels."""
         size = shot.size or config.img_shape
         x0, y0, x1, y1 = map(float, shot.window)

@@ -1,4 +1,4 @@
-"""A generator with the styles of one image folded into its weights: pure functions `line` and `pixels`.
+"""A generator with the styles of one image: folded into its weights, as functions `line` and `pixels`, or as it is.
 
 Legend: C channels, D thickness, K fusions, R positions of a line, P pixels. Here channels come first and positions
 last, [C,…,P]: a layer is weight @ x, and a fusion of two lines is a batched product without transposing.
@@ -44,3 +44,19 @@ class FoldedGenerator:
         if axis == 0:
             sums *= FUSION_GAIN
         return sums.unflatten(2, (-1, len(positions)))
+
+
+class DirectGenerator:
+    """Render the image of w [num_ws,w_dim] by the synthesis itself, whatever its kind.
+
+    dtype: of the matrix products. Others are computed under autocast, at least in the dtype of G.
+    """
+
+    def __init__(self, G: Generator, w: Tensor, dtype: torch.dtype):
+        self.synthesis, self.w, self.dtype, self.device = G.synthesis, w[None], dtype, w.device
+        self.any_position = G.config.any_position
+
+    def image(self, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
+        """Compute [img_channels,H,W] at float64 rows [H] and cols [W], by default on the training grid."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
+            return self.synthesis(self.w, rows, cols)[0]

@@ -1,5 +1,6 @@
 """Laws of the generator and its settings; its arithmetic against a second, dense, channels-first writing of it."""
 
+import copy
 import functools
 import io
 import math
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from training import losses
 from training.networks import COORDS, Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
-from training.networks.layers import EqualLinear, Head, SynthesisLayer
+from training.networks.layers import EqualLinear, Head, SynthesisLayer, compute_with
 from training.networks.mapping import normalise
 
 TINY = {
@@ -119,6 +120,17 @@ def test_a_window_of_the_image_equals_the_image_of_the_window(coords, dtype, top
     window = slice(top, top + height), slice(left, left + width)
     part = G.synthesis.pixels(lines.window(*window), ws[:, -1])
     assert error(part, image[:, :, window[0], window[1]]) <= TIGHT[dtype]
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_each_image_may_have_its_own_rows_and_columns(recompute):
+    G, ws = copy.deepcopy(frozen()), styles(frozen(), 2)
+    compute_with(G, recompute=recompute)
+    rows, cols = noise(2, 5), noise(2, 7, seed=1)
+    alone = [G.synthesis(*one) for one in zip(ws.split(1), rows, cols, strict=True)]
+    with torch.set_grad_enabled(recompute == "all"):
+        assert error(G.synthesis(ws.requires_grad_(), rows, cols), torch.cat(alone)) <= 1e-12
+        assert error(G.synthesis(ws, rows[0], cols)[:1], alone[0]) <= 1e-12
 
 
 @each_grid
@@ -568,7 +580,7 @@ def some(*shape):
     ("call", "words"),
     [
         (lambda G, _: G.synthesis(some(2, 6, 12)), ["ws must be [N,7,12]", "[2, 6, 12]"]),
-        (lambda G, _: G.synthesis(some(2, 7, 12), rows=some(4, 1)), ["rows", "one-dimensional", "[4, 1]"]),
+        (lambda G, _: G.synthesis(some(2, 7, 12), rows=some(4, 1)), ["rows", "[N,R]", "[4, 1]"]),
         (lambda G, _: G.synthesis(some(2, 7, 12), cols=some(0)), ["cols", "[0]"]),
         (lambda G, _: G.synthesis(some(2, 7, 12), rows=torch.arange(4)), ["rows", "float"]),
         (lambda G, _: G(some(2, 11)), ["z must be [N,10]", "[2, 11]"]),

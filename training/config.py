@@ -11,7 +11,7 @@ from dnnlib.console import UserError
 from training.augment import AugmentConfig
 from training.data import ImageArchive
 from training.diffaug import Policy
-from training.networks import AnyDiscriminatorConfig, GeneratorConfig
+from training.networks import AnyDiscriminatorConfig, AnyGeneratorConfig
 from training.scales import ScalesConfig
 
 
@@ -93,7 +93,7 @@ class TrainConfig(Config):
 
 class RunConfig(Config):
     data: DataConfig
-    G: GeneratorConfig
+    G: AnyGeneratorConfig = Field(discriminator="kind")
     D: AnyDiscriminatorConfig = Field(discriminator="kind")
     loss: LossConfig
     optim: OptimConfig = OptimConfig()
@@ -105,11 +105,11 @@ class RunConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _read_older(cls, settings: object) -> object:
-        """Read older run directories: D without a kind, and impl and recompute in G and D."""
+        """Read older run directories: without kinds, as recipes may be, and with impl and recompute in G and D."""
         groups = [settings.get(name) for name in ("G", "D", "train")] if isinstance(settings, dict) else [None]
         if not all(isinstance(group, dict) for group in groups):
             return settings
-        settings = merge({"D": {"kind": "residual"}}, settings)
+        settings = merge({"G": {"kind": "creps"}, "D": {"kind": "residual"}}, settings)
         of_G, of_D = ({key: settings[n].pop(key, None) for key in ("impl", "recompute")} for n in ("G", "D"))
         older = of_G | ({"recompute": "all"} if of_D["recompute"] == "images" else {})
         settings["train"] = {key: value for key, value in older.items() if value} | settings["train"]
@@ -127,7 +127,9 @@ class RunConfig(Config):
                     "scales.max needs images that are larger than the training size; make an archive with "
                     "dataset_tool.py --transform=native, and set data.resolution to the training size"
                 )
-            if getattr(self.G, "coords", None) != "centers":
+            if not self.G.any_position:
+                raise ValueError(f"scales.max needs a G.kind that renders windows, and {self.G.kind} does not")
+            if self.G.coords != "centers":
                 raise ValueError("scales.max needs G.coords=centers, so that a window is part of the whole picture")
         elif self.D.scale_aware or self.scales.consistency:
             raise ValueError("D.scale_aware and scales.consistency need windows; set scales.max to more than 1")

@@ -6,18 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dnnlib.config import build, nearest, read_yaml
+from dnnlib.config import Config, build, nearest, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write, fetch
 from torch_utils import checkpoint
-from training.networks import Generator, GeneratorConfig
+from training.networks import AnyGeneratorConfig, Generator
 from training.networks.released import load_released
 
 FORMAT = "creps-generator-1"
 MODELS = Path(__file__).parents[1] / "models"  # NAME.safetensors of each included network, with its card NAME.md
+
+
+class Saved(Config):
+    """What is read of a header, with the kind that older files lack."""
+
+    G: AnyGeneratorConfig = Field(discriminator="kind")
 
 
 def network_names() -> list[str]:
@@ -89,7 +96,7 @@ def _load(path: Path) -> Generator:
     for name in ("trained", "impl", "recompute"):  # the last two in older files
         settings.pop(name, None)
     names = settings.pop("class_names", [])
-    config = build(GeneratorConfig, settings, f"the config in {path}")
+    config = build(Saved, {"G": {"kind": "creps"} | settings}, f"the config in {path}").G
     with torch.device("meta"):
         G = Generator(config)
     if not (isinstance(names, list) and len(names) in (0, config.c_dim) and all(isinstance(n, str) for n in names)):

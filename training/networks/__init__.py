@@ -1,12 +1,13 @@
-"""The networks: `Generator(GeneratorConfig(…))`, and a discriminator of the kind that its config says."""
+"""The networks: a generator and a discriminator, each of the kind that its config says."""
 
 from typing import Union
 
 from torch import nn
 
 from training.networks.coords import COORDS
+from training.networks.creps import GeneratorConfig
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
-from training.networks.generator import Generator, GeneratorConfig
+from training.networks.generator import AnyGeneratorConfig, Generator
 from training.networks.lines import Lines
 from training.networks.projected import ProjectedConfig, ProjectedDiscriminator
 
@@ -20,4 +21,7 @@ def build_discriminator(config: AnyDiscriminatorConfig) -> nn.Module:
     return DISCRIMINATORS[type(config)](config)
 
 
-__all__ = ["COORDS", "Discriminator", "DiscriminatorConfig", "Generator", "GeneratorConfig", "Lines"]
+__all__ = [
+    "COORDS", "AnyDiscriminatorConfig", "AnyGeneratorConfig", "Discriminator", "DiscriminatorConfig", "Generator",
+    "GeneratorConfig", "Lines",
+]  # fmt: skip

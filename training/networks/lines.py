@@ -30,7 +30,7 @@ class Lines(NamedTuple):
 
 
 class FourierInput(nn.Module):
-    """rows [H], cols [W], w [N,w_dim] -> [N,(H+W)·D,C]: sines and cosines of the positions, scaled by the style.
+    """rows [H] or [N,H], cols [W] or [N,W], w [N,w_dim] -> [N,(H+W)·D,C]: sines of the positions, scaled by the style.
 
     Paper section 3.2. float32 positions give float32 phases, as released. float64 positions give phases with an error
     of 1e-7 cycles at any zoom; what follows is computed in the dtype of the weights.
@@ -44,10 +44,10 @@ class FourierInput(nn.Module):
         self.affine = Affine(w_dim, 2 * thickness * channels)
 
     def features(self, positions: Tensor) -> Tensor:
-        """[R] -> [R,D,C] in the dtype of the weights."""
+        """[…,R] -> […,R,D,C] in the dtype of the weights."""
         # The order of these products is the released one: phases reach 300, where rounding shows in the image.
         dtype = torch.promote_types(positions.dtype, self.weight.dtype)
-        turns = positions.to(dtype)[:, None, None] * self.freqs.to(dtype)
+        turns = positions.to(dtype)[..., None, None] * self.freqs.to(dtype)
         if dtype != self.weight.dtype:
             turns = (turns - turns.round()).to(self.weight.dtype)  # drop whole cycles before the digits are cut
         phase = turns * (2 * math.pi)
@@ -87,7 +87,7 @@ class LineBlock(Layer):
 
 
 class LineSynthesis(Layer):
-    """ws [N,num_ws,w_dim], rows [H], cols [W] -> Lines. Paper section 3.2, with the layer-wise heads of section 3.3.
+    """ws [N,num_ws,w_dim], rows [H] or [N,H], cols [W] or [N,W] -> Lines. Paper sections 3.2 and, for the heads, 3.3.
 
     recompute "all": keep nothing for the backward pass, which recomputes the lines of one image at a time, and each of
     their layers once more.
@@ -116,11 +116,12 @@ class LineSynthesis(Layer):
 
     def forward(self, ws: Tensor, rows: Tensor, cols: Tensor) -> Lines:
         if self.recompute == "all" and len(ws):
-            parts = [(w, rows, cols) for w in ws.split(1)]
+            axes = (t.expand(len(ws), -1).split(1) for t in (rows, cols))
+            parts = list(zip(ws.split(1), *axes, strict=True))
             lines = torch.cat(by_parts(self.summed, parts, self.parameters()), dim=1)
         else:
             lines = self.summed(ws, rows, cols)
-        return Lines(*lines.split([len(rows), len(cols)], dim=2))
+        return Lines(*lines.split([rows.shape[-1], cols.shape[-1]], dim=2))
 
     def summed(self, ws: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """Return the sums [K,N,H+W,D,C] of the lines after every fusion."""

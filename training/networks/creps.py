@@ -1,0 +1,84 @@
+"""The synthesis of CREPS: lines, then pixels."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from training.networks.base import Synthesis, SynthesisConfig
+from training.networks.lines import Lines, LineSynthesis
+from training.networks.pixels import PixelSynthesis
+
+
+class GeneratorConfig(SynthesisConfig):
+    """The architecture of CREPS. The defaults are the paper's (supplement, section 1)."""
+
+    kind: Literal["creps"] = "creps"
+    depth: int | None = Field(None, ge=2, le=64, description="blocks; by default log2 of the longer side, less 1")
+    channel_base: int = Field(65536, ge=1, description="block k = 4, 8, … is min(channel_base / k, channel_max) wide")
+    channel_max: int = Field(1024, ge=2)
+    biline_channels: int = Field(32, ge=1, description="channels of the summed lines and of the pixel features")
+    thickness: int = Field(8, ge=1, description="D: numbers per channel at each position of a line")
+    bandwidth: float = Field(10.0, gt=0, description="standard deviation of the input frequencies, cycles per image")
+    architecture: Literal["skip", "orig"] = Field("skip", description="fuse after every block, or once at the end")
+    decoders: bool = Field(True, description="decode the pixel features between fusions (paper, table 4)")
+
+    @model_validator(mode="after")
+    def _buildable(self):
+        if self.depth is None and max(self.img_shape) < 8:
+            raise ValueError(f"img_shape={self.img_shape} is too small for two blocks; set depth as well")
+        odd = self.widths[0] % 2
+        if odd or self.widths[-1] < 1:
+            what = "an odd first block" if odd else "an empty last block"
+            raise ValueError(
+                f"channel_base={self.channel_base} and channel_max={self.channel_max} give {what} "
+                f"(widths {self.widths}); use a larger channel_base and an even channel_max"
+            )
+        return self
+
+    @property
+    def num_blocks(self) -> int:
+        return self.depth or int(math.log2(max(self.img_shape))) - 1
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of blocks k = 4, 8, …"""
+        return [min(self.channel_base // (4 << i), self.channel_max) for i in range(self.num_blocks)]
+
+    @property
+    def num_fusions(self) -> int:
+        return self.num_blocks - 1 if self.architecture == "skip" else 1
+
+    @property
+    def num_ws(self) -> int:
+        return 2 * self.num_blocks + 1
+
+
+class CrepsSynthesis(Synthesis):
+    """From styles and positions to an image, in two stages that can be called separately: `lines`, then `pixels`.
+
+    `G.synthesis.lines(ws, rows, cols)` -> Lines, and `G.synthesis.pixels(lines.window(…), ws[:, -1])` -> [N,C,h,w].
+    """
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__(config)
+        self.lines: LineSynthesis = LineSynthesis(
+            config.widths,
+            config.biline_channels,
+            config.thickness,
+            config.w_dim,
+            config.bandwidth,
+            every_block=config.architecture == "skip",
+        )
+        self.pixels: PixelSynthesis = PixelSynthesis(
+            config.num_fusions,
+            config.biline_channels,
+            config.img_channels,
+            config.w_dim,
+            decoders=config.decoders,
+        )
+
+    def compute(self, ws: Tensor, rows: Tensor, cols: Tensor, noise: Tensor | None) -> Tensor:
+        lines: Lines = self.lines(ws, rows, cols)
+        return self.pixels(lines, ws[:, -1])
