@@ -124,19 +124,20 @@ class Given(Fitted):
 class Windows:
     """Random windows of the central squares of images, window i from image i mod the number of images.
 
-    A square counts as an image of at least `large` pixels per side. A window is 1/zoom of it, with log-uniform zooms
-    from 1 to large / size, and is resized to size × size.
+    A square counts as an image of at least `large` pixels per side. A window is 1/zoom of it, and is resized to
+    size × size. The zooms are log-uniform from 1 to large / size, or all equal to `zoom`.
     """
 
     size: int
     large: int
     filter: str
     seed: int
+    zoom: float | None = None
 
     def box(self, kind: str, number: int) -> tuple[float, float, float, float]:
         """Return x0, y0, x1, y1 in sides of the square, a function of (seed, kind, number) alone."""
         zoom, x, y = torch.rand(3, dtype=torch.float64, generator=make_rng(self.seed, number, f"{kind} window"))
-        part = (self.large / self.size) ** -zoom.item()
+        part = 1 / self.zoom if self.zoom else (self.large / self.size) ** -zoom.item()
         x0, y0 = x.item() * (1 - part), y.item() * (1 - part)
         return x0, y0, x0 + part, y0 + part
 

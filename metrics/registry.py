@@ -155,31 +155,43 @@ def inception_scores(metric: Metric, inputs: Inputs) -> list[Task]:
     return [task(metric, inputs, inception_score, Need(metric, "features", metric.num, tool.num_classes, look))]
 
 
-def windows(metric: Metric, inputs: Inputs) -> list[Task]:
-    """Compare windows of large generated images with windows of large real ones."""
-    images, tool = inputs.images, inputs.tools[metric.family.tool]
-    (large, width), (size, other) = images.size, images.native
-    if size != other:
-        raise UserError(f"{metric.name} needs a generator trained on squares, not on {other}x{size}")
-    if large != width or large <= size:
-        raise UserError(
-            f"{metric.name} compares windows of {size}x{size} pixels in larger squares; give the size of the squares, "
-            f"for example {4 * size}x{4 * size}"
-        )
-    if inputs.large is None:
-        raise UserError(f"{metric.name} compares with large real images; give them as data")
-    filter = inputs.settings.filter or "lanczos"
-    boxes = Windows(size, large, filter, inputs.settings.seed)
-    limit = max(metric.num, inputs.large.num) if metric.full else metric.num
+def windows(kind: str, distance: Callable, by_scale: bool = False) -> Callable:
+    """Compare windows of large generated images with windows of large real ones.
 
-    def look(batch: GeneratedBatch) -> Tensor:
-        return tool(batch.windows([boxes.box("fake", number) for number in batch.numbers.tolist()])).features
+    by_scale: once for each scale 1, 2, 4, … up to that of the large images, at which all windows are cut.
+    """
 
-    need = Need(metric, "moments", metric.num, tool.num_features, look)
-    real = replace(features(tool, "moments", limit), images=Windowed(inputs.large, boxes, limit, inputs.device))
-    facts = {"num_real": limit, "num_photographs": inputs.large.num, "window": size, "resize": filter}
-    facts |= caution(metric.num, limit, tool.num_features)
-    return [task(metric, inputs, frechet_distance, need, real, (filter,) if filter != "lanczos" else (), facts)]
+    def tasks(metric: Metric, inputs: Inputs) -> list[Task]:
+        images, tool = inputs.images, inputs.tools[metric.family.tool]
+        (large, width), (size, other) = images.size, images.native
+        if size != other:
+            raise UserError(f"{metric.name} needs a generator trained on squares, not on {other}x{size}")
+        if large != width or large <= size:
+            raise UserError(
+                f"{metric.name} compares windows of {size}x{size} pixels in larger squares; give the size of the "
+                f"squares, for example {4 * size}x{4 * size}"
+            )
+        if inputs.large is None:
+            raise UserError(f"{metric.name} compares with large real images; give them as data")
+        filter = inputs.settings.filter or "lanczos"
+        limit = max(metric.num, inputs.large.num) if metric.full else metric.num
+        facts = {"num_real": limit, "num_photographs": inputs.large.num, "window": size, "resize": filter}
+        facts |= caution(metric.num, limit, tool.num_features)
+        found = []
+        for scale in [2**i for i in range((large // size).bit_length())] if by_scale else [None]:
+            boxes = Windows(size, large, filter, inputs.settings.seed, scale)
+
+            def look(batch: GeneratedBatch, boxes: Windows = boxes) -> Tensor:
+                return tool(batch.windows([boxes.box("fake", number) for number in batch.numbers.tolist()])).features
+
+            need = Need((metric, scale), kind, metric.num, tool.num_features, look)
+            real = replace(features(tool, kind, limit), images=Windowed(inputs.large, boxes, limit, inputs.device))
+            variant = (filter,) if filter != "lanczos" else ()
+            variant += (f"x{scale}",) if scale else ()
+            found.append(task(metric, inputs, distance, need, real, variant, facts))
+        return found
+
+    return tasks
 
 
 def path_length(metric: Metric, inputs: Inputs) -> list[Task]:
@@ -277,7 +289,10 @@ FAMILIES = [
     Family("fd_dinov2_#", compare("moments", frechet_distance), DINOV2, reals=True),
     Family("fd_lite0_#", compare("moments", frechet_distance), LITE0, reals=True),
     Family("lines#", compare("moments", line_ratio), lambda *_: LineShare(), reals=True, side=16, default=1000),
-    Family("pfid#", windows, INCEPTION, windows=True, renders=True),
+    Family("pfid#", windows("moments", frechet_distance), INCEPTION, windows=True, renders=True),
+    Family("fid_scales#", windows("moments", frechet_distance, True), INCEPTION, windows=True, renders=True),
+    Family("kid_scales#", windows("features", kernel_distance, True), INCEPTION, windows=True, renders=True),
+    Family("fd_lite0_scales_#", windows("moments", frechet_distance, True), LITE0, windows=True, renders=True),
     Family("ppl2_wend[_#]", path_length, lpips("vgg"), renders=True, side=16),
     Family("eqt#_int", equivariance(eqt_int), renders=True, side=32),
     Family("eqt#_frac", equivariance(eqt_frac), renders=True, side=32),

@@ -140,6 +140,7 @@ def seen(monkeypatch):
 def test_the_usual_names_are_known_and_keep_their_spelling():
     names = "fid50k_full,fid50k,fid5k,kid50k_full,pr50k3_full,is50k,ppl2_wend,eqt50k_int,eqt50k_frac,eqr50k"
     names += ",scale_psnr,scale_ssim,scale_lpips,fd_dinov2_50k_full,pfid50k_full,fid17,ppl2_wend_2k,scale_ssim_7,pr40_3"
+    names += ",fid_scales50k_full,fd_lite0_scales_1k_full"
     assert ",".join(metric.name for metric in parse(names)) == names
     assert [metric.family for metric in parse(",".join(KNOWN))] == FAMILIES
     assert parse("none") == ()
@@ -241,6 +242,18 @@ def test_the_inception_family_and_windows(bench, inception_file):
     assert value(record) > 0
     oblong = bench.save("oblong.safetensors", img_shape=(SIDE, 2 * SIDE))
     assert "trained on squares, not on 64x32" in bench.refused(**options | {"network": oblong})
+
+
+def test_windows_at_scale_1_are_the_whole_images(bench):
+    large = save_images(bench.folder / "large", crops("astronaut", 9, (2 * SIDE, 2 * SIDE)))
+    options = {"weights": None, "num": 9, "data": large}
+    scales = bench.measure(metrics="fd_lite0_scales_50k_full", size=f"{2 * SIDE}x{2 * SIDE}", **options)
+    whole = bench.measure(metrics="fd_lite0_50k_full", **options)
+    values = [v for name, record in scales.items() for v in record["results"].values()]
+    names = [name for record in scales.values() for name in record["results"]]
+    assert names == [f"fd_lite0_scales_9_full@64x64@x{scale}" for scale in (1, 2)]
+    assert values[0] == pytest.approx(value(whole["fd_lite0_9_full"]), rel=1e-4)
+    assert values[1] > 1.01 * values[0] or values[1] < 0.99 * values[0]
 
 
 # --- real images -----------------------------------------------------------------------------------------------------
