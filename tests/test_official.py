@@ -14,7 +14,9 @@ from training import losses
 from training.networks import COORDS
 from training.networks.official import discriminator_from_official, generator_from_official
 
-REFERENCES = sorted((Path(__file__).parent / "reference").glob("*.safetensors"))
+FOLDER = Path(__file__).parent / "reference"
+REFERENCES = sorted(FOLDER.glob("reference_*.safetensors"))
+STYLEGAN2 = sorted(FOLDER.glob("stylegan2_*.safetensors"))
 
 
 class Reference:
@@ -65,6 +67,19 @@ def test_images_at_every_scale(ref, G):
 def test_logits(ref, D):
     assert error(D(ref.all["in/real"], label(ref)), ref.all["out/D_real"]) <= 1e-4
     assert error(D(ref.all["out/img_x1"], label(ref)), ref.all["out/D_fake"]) <= 1e-4
+
+
+@pytest.mark.parametrize("path", STYLEGAN2, ids=lambda path: path.stem)
+def test_stylegan2(path):
+    ref = Reference(path)
+    z, c, ws, image = ref.all["in/z"], label(ref), ref.all["out/ws"], ref.all["out/img_noise_const"]
+    G, silent = (generator_from_official(ref.under("G/"), ref.config | {"use_noise": on}) for on in (True, False))
+    D = discriminator_from_official(ref.under("D/"), ref.config | {"mbstd_group_size": ref.config["mbstd_group"]})
+    assert error(G.mapping(z, c), ws) <= 1e-5
+    assert error(G.mapping(z, c, truncation_psi=0.7), ref.all["out/ws_psi0.7"]) <= 1e-5
+    assert error(G.synthesis(ws), image) <= 1e-5
+    assert error(silent.synthesis(ws), ref.all["out/img_noise_none"]) <= 1e-5
+    assert error(D(image, c), ref.all["out/D_img"]) <= 1e-5
 
 
 def released_gradients(ref, term: str, module, kind: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

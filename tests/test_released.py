@@ -21,7 +21,7 @@ import torch
 from helpers import error as difference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_official import REFERENCES, Reference, label
+from test_official import REFERENCES, STYLEGAN2, Reference, label
 
 from dnnlib.console import UserError
 from torch_utils import checkpoint
@@ -151,7 +151,7 @@ def persistent(state: dict, name: str = "Layer", kind: object = "class") -> Call
     return Call(PERSISTENT, {"type": kind, "version": 6, "module_src": source, "class_name": name, "state": state})
 
 
-BUFFERS = ("freqs", "coords", "w_avg", "resample_filter")
+BUFFERS = ("freqs", "coords", "w_avg", "resample_filter", "noise_const")
 
 
 def network(tensors: dict[str, torch.Tensor], init_kwargs: dict) -> Call:
@@ -271,6 +271,16 @@ def test_the_networks_give_the_released_images_and_logits(tmp_path, ref):
         assert difference(G(ref.all["in/z"], label(ref)), ref.all["out/img_x1"]) <= 1e-4
     assert type(networks["D"]) is Discriminator
     assert difference(networks["D"](ref.all["in/real"], label(ref)), ref.all["out/D_real"]) <= 1e-4
+
+
+def test_a_file_of_stylegan2_gives_its_images(tmp_path):
+    ref = Reference(STYLEGAN2[0])
+    widths = {name: ref.config[name] for name in ("channel_base", "channel_max")}
+    given = {name: ref.config[name] for name in ("z_dim", "w_dim", "c_dim", "img_resolution", "img_channels")}
+    given["mapping_kwargs"] = easy(num_layers=ref.config["mapping_layers"])
+    given["synthesis_kwargs"] = easy(**widths, num_fp16_res=4, conv_clamp=256)
+    G = load_generator(write(tmp_path, dumps({"G_ema": network(ref.under("G/"), given)})))
+    assert difference(G(ref.all["in/z"], label(ref)), ref.all["out/img_noise_const"]) <= 1e-4
 
 
 @pytest.mark.parametrize(

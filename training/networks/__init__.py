@@ -10,6 +10,7 @@ from training.networks.discriminator import Discriminator, DiscriminatorConfig
 from training.networks.generator import AnyGeneratorConfig, Generator
 from training.networks.lines import Lines
 from training.networks.projected import ProjectedConfig, ProjectedDiscriminator
+from training.networks.stylegan2 import StyleGAN2Config
 
 # Another kind is another file and an entry. Its config extends DiscriminatorConfig by another `kind`. Its module has
 # `config`, `forward(images, c, batches)` -> logits [N,…], and `regularised(images, c)`, the logits that R1 penalises.
@@ -23,5 +24,5 @@ def build_discriminator(config: AnyDiscriminatorConfig) -> nn.Module:
 
 __all__ = [
     "COORDS", "AnyDiscriminatorConfig", "AnyGeneratorConfig", "Discriminator", "DiscriminatorConfig", "Generator",
-    "GeneratorConfig", "Lines",
+    "GeneratorConfig", "Lines", "StyleGAN2Config",
 ]  # fmt: skip

@@ -1,8 +1,8 @@
-"""The authors' released weights: from their tensor names and layouts to ours.
+"""Weights that the authors of CREPS and of StyleGAN2 released: from their tensor names and layouts to ours.
 
 `config` is the dict of settings that comes with the weights, under the released names: z_dim, c_dim, w_dim,
-img_resolution, img_channels, mapping_layers, channel_base, channel_max, biline_channels, rank (the thickness),
-bandwidth, architecture, mbstd_group_size. The default of each is the published value.
+img_resolution, img_channels, mapping_layers, channel_base, channel_max, architecture, mbstd_group_size; of CREPS
+biline_channels, rank (the thickness) and bandwidth; of StyleGAN2 use_noise. The default of each is the published value.
 """
 
 import torch
@@ -10,25 +10,35 @@ from torch import Tensor, nn
 
 from dnnlib.config import Config, build
 from dnnlib.console import UserError
+from training.networks.creps import GeneratorConfig
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
-from training.networks.generator import Generator, GeneratorConfig
+from training.networks.generator import Generator
+from training.networks.stylegan2 import StyleGAN2Config
 
 MOST_PROBLEMS = 12  # listed in one error
 
 
 def generator_from_official(tensors: dict[str, Tensor], config: dict) -> Generator:
-    """Return the released generator as our module, in eval mode.
+    """Return the released generator as our module, in eval mode. The tensors tell its kind.
 
-    `tensors` has the released names without prefix (`mapping.fc0.weight`, `synthesis.b4.input.freqs`, …).
-    The stored coordinates, the head of block 4 and the decoder of block 8 (with architecture "orig", the decoders of
-    all blocks) are dropped: the released network never uses them. Raises UserError that lists tensors that are missing,
-    unexpected or have another shape.
+    `tensors` has the released names without prefix (`mapping.fc0.weight`, `synthesis.b4.input.freqs`, …). Raises
+    UserError that lists tensors that are missing, unexpected or have another shape.
     """
-    G = _outline(Generator, GeneratorConfig, _GENERATOR_SETTINGS, config | {"coords": "endpoints"})
+    make = next((make for mark, make in _MAKERS.items() if mark in tensors), _creps)
+    return make(tensors, config)
+
+
+def _creps(tensors: dict[str, Tensor], config: dict) -> Generator:
+    """Make a generator of CREPS.
+
+    The stored coordinates, the head of block 4 and the decoder of block 8 (with architecture "orig", the decoders of
+    all blocks) are dropped: the released network never uses them.
+    """
+    G = _outline(Generator, GeneratorConfig, _CREPS_SETTINGS, config | {"coords": "endpoints"})
     c = G.config
     blocks = [4 << i for i in range(c.num_blocks)]
 
-    names = {"mapping.w_avg": "mapping.w_avg"} | _linears("mapping", "mapping", c.mapping_layers, bool(c.c_dim))
+    names = _mapping(G)
     names |= _parameters("synthesis.b4.input.affine", "synthesis.lines.input.affine")
     names |= {f"synthesis.b4.input.{x}": f"synthesis.lines.input.{x}" for x in ("freqs", "weight")}
     for i, k in enumerate(blocks):
@@ -69,6 +79,30 @@ def generator_from_official(tensors: dict[str, Tensor], config: dict) -> Generat
     return _load(G, tensors, names, tuple(unused), released_shapes, arrange)
 
 
+def _stylegan2(tensors: dict[str, Tensor], config: dict) -> Generator:
+    G = _outline(Generator, StyleGAN2Config, _STYLEGAN2_SETTINGS, config)
+    names, shapes, arrange = _mapping(G) | {"synthesis.b4.const": "synthesis.const"}, {}, {}
+    for i, block in enumerate(G.synthesis.blocks):
+        theirs, ours = f"synthesis.b{4 << i}", f"synthesis.blocks.{i}"
+        for j in range(len(block.layers)):
+            layer = f"{theirs}.conv{j if i else 1}", f"{ours}.layers.{j}"
+            names |= _modulated(*layer)
+            if G.config.noise:
+                names |= {f"{layer[0]}.{x}": f"{layer[1]}.{x}" for x in ("noise_strength", "noise_const")}
+        if block.skip is not None:
+            names[f"{theirs}.skip.weight"] = f"{ours}.skip.weight"
+        if block.head is not None:
+            names |= _modulated(f"{theirs}.torgb", f"{ours}.head")
+            shapes[f"{theirs}.torgb.weight"] = (*block.head.weight.shape, 1, 1)
+            arrange[f"{theirs}.torgb.weight"] = lambda t: t.flatten(1)
+    tensors = {n: t for n, t in tensors.items() if G.config.noise or ".noise_" not in n}
+    return _load(G, _without_filters(tensors), names, (), shapes, arrange)
+
+
+# A tensor that only generators of a kind have -> the function that makes one.
+_MAKERS = {"synthesis.b4.input.freqs": _creps, "synthesis.b4.const": _stylegan2}
+
+
 def discriminator_from_official(tensors: dict[str, Tensor], config: dict) -> Discriminator:
     """Return the released discriminator as our module, in eval mode. See `generator_from_official`."""
     D = _outline(Discriminator, DiscriminatorConfig, _DISCRIMINATOR_SETTINGS, config)
@@ -83,23 +117,30 @@ def discriminator_from_official(tensors: dict[str, Tensor], config: dict) -> Dis
         names |= _parameters(f"b4.{layer}", f"epilogue.{layer}")
     if c.c_dim:
         names |= _linears("mapping", "mapping", c.mapping_layers, True)
+    return _load(D, _without_filters(tensors), names)
 
-    # torch_utils.ops.resample has the filter built in, so weights that were trained with another one are refused.
+
+def _without_filters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the resampling filters. Raises UserError for others than torch_utils.ops.resample has built in."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
     for name, tensor in tensors.items():
         if name.endswith("resample_filter") and (
             tensor.shape != (4, 4) or not torch.allclose(tensor.float().cpu(), torch.outer(taps, taps))
         ):
             raise UserError(f"{name} is not the filter [1,3,3,1]; this network was not trained by the released code")
-    return _load(D, {n: t for n, t in tensors.items() if not n.endswith("resample_filter")}, names)
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("resample_filter")}
 
 
-_SHARED_SETTINGS = ["c_dim", "img_resolution", "img_channels", "channel_base", "channel_max"]
-_GENERATOR_SETTINGS = {
-    name: name
-    for name in [*_SHARED_SETTINGS, "z_dim", "w_dim", "mapping_layers", "biline_channels", "bandwidth", "architecture"]
-} | {"rank": "thickness", "coords": "coords"}
-_DISCRIMINATOR_SETTINGS = {name: name for name in _SHARED_SETTINGS} | {"mbstd_group_size": "mbstd_group"}
+_IMAGE_SETTINGS = {name: name for name in ("c_dim", "img_resolution", "img_channels", "channel_base", "channel_max")}
+_STYLE_SETTINGS = _IMAGE_SETTINGS | {name: name for name in ("z_dim", "w_dim", "mapping_layers", "architecture")}
+_STYLEGAN2_SETTINGS = _STYLE_SETTINGS | {"use_noise": "noise"}
+_CREPS_SETTINGS = _STYLE_SETTINGS | {
+    "biline_channels": "biline_channels",
+    "bandwidth": "bandwidth",
+    "rank": "thickness",
+    "coords": "coords",
+}
+_DISCRIMINATOR_SETTINGS = _IMAGE_SETTINGS | {"mbstd_group_size": "mbstd_group"}
 
 
 def _outline(kind: type[nn.Module], config_kind: type[Config], names: dict[str, str], config: dict) -> nn.Module:
@@ -116,6 +157,11 @@ def _outline(kind: type[nn.Module], config_kind: type[Config], names: dict[str, 
 
 def _parameters(theirs: str, ours: str) -> dict[str, str]:
     return {f"{theirs}.weight": f"{ours}.weight", f"{theirs}.bias": f"{ours}.bias"}
+
+
+def _mapping(G: Generator) -> dict[str, str]:
+    layers = _linears("mapping", "mapping", G.config.mapping_layers, bool(G.config.c_dim))
+    return {"mapping.w_avg": "mapping.w_avg"} | layers
 
 
 def _modulated(theirs: str, ours: str) -> dict[str, str]:

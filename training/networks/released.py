@@ -84,7 +84,7 @@ def load_released(path: str | Path, wanted: tuple[str, ...] = tuple(MAKERS)) -> 
         try:
             networks[name] = MAKERS[name](*network)
         except UserError as error:
-            raise UserError(f"{name} in {path} cannot be used: {error}; give a .pkl of CREPS") from error
+            raise UserError(f"{name} in {path} cannot be used: {error}; give a .pkl of CREPS or StyleGAN2") from error
     if "G_ema" not in networks:
         raise UserError(
             f"{path} holds no G_ema, the average of the generator; give a .pkl with it, as the authors released"
