@@ -51,7 +51,12 @@ OTHERS = {
     ),
 }
 # Defaults in words, of settings that have none of their own.
-DEFAULTS = {"batch": "the recipe's", "batch-gpu": "all", "gamma": "from size and batch"}
+DEFAULTS = {
+    "batch": "the recipe's",
+    "batch-gpu": "all",
+    "gamma": "from size and batch",
+    "resolution": "that of all images",
+}
 
 
 def setting_option(flag: str, field: FieldInfo) -> dict:
@@ -61,7 +66,8 @@ def setting_option(flag: str, field: FieldInfo) -> dict:
     default = DEFAULTS.get(flag, "no" if field.default is False else field.default)
     default = f"{default:g}" if isinstance(default, float) else default
     text = field.description[0].upper() + field.description[1:] + "."
-    kind = click.Choice(kinds) if literal else kinds[0] if len(kinds) == 1 else str
+    simple = len(kinds) == 1 and kinds[0] in (bool, int, float)
+    kind = click.Choice(kinds) if literal else kinds[0] if simple else str
     return {"type": kind, "help": f"{text}  [default: {default}]"}
 
 

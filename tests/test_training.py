@@ -22,9 +22,10 @@ from torch_utils.randomness import make_rng
 from training import ema
 from training.augment import augment, sample
 from training.config import resolve
-from training.data import Batch, ImageArchive
+from training.data import Batch, batches
 from training.grids import grid_shape, tile
 from training.report import duration
+from training.runs import open_images
 from training.state import new_state
 from training.trainer import Trainer
 
@@ -36,8 +37,7 @@ def prepare(tiny, **settings):
     nest = merge(RECIPE, {"data": {"path": str(tiny.labelled)}, "train": {"precision": "float64"}})
     for key, value in settings.items():
         nest = merge(nest, nested(key.replace("__", "."), value))
-    data = nest["data"]
-    images = ImageArchive(data["path"], use_labels=data.get("cond", False), mirror=data.get("mirror", False))
+    images = open_images(nest)
     config = resolve(nest, images, "test")
     state = new_state(config, ALONE.device)
     return config, images, state, Trainer(config, state, images, ALONE)
@@ -46,6 +46,13 @@ def prepare(tiny, **settings):
 def batch_of(images, step: int, size: int):
     real, labels = zip(*(images[(step * size + i) % len(images)] for i in range(size)), strict=True)
     return Batch(torch.stack(real), torch.stack(labels))
+
+
+def features_of(windows):
+    v = np.log2(windows[:, :1])
+    return torch.from_numpy(
+        np.hstack([v**0, v, *(np.sin(np.pi * v * k) for k in (1, 2, 4)), *(np.cos(np.pi * v * k) for k in (1, 2, 4))])
+    )
 
 
 class Straightforward:
@@ -90,16 +97,30 @@ class Straightforward:
             weight.grad = gradient
         optimizer.step()
 
-    def step(self, s, real, c):
+    def rendered(self, ws, windows, side):
+        """Render each image by itself; without windows, the whole image."""
+        if windows is None:
+            return self.G.synthesis(ws)
+        pixels = (torch.arange(side).double() + 0.5) / side
+        positions = [[corner + pixels / zoom for corner in (y, x)] for zoom, y, x in windows.tolist()]
+        return torch.cat([self.G.synthesis(w[None], *axes) for w, axes in zip(ws, positions, strict=True)])
+
+    def step(self, s, real, c, windows):
         config, n = self.config, len(real)
-        real, c = real.double() / 127.5 - 1, c.double()
+        real, c, side = real.double() / 127.5 - 1, c.double(), real.shape[2]
+        scale = torch.zeros(n, 0) if windows is None else features_of(windows.numpy())
         for network in (self.G, self.D):
             network.requires_grad_(True)
 
         z, labels = self.latents(s, "generator", n)
         ws = self.G.mapping(z, labels)
-        logits = self.D(self.augmented(self.G.synthesis(ws), s, "generator"), labels)
-        self.descend(self.G, self.G_opt, torch.log1p(torch.exp(-logits)).mean())
+        images = self.rendered(ws, windows, side)
+        logits = self.D(self.augmented(images, s, "generator"), torch.hstack([labels, scale]))
+        loss = torch.log1p(torch.exp(-logits)).mean()
+        if config.scales.consistency:
+            halved = images.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
+            loss = loss + config.scales.consistency * (halved - self.rendered(ws, windows, side // 2)).pow(2).mean()
+        self.descend(self.G, self.G_opt, loss)
         decay = config.train.w_avg_decay
         self.G.mapping.w_avg.copy_(decay * self.G.mapping.w_avg + (1 - decay) * ws[:, 0].detach().mean(0))
 
@@ -120,9 +141,10 @@ class Straightforward:
             self.a = float(a.detach())
 
         z, labels = self.latents(s, "critic", n)
-        fake = self.augmented(self.G(z, labels).detach(), s, "critic")
+        fake = self.augmented(self.rendered(self.G.mapping(z, labels), windows, side).detach(), s, "critic")
+        c = torch.hstack([c, scale])
         on_real = self.D(self.augmented(real, s, "critic real"), c)
-        loss = F.softplus(self.D(fake, labels)).mean() + F.softplus(-on_real).mean()
+        loss = F.softplus(self.D(fake, torch.hstack([labels, scale]))).mean() + F.softplus(-on_real).mean()
         self.descend(self.D, self.D_opt, loss)
         self.signs.append(on_real.detach().sign().mean().item())
 
@@ -176,6 +198,15 @@ SETTINGS = {
         "train__ema_kimg": 0.02,
         "train__w_avg_decay": 0.9,
     },
+    "windows, a scale-aware D, micro-batches": {
+        "data__cond": True,
+        "data__resolution": 8,
+        "G__coords": "centers",
+        "scales__max": 3.0,
+        "scales__windows": 0.7,
+        "scales__consistency": 2.0,
+        "train__batch_gpu": 4,
+    },
 }
 
 
@@ -186,7 +217,9 @@ def test_the_four_phases_are_those_of_plain_autograd(tiny, settings):
     start = plain.p
     for s in range(9):
         batch = batch_of(images, s, config.train.batch)
-        plain.step(s, batch.images, batch.labels)
+        if config.scales.max > 1:
+            batch = next(batches(images, batch=8, start=8 * s, workers=0, scales=config.scales))
+        plain.step(s, *batch)
         trainer.step(batch)
         for network, expected in ((state.G, plain.G), (state.D, plain.D), (state.G_ema, plain.average)):
             for (name, got), want in zip(network.state_dict().items(), expected.state_dict().values(), strict=True):

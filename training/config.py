@@ -1,8 +1,9 @@
 """The settings of a training run as one frozen value, written to options.yaml in the run directory."""
 
 import functools
+import re
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,12 +21,25 @@ class DataConfig(Config):
     contents: str | None = Field(None, description="how a resumed run knows its archive (ImageArchive.summary)")
     cond: bool = setting(False, flag="cond", description="train on the archive's labels")
     mirror: bool = setting(False, flag="mirror", description="train on every image flipped left to right as well")
-    resolution: int | tuple[int, int] | None = setting(
-        None, description="training size, or height and width, for an archive of images of their own sizes"
+    resolution: tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]] | None = setting(
+        None,
+        flag="resolution",
+        description="training size, R or WxH, of an archive whose images keep their own sizes",
     )
     workers: int = setting(
         3, ge=0, flag="workers", may_change=True, description="reading processes per training process"
     )
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _read_size(cls, value: object) -> object:
+        if isinstance(value, str | int):
+            sides = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
+            if not sides:
+                raise ValueError(f"{value!r} is not a size; give one number for squares, or WIDTHxHEIGHT")
+            width, height = sides.groups()
+            return int(height or width), int(width)
+        return value
 
 
 class AugmentSettings(AugmentConfig):

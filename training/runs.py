@@ -28,10 +28,11 @@ from torch_utils.command import command
 from torch_utils.distributed import Processes, count_gpus, launch_name, launched, processes
 from torch_utils.precision import multiplies_bfloat16_fast
 from torch_utils.signals import heeded
-from training.config import RunConfig
+from training.config import DataConfig, RunConfig
 from training.data import ImageArchive
 from training.loop import Loop
 from training.memory import largest_micro_batch
+from training.native import NativeArchive
 from training.report import duration
 from training.state import TrainState, initialise, new_state
 
@@ -62,14 +63,12 @@ class ResumedRun:
 
 
 def open_images(settings: dict) -> ImageArchive:
-    """Open the archive of nested settings, which may be incomplete."""
-    data = settings.get("data", {})
-    return ImageArchive(
-        data["path"],
-        use_labels=data.get("cond", False),
-        mirror=data.get("mirror", False),
-        channels=settings.get("G", {}).get("img_channels"),
-    )
+    """Open the archive of nested settings, of which only `data` need be complete. Raises UserError."""
+    data = build(DataConfig, settings["data"], "data")
+    channels = settings.get("G", {}).get("img_channels")
+    if data.resolution is None:
+        return ImageArchive(data.path, use_labels=data.cond, mirror=data.mirror, channels=channels)
+    return NativeArchive(data.path, data.resolution, use_labels=data.cond, mirror=data.mirror, channels=channels)
 
 
 def read_config(folder: Path, changes: dict) -> RunConfig:
