@@ -40,6 +40,8 @@ def open_source(
             raise UserError(
                 "--characters and --drawings only say what --source letters draws; leave them out, or use that source"
             )
+        if transform == "native" and resolution:
+            raise UserError("--transform native keeps the sizes of images; leave out --resolution")
         return ImageFiles(name, bits)
     if resolution is None or transform:
         raise UserError(
@@ -63,6 +65,9 @@ def open_source(
 )
 @click.option("--transform", type=click.Choice(TRANSFORMS), help="How to reach --resolution; stretched by default.")
 @click.option("--crops", type=click.IntRange(min=1), metavar="N", help="random-crops: crops per image.")
+@click.option(
+    "--min-side", type=click.IntRange(min=1), metavar="N", help="native: leave out images with a shorter side below N."
+)
 @click.option("--characters", metavar="TEXT", help="letters: what to draw, a class each; A to Z by default.")
 @click.option(
     "--drawings",
@@ -98,6 +103,7 @@ def main(
     resolution,
     transform,
     crops,
+    min_side,
     characters,
     drawings,
     labels,
@@ -108,7 +114,7 @@ def main(
     skip_bad,
     seed,
 ):
-    """Make a training dataset of equal-size PNGs, in the format of StyleGAN, from a folder, ZIP or TAR of images.
+    """Make a training dataset, in the format of StyleGAN, from a folder, ZIP or TAR of images.
 
     \b
     python dataset_tool.py --source photos --dest photos256.zip --resolution 256x256 --transform center-crop
@@ -122,6 +128,8 @@ def main(
     center-crop       the largest centred crop of the shape of WxH, resized to WxH
     center-crop-wide  the same, then black bars at top and bottom make it W x W
     random-crops      --crops crops per image of the shape of WxH, of random size (from WxH up) and place
+    native            sizes and shapes stay, for training at several scales; JPEGs stay the same files if nothing
+                      has to be converted
     (none)            resized to WxH without regard to proportions
 
     Resizing is Lanczos. Photographs are turned upright by their EXIF data, colours are converted from their profile
@@ -143,7 +151,7 @@ def main(
     for name, value in (("--source", source), ("--dest", dest)):
         if not value:
             raise click.UsageError(f"Missing option '{name}'.")
-    recipe = Transform(resolution, transform, crops, seed)
+    recipe = Transform(resolution, transform, crops, seed, min_side)
     images = open_source(source, resolution, transform, characters, drawings, seed, bits)
     try:
         line = convert(images, dest, recipe, read_labels(labels, images), int(channels), max_images, skip_bad, format)

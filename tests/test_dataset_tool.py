@@ -361,6 +361,75 @@ def test_random_crops_repeat_the_label_and_enlarged_images_are_counted(tmp_path)
     assert "2 images had to be enlarged" in output
 
 
+# --- native sizes -----------------------------------------------------------------------------------------------------
+
+
+def jpeg(height: int, width: int, **options) -> bytes:
+    return encode(ramp(height, width), "jpeg", quality=95, **options)
+
+
+ON_ITS_SIDE = Image.Exif()
+ON_ITS_SIDE[0x0112] = 6
+NATIVE = {  # file -> (contents, size, whether they stay)
+    "a/1.jpg": (jpeg(40, 60), (60, 40), True),
+    "a/2.jpg": (jpeg(40, 60, exif=ON_ITS_SIDE), (40, 60), False),
+    "a/3.jpg": (encode(noise_image(0, 32, 32)[..., 0], "jpeg"), (32, 32), False),
+    "b/1.jpg": (jpeg(50, 70, icc_profile=profile(1)), (70, 50), False),
+    "b/2.jpg": (jpeg(50, 70, icc_profile=SRGB), (70, 50), True),
+    "b/3.jpg": (encode(ramp(80, 33), "mpo", save_all=True, append_images=[ramp(8, 8)]), (33, 80), True),
+    "b/4.png": (encode(ramp(100, 200)), (200, 100), False),
+    "b/5.jpg": (jpeg(31, 200), None, False),
+}
+
+
+def native(tmp_path: Path) -> tuple[Path, str]:
+    """Make a ZIP of NATIVE's images of 32 pixels per side and more."""
+    source = write_folder(tmp_path / "in", {name: data for name, (data, *_) in NATIVE.items()})
+    options = ("--transform", "native", "--min-side", 32, "--labels", "folders")
+    return tmp_path / "out.zip", make(source, tmp_path / "out.zip", *options)
+
+
+def test_native_keeps_sizes_and_the_files_of_jpegs(tmp_path):
+    path, output = native(tmp_path)
+    assert "7 images of 32x32 to 200x100, 3 channels, 2 classes. Kept the files of 3 JPEGs. Left out 1 image" in output
+    kept = {name: entry for name, entry in NATIVE.items() if entry[1]}
+    assert dataset_json(path)["sizes"] == [list(size) for _, size, _ in kept.values()]
+    assert labels_in(path) == [0, 0, 0, 1, 1, 1, 1]
+    read, written = ImageFiles(tmp_path / "in"), ImageFiles(path)
+    for (name, (data, size, stays)), target in zip(kept.items(), written.names(), strict=True):
+        assert target.endswith(".jpg" if stays else ".png")
+        assert ([data] == list(written.contents([target]))) == stays
+        with zipfile.ZipFile(path) as archive:
+            assert Image.open(io.BytesIO(archive.read(target))).mode == "RGB"
+        assert written.image(target).size == size
+        assert np.array_equal(written.image(target), read.image(name, 3))
+
+
+def test_a_second_native_conversion_changes_nothing(tmp_path):
+    path, _ = native(tmp_path)
+    make(path, tmp_path / "again.zip", "--transform", "native")
+    assert (tmp_path / "again.zip").read_bytes() == path.read_bytes()
+
+
+def test_check_says_what_a_native_archive_can_serve(tmp_path):
+    path, _ = native(tmp_path)
+    result = run("check", path)
+    assert result.exit_code == 0
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
+    assert lines[1:5] == [
+        "images 7",
+        "size 32x32 (smallest), 40x60 (median), 200x100 (largest)",
+        "32x32 held by every image, 1.0 to 3.1 times (median 1.2)",
+        "64x64 held by 1 of 7 images; leave the others out with min-side 64",
+    ]
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    first = next(iter(files))
+    checked = run("check", write_zip(tmp_path / "swapped.zip", files | {first: encode(noise_image(0, 60, 40))}))
+    assert checked.exit_code == 2
+    assert f"{first} is 40x60, but is listed as 60x40" in checked.output
+
+
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 ROWS = [("dog/2.png", 7), ("cat/1.png", 2), ("dog/1.png", 0)]
@@ -495,6 +564,9 @@ WRONG = [  # (source, further options, words of the sentence)
     (folder_with(("dataset.json", b"{")), [], "is not of the form"),
     (folder_with(("dataset.json", b'{"labels": [["cat/a.png", 0]]}')), [], "no label for dog/b.png"),
     (lambda path: write_folder(path / "in", {"a.png": b""}), ["--skip-bad"], "no image that can be read"),
+    (good, ["--transform", "native", "--min-side", 8], "no image that can be read and has 8 pixels per side"),
+    (good, ["--min-side", 8], "add transform native"),
+    (good, ["--transform", "native", "--resolution", "8x8"], "native keeps"),
     (good, ["--resolution", "256"], "WIDTHxHEIGHT"),
     (good, ["--resolution", "0x8"], "WIDTHxHEIGHT"),
     (good, ["--resolution", "99999x8"], "WIDTHxHEIGHT"),

@@ -1,4 +1,4 @@
-"""Writes archives for training, equal-size PNGs and a `dataset.json` as in StyleGAN, and checks archives."""
+"""Writes archives for training, images and a `dataset.json` as in StyleGAN, and checks archives."""
 
 import contextlib
 import dataclasses
@@ -20,9 +20,11 @@ from training.colours import count_channels, to_channels
 from training.config import gather, resolve
 from training.data import ImageArchive
 from training.labels import Labels, label_by_folder, parse_csv, parse_json
+from training.native import NativeArchive
 from training.sources import BadImage, ImageFiles, Size, Source, size_text
 
-TRANSFORMS = ("center-crop", "center-crop-wide", "random-crops")
+TRANSFORMS = ("center-crop", "center-crop-wide", "random-crops", "native")
+SQUARES = tuple(2**n for n in range(5, 15))  # sides of training images
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -32,14 +34,22 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class Transform:
-    """How images are brought to one size: `resolution` is (width, height), `kind` None (stretch) or in TRANSFORMS."""
+    """How images are brought to one size: `resolution` is (width, height), `kind` None (stretch) or in TRANSFORMS.
+
+    Of kind "native", images keep sizes of their own, and those whose shorter side is below `min_side` are left out.
+    """
 
     resolution: Size | None = None  # None: sizes stay
     kind: str | None = None
     crops: int | None = None  # per image
     seed: int = 0
+    min_side: int | None = None
 
     def __post_init__(self):
+        if self.min_side and self.kind != "native":
+            raise UserError("min_side leaves images out of an archive of native sizes; add transform native to it")
+        if self.kind == "native":
+            return
         if self.kind and self.resolution is None:
             raise UserError(f"transform {self.kind} needs the size of its result; add a resolution, e.g. 256x256")
         if self.kind == "center-crop-wide" and self.resolution[0] < self.resolution[1]:
@@ -50,8 +60,9 @@ class Transform:
 
     def __call__(self, image: Image.Image, name: str) -> Iterator[tuple[Image.Image, bool]]:
         """Yield the results for `image`, each with whether it was enlarged. Random crops depend on (seed, name)."""
-        if self.resolution is None:
-            yield image, False
+        if self.kind == "native" or self.resolution is None:
+            if min(image.size) >= (self.min_side or 0):
+                yield image, False
             return
         width, height = self.resolution
         for box in self._boxes(image.size, name):
@@ -134,8 +145,8 @@ def convert(
     check_dest(dest, source.path)
     if form == "jpg" and channels == 4:
         raise UserError("JPEG has no transparency; write PNGs, or 3 channels")
-    names = source.names()
-    entries, numbers, used, skipped, enlarged, first = [], [], 0, 0, 0, None
+    names, native = source.names(), transform.kind == "native"
+    entries, numbers, sizes, used, skipped, small, enlarged, unchanged = [], [], [], 0, 0, 0, 0, 0
     total = min(len(names), max_images or len(names))
     with new_archive(dest) as write, progress(None, desc="images", total=total) as bar:
         for number, name in enumerate(names):
@@ -149,30 +160,44 @@ def convert(
                 bar.write(f"Skipped: {error}", file=sys.stderr)
                 skipped += 1
                 continue
+            before = len(entries)
             for result, larger in transform(image, name):
-                first = first or (name, result.size)
-                if result.size != first[1]:
+                sizes.append(result.size)
+                if not native and result.size != sizes[0]:
                     raise UserError(
-                        f"{name} is {size_text(result.size)}, but {first[0]} is {size_text(first[1])}; bring all "
-                        "images to one resolution (transform center-crop keeps their proportions)"
+                        f"{name} is {size_text(result.size)}, but {names[numbers[0]]} is {size_text(sizes[0])}; bring "
+                        "all images to one resolution (transform center-crop keeps their proportions), or keep their "
+                        "sizes (transform native)"
                     )
-                target = f"{len(entries) // 1000:05d}/img{len(entries):08d}.{form}"
-                write(target, encode(result, form))
+                data = source.unchanged(name, channels) if native else None
+                unchanged += data is not None
+                target = f"{len(entries) // 1000:05d}/img{len(entries):08d}.{form if data is None else 'jpg'}"
+                write(target, encode(result, form) if data is None else data)
                 entries.append(target)
                 numbers.append(number)
                 enlarged += larger
-            used += 1
-            bar.update()
+            if len(entries) == before:
+                small += 1
+            else:
+                used += 1
+                bar.update()
         if not entries:
-            raise UserError(f"{source.path} holds no image that can be read; nothing was written")
+            least = f" and has {transform.min_side} pixels per side" if small else ""
+            raise UserError(f"{source.path} holds no image that can be read{least}; nothing was written")
         content = {"labels": None}
         if labels:
             labels = dataclasses.replace(labels, values=labels.values[numbers])
             pairs = zip(entries, labels.values.tolist(), strict=True)
             content = {"labels": list(pairs)} | ({"class_names": labels.names} if labels.names else {})
+        content |= {"sizes": sizes} if native else {}
         write("dataset.json", json.dumps(content).encode())
-    text = f"Wrote {dest}: {count(len(entries), 'image')} of {size_text(first[1])}, {count(channels, 'channel')}, "
+    extent = " to ".join(dict.fromkeys(size_text(pick(sizes, key=sorted)) for pick in (min, max)))
+    text = f"Wrote {dest}: {count(len(entries), 'image')} of {extent}, {count(channels, 'channel')}, "
     text += f"{labels.kind() if labels else 'no labels'}."
+    if unchanged:
+        text += f" Kept the files of {count(unchanged, 'JPEG')}."
+    if small:
+        text += f" Left out {count(small, 'image')} with fewer than {transform.min_side} pixels per side."
     if skipped:
         text += f" Skipped {count(skipped, 'unreadable file')}."
     if enlarged:
@@ -236,8 +261,12 @@ def encode(image: Image.Image, form: str) -> bytes:
 
 def examine(files: ImageFiles) -> tuple[list[str], list[str]]:
     """Return lines of text on (what an archive holds, what is wrong with it). Reads the images one at a time."""
-    sizes, channels, example, problems = Counter(), Counter(), {}, []
-    for name in progress(files.names(), desc="images"):
+    sizes, channels, example, problems, listed = Counter(), Counter(), {}, [], None
+    try:
+        listed = files.native_sizes
+    except UserError as error:
+        problems.append(str(error))
+    for number, name in enumerate(progress(files.names(), desc="images")):
         try:
             image = files.image(name)
             holds = count_channels(image)
@@ -250,19 +279,29 @@ def examine(files: ImageFiles) -> tuple[list[str], list[str]]:
             sizes[image.size] += 1
             channels[holds] += 1
             example.setdefault(image.size, name)
+            if listed is not None and image.size != tuple(listed[number]):
+                problems.append(
+                    f"{files.path / name} is {size_text(image.size)}, but is listed as {size_text(listed[number])}; "
+                    "make the archive again"
+                )
     if not sizes:
         return [], problems
     (common, times), *others = sizes.most_common()
-    if others:
+    if others and listed is None:
         other = others[0][0]
         problems.append(
             f"{count(sizes.total() - times, 'image')} not of the most frequent size {size_text(common)}, "
-            f"e.g. {example[other]} of {size_text(other)}; convert all to one resolution"
+            f"e.g. {example[other]} of {size_text(other)}; convert all to one "
+            "resolution, or keep their sizes (transform native)"
         )
     notes = files.notes(channels.most_common(1)[0][0])
     if not problems:
         try:  # as train.py will
-            archive = ImageArchive(files.path)
+            if listed is None:
+                archive = ImageArchive(files.path)
+            else:
+                side = 1 << min(map(min, sizes)).bit_length() - 1  # the largest power of two that all images hold
+                archive = NativeArchive(files.path, (side, side))
             notes = archive.notes()
             resolve(gather("auto", {"data": {"path": str(files.path)}}), archive, str(files.path))
         except UserError as error:
@@ -278,10 +317,30 @@ def examine(files: ImageFiles) -> tuple[list[str], list[str]]:
         problems.append(str(error))
     report = [
         f"images    {len(files):,}",
-        f"size      {', '.join(f'{size_text(size)} ({number:,})' for size, number in sizes.most_common(5))}"
-        + (f", and {count(len(sizes) - 5, 'size')} more" if len(sizes) > 5 else ""),
+        *(describe_equal(sizes) if listed is None else describe_native(sizes)),
         f"channels  {', '.join(f'{number} ({times:,})' for number, times in channels.most_common())}",
         f"labels    {held}",
         *notes,
     ]
     return report, problems
+
+
+def describe_equal(sizes: Counter[Size]) -> list[str]:
+    more = f", and {count(len(sizes) - 5, 'size')} more" if len(sizes) > 5 else ""
+    return [f"size      {', '.join(f'{size_text(size)} ({n:,})' for size, n in sizes.most_common(5))}{more}"]
+
+
+def describe_native(sizes: Counter[Size]) -> list[str]:
+    """Return lines on sizes, by shorter sides, and on the square training images that the archive can serve."""
+    ordered = sorted(sizes.elements(), key=sorted)
+    least, median, largest = ordered[0], ordered[len(ordered) // 2], ordered[-1]
+    lines = [f"size      {size_text(least)} (smallest), {size_text(median)} (median), {size_text(largest)} (largest)"]
+    for side in SQUARES:
+        fitting = sum(min(size) >= side for size in ordered)
+        if fitting == len(ordered):
+            low, middle, high = (f"{min(size) / side:.1f}" for size in (least, median, largest))
+            lines.append(f"{f'{side}x{side}':<9} held by every image, {low} to {high} times (median {middle})")
+        elif fitting:
+            some = f"{fitting:,} of {len(ordered):,} images"
+            lines.append(f"{f'{side}x{side}':<9} held by {some}; leave the others out with min-side {side}")
+    return lines

@@ -57,6 +57,10 @@ def orientation(image: Image.Image) -> int:
     return 1 if image.format == "TIFF" else Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
 
 
+def is_upright_jpeg(image: Image.Image) -> bool:
+    return image.format in ("JPEG", "MPO") and orientation(image) == 1  # MPO: a JPEG with further images after it
+
+
 def decode(data: bytes, bits: Callable[[], int], reduce: int = 1) -> Image.Image:
     """Decode an image file (of an animation the first frame), turned upright by its EXIF orientation.
 
@@ -65,7 +69,7 @@ def decode(data: bytes, bits: Callable[[], int], reduce: int = 1) -> Image.Image
     Raises ValueError for 32-bit pixels, which have no standard range, and as Pillow.
     """
     image = open_image(io.BytesIO(data))
-    if reduce > 1 and image.format == "JPEG" and orientation(image) == 1:
+    if reduce > 1 and is_upright_jpeg(image):
         image.draft(None, tuple(max(side // reduce, 1) for side in image.size))
     if not is_deep(image):
         return load(image)

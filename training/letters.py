@@ -18,6 +18,7 @@ from PIL import Image
 from dnnlib.console import UserError
 from training.colours import to_channels
 from training.labels import Table
+from training.sources import Size
 
 EXTENT = (0.65, 0.85)  # the longer side of a letter's box, in shorter sides of the image
 MARGIN = 0.06  # the least distance of that box, made square, from the edge, in the same unit
@@ -25,7 +26,6 @@ ROTATION = 5  # degrees, to either side
 CONTRAST = 4.5  # the least ratio of ink to ground: what WCAG 2.1 asks of text
 FLATTENED_AT = 4096  # pixels per em: curves become polygons that deviate by less than a pixel at this size
 
-Size = tuple[int, int]  # width, height
 Colour = tuple[int, int, int]  # sRGB, 0..255
 
 
@@ -77,6 +77,9 @@ class Letters:
         image = Image.new("RGB", self._size, ground)
         image.paste(ink, mask=mask)
         return to_channels(image, channels)
+
+    def unchanged(self, name: str, channels: int) -> None:
+        """Return no file."""
 
     def notes(self, channels: int) -> list[str]:
         return []

@@ -23,6 +23,7 @@ from training.colours import (
     deep_values,
     depth_of,
     is_deep,
+    is_upright_jpeg,
     known_depth,
     looks_like_image,
     open_image,
@@ -51,6 +52,8 @@ class Source(Protocol):
     def names(self) -> list[str]: ...
 
     def image(self, name: str, channels: int) -> Image.Image: ...
+
+    def unchanged(self, name: str, channels: int) -> bytes | None: ...
 
     def labels(self) -> Table | None: ...
 
@@ -137,6 +140,14 @@ class ImageFiles:
                 self._note(image)
             image = image if self.written else to_srgb(image)
             return image if channels is None else to_channels(image, channels)
+
+    def unchanged(self, name: str, channels: int) -> bytes | None:
+        """Return the bytes of a JPEG whose pixels image(name, channels) returns as they are in the file, else None."""
+        with self._name_errors(name):
+            data = self._read(name)
+            image = open_image(io.BytesIO(data))
+            in_srgb = self.written or profile_of(image)[1] is None
+            return data if is_upright_jpeg(image) and image.mode == MODES[channels] and in_srgb else None
 
     def common_channels(self) -> int:
         """Return the fewest channels that hold all images, by their headers.
