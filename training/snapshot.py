@@ -108,8 +108,9 @@ def _load(path: Path) -> Generator:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(f"the tensors in {path} do not fit its config: {wrong[0]}{more}; copy or download it again")
-    # Files in half precision are fine to keep, but the networks compute in float32 at least.
-    tensors = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in tensors.items()}
+    # Files in half precision are fine to keep, but the networks compute in float32 at least. Copies are aligned; from
+    # other addresses, libraries round differently.
+    tensors = {name: t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for name, t in tensors.items()}
     G.load_state_dict(tensors, assign=True)
     return G
 
