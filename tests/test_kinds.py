@@ -11,7 +11,7 @@ import rendering
 from dnnlib.console import UserError
 from rendering import Shot
 from training import losses
-from training.networks import AnyGeneratorConfig, Generator, StyleGAN2Config
+from training.networks import AnyGeneratorConfig, CIPSConfig, Generator, INRGANConfig, StyleGAN2Config
 from training.networks.layers import compute_with
 from training.snapshot import load_generator, save_generator
 
@@ -23,6 +23,11 @@ KINDS = {
     ),
     "stylegan2, resnet": StyleGAN2Config(**TINY, architecture="resnet"),
     "stylegan2, orig, no noise": StyleGAN2Config(**TINY, architecture="orig", noise=False),
+    "cips": CIPSConfig(**TINY, features=6),
+    "cips, oblong, grey, conditional": CIPSConfig(
+        **TINY | {"img_shape": (24, 16), "img_channels": 1, "c_dim": 2}, features=6, coords="centers"
+    ),
+    "inr_gan": INRGANConfig(**TINY | {"img_shape": (64, 64), "channel_base": 256}, rank=2),
 }
 each_kind = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
@@ -42,7 +47,7 @@ def test_an_image_depends_on_its_own_style_and_seed_alone(config):
     assert together.shape == (3, config.img_channels, *config.img_shape)
     for i in range(3):
         assert error(G.synthesis(ws[i : i + 1], noise=seeds[i : i + 1]), together[i : i + 1]) <= 1e-12
-    with_noise = getattr(config, "noise", False)
+    with_noise = any("noise_strength" in name for name, _ in G.named_parameters())
     assert torch.equal(G.synthesis(ws, noise=seeds + 1), together) != with_noise
     assert torch.equal(G.synthesis(ws), G.synthesis(ws))
 

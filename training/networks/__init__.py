@@ -4,10 +4,12 @@ from typing import Union
 
 from torch import nn
 
+from training.networks.cips import CIPSConfig
 from training.networks.coords import COORDS
 from training.networks.creps import GeneratorConfig
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
 from training.networks.generator import AnyGeneratorConfig, Generator
+from training.networks.inr_gan import INRGANConfig
 from training.networks.lines import Lines
 from training.networks.projected import ProjectedConfig, ProjectedDiscriminator
 from training.networks.stylegan2 import StyleGAN2Config
@@ -23,6 +25,6 @@ def build_discriminator(config: AnyDiscriminatorConfig) -> nn.Module:
 
 
 __all__ = [
-    "COORDS", "AnyDiscriminatorConfig", "AnyGeneratorConfig", "Discriminator", "DiscriminatorConfig", "Generator",
-    "GeneratorConfig", "Lines", "StyleGAN2Config",
+    "COORDS", "AnyDiscriminatorConfig", "AnyGeneratorConfig", "CIPSConfig", "Discriminator", "DiscriminatorConfig",
+    "Generator", "GeneratorConfig", "INRGANConfig", "Lines", "StyleGAN2Config",
 ]  # fmt: skip

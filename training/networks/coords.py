@@ -1,13 +1,14 @@
 """Conventions of where the pixels of an image are in [0,1].
 
 To add a convention, add an entry to COORDS. Its positions must be evenly spaced and symmetric about ½, as View.of
-assumes.
+and interpolate assume.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,3 +30,22 @@ COORDS = {
         lambda count: count,
     ),
 }
+
+
+def interpolate(grid: Tensor, rows: Tensor, cols: Tensor, coords: str) -> Tensor:
+    """grid [S,T,C], rows [H] or [N,H], cols [W] or [N,W] -> [H,W,C] or [N,H,W,C]: bilinear, constant beyond the grid.
+
+    The cells of the grid are the pixels of an image of S×T, where the convention `coords` has them.
+    """
+
+    def neighbours(t: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the cell before each position, and how far the position is on the way to the next cell."""
+        u = ((t - 0.5) * COORDS[coords].steps(count) + (count - 1) / 2).clamp(0, count - 1)
+        low = u.floor().clamp(max=count - 2)
+        return low.long(), (u - low).to(grid.dtype)[..., None]
+
+    row, down = neighbours(rows[..., :, None], grid.shape[0])
+    col, right = neighbours(cols[..., None, :], grid.shape[1])
+    cell, cells = row * grid.shape[1] + col, grid.flatten(0, 1)
+    above, below = (F.embedding(i, cells).lerp(F.embedding(i + 1, cells), right) for i in (cell, cell + grid.shape[1]))
+    return above.lerp(below, down)

@@ -5,11 +5,18 @@ from typing import Union
 from torch import Tensor, nn
 
 from training.networks.base import StyleMapping
+from training.networks.cips import CIPSConfig, CIPSSynthesis
 from training.networks.creps import CrepsSynthesis, GeneratorConfig
+from training.networks.inr_gan import INRGANConfig, INRGANSynthesis
 from training.networks.stylegan2 import StyleGAN2Config, StyleGAN2Synthesis
 
 # Another kind is another file and an entry. Its config extends SynthesisConfig, its module Synthesis.
-GENERATORS = {GeneratorConfig: CrepsSynthesis, StyleGAN2Config: StyleGAN2Synthesis}
+GENERATORS = {
+    GeneratorConfig: CrepsSynthesis,
+    StyleGAN2Config: StyleGAN2Synthesis,
+    CIPSConfig: CIPSSynthesis,
+    INRGANConfig: INRGANSynthesis,
+}
 AnyGeneratorConfig = Union[tuple(GENERATORS)]  # noqa: UP007 (made from the table)
 
 

@@ -102,6 +102,7 @@ class ModulatedLayer(Layer):
 
     act: str
     demodulate: bool
+    clamp: float | None = CLAMP
 
     def __init__(self, inputs: int, outputs: int, w_dim: int):
         super().__init__()
@@ -111,14 +112,14 @@ class ModulatedLayer(Layer):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        how = {"demodulate": self.demodulate, "act": self.act, "clamp": CLAMP, "impl": self.impl}
+        how = {"demodulate": self.demodulate, "act": self.act, "clamp": self.clamp, "impl": self.impl}
         return modulated_linear(x, self.weight, self.affine(w), self.bias, **how)
 
     def folded(self, w: Tensor) -> Folded:
         """Fold the style of w […,w_dim] and the gain into weight […,O,I] and bias."""
         slope, gain = ACTIVATIONS[self.act]
         weight = modulated(self.weight, self.affine(w), demodulate=self.demodulate, gain=gain)
-        return Folded(weight, self.bias * gain, slope, CLAMP)
+        return Folded(weight, self.bias * gain, slope, self.clamp)
 
 
 class SynthesisLayer(ModulatedLayer):
@@ -143,3 +144,9 @@ class Head(ModulatedLayer):
 
     def folded(self, w: Tensor) -> Folded:
         return super().folded(w)._replace(branch=True)
+
+
+class FreeHead(Head):
+    """A head without clamp, as in CIPS and INR-GAN."""
+
+    clamp = None

@@ -1,18 +1,23 @@
-"""Weights that the authors of CREPS and of StyleGAN2 released: from their tensor names and layouts to ours.
+"""Weights that the authors of CREPS, StyleGAN2, CIPS and INR-GAN released: from their tensor names and layouts to ours.
 
 `config` is the dict of settings that comes with the weights, under the released names: z_dim, c_dim, w_dim,
 img_resolution, img_channels, mapping_layers, channel_base, channel_max, architecture, mbstd_group_size; of CREPS
-biline_channels, rank (the thickness) and bandwidth; of StyleGAN2 use_noise. The default of each is the published value.
+biline_channels, rank (the thickness) and bandwidth; of StyleGAN2 use_noise; of INR-GAN upsampling_mode. The default of
+each is the published value. CIPS comes without settings.
 """
+
+import re
 
 import torch
 from torch import Tensor, nn
 
 from dnnlib.config import Config, build
 from dnnlib.console import UserError
+from training.networks.cips import CIPSConfig
 from training.networks.creps import GeneratorConfig
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
 from training.networks.generator import Generator
+from training.networks.inr_gan import INRGANConfig
 from training.networks.stylegan2 import StyleGAN2Config
 
 MOST_PROBLEMS = 12  # listed in one error
@@ -81,7 +86,7 @@ def _creps(tensors: dict[str, Tensor], config: dict) -> Generator:
 
 def _stylegan2(tensors: dict[str, Tensor], config: dict) -> Generator:
     G = _outline(Generator, StyleGAN2Config, _STYLEGAN2_SETTINGS, config)
-    names, shapes, arrange = _mapping(G) | {"synthesis.b4.const": "synthesis.const"}, {}, {}
+    names, shapes = _mapping(G) | {"synthesis.b4.const": "synthesis.const"}, {}
     for i, block in enumerate(G.synthesis.blocks):
         theirs, ours = f"synthesis.b{4 << i}", f"synthesis.blocks.{i}"
         for j in range(len(block.layers)):
@@ -94,13 +99,88 @@ def _stylegan2(tensors: dict[str, Tensor], config: dict) -> Generator:
         if block.head is not None:
             names |= _modulated(f"{theirs}.torgb", f"{ours}.head")
             shapes[f"{theirs}.torgb.weight"] = (*block.head.weight.shape, 1, 1)
-            arrange[f"{theirs}.torgb.weight"] = lambda t: t.flatten(1)
     tensors = {n: t for n, t in tensors.items() if G.config.noise or ".noise_" not in n}
+    return _load(G, _without_filters(tensors), names, (), shapes)
+
+
+def _cips(tensors: dict[str, Tensor], config: dict) -> Generator:
+    """Make a generator of CIPS, which reads its embedding as in the released evaluation.
+
+    All sizes are those of the tensors. The average style, which the files lack, is the mean of 4,096 fixed styles.
+    """
+    side = _size(tensors, "emb.input", 2)
+    blocks = max(side.bit_length() - 2, 0)
+    settings = {
+        "img_resolution": side,
+        "features": _size(tensors, "emb.input", 1),
+        "z_dim": _size(tensors, "style.1.weight", 1),
+        "w_dim": _size(tensors, "style.1.weight", 0),
+        "mapping_layers": sum(bool(re.fullmatch(r"style\.\d+\.weight", name)) for name in tensors),
+        "channel_base": _size(tensors, f"linears.{2 * blocks - 2}.conv.weight", 1) * side,
+        "channel_max": _size(tensors, "conv1.conv.weight", 1),
+        "embedding_coords": "centers",
+    }
+    G = _outline(Generator, CIPSConfig, {name: name for name in settings}, settings)
+    features = G.config.features
+    names = {"w_avg": "mapping.w_avg", "emb.input": "synthesis.input.embedding"}
+    names |= _parameters("lff.ffm.conv", "synthesis.input")
+    shapes = {"emb.input": (1, features, side, side), "lff.ffm.conv.weight": (features, 2, 1, 1)}
+    for i in range(G.config.mapping_layers):
+        names |= _parameters(f"style.{i + 1}", f"mapping.layers.{i}")
+    layers = {f"linears.{i - 1}" if i else "conv1": f"synthesis.layers.{i}" for i in range(2 * blocks + 1)}
+    heads = {f"to_rgbs.{i}": f"synthesis.heads.{i}" for i in range(blocks)}
+    for theirs, ours in (layers | heads).items():
+        names |= {f"{theirs}.conv.weight": f"{ours}.weight"} | _parameters(
+            f"{theirs}.conv.modulation", f"{ours}.affine"
+        )
+        shapes[f"{theirs}.conv.weight"] = (1, *G.get_parameter(f"{ours}.weight").shape, 1, 1)
+    for theirs, ours in layers.items():
+        names |= {f"{theirs}.activate.bias": f"{ours}.bias", f"{theirs}.noise.weight": f"{ours}.noise_strength"}
+        shapes[f"{theirs}.noise.weight"] = (1,)
+    for theirs, ours in heads.items():
+        names[f"{theirs}.bias"] = f"{ours}.bias"
+        shapes[f"{theirs}.bias"] = (1, G.config.img_channels, 1, 1)
+    arrange = {"emb.input": lambda t: t[0].permute(1, 2, 0)}
+    G = _load(G, tensors | {"w_avg": torch.zeros(G.config.w_dim)}, names, (), shapes, arrange)
+    z = torch.randn(4096, G.config.z_dim, generator=torch.Generator().manual_seed(0))
+    G.mapping.w_avg.copy_(G.mapping(z)[:, 0].mean(dim=0))
+    return G
+
+
+def _inr_gan(tensors: dict[str, Tensor], config: dict) -> Generator:
+    if (mode := config.get("upsampling_mode", "nearest")) != "nearest":
+        raise UserError(f"INR-GAN with upsampling_mode={mode} is not supported; give a network of the recipe inr-gan")
+    outputs, inputs = (_size(tensors, "synthesis.b4.conv1.weight", axis) for axis in range(2))
+    found = {
+        "mapping_layers": sum(bool(re.fullmatch(r"mapping\.fc\d+\.weight", name)) for name in tensors),
+        "extra_layers": any(".extra_convs." in name for name in tensors),
+        "rank": _size(tensors, "synthesis.b4.conv1.affine.bias", 0) // max(outputs + inputs, 1),
+    }
+    G = _outline(Generator, INRGANConfig, _INR_GAN_SETTINGS, config | found)
+    names, shapes, arrange = _mapping(G), {}, {}
+    for k, block in G.synthesis.blocks.items():
+        layers = ["conv1"] if k == "4" else ["conv0", "conv1", "extra_convs.0"][: len(block.layers)]
+        pairs = {f"synthesis.b{k}.torgb": f"synthesis.blocks.{k}.head"}
+        pairs |= {f"synthesis.b{k}.{name}": f"synthesis.blocks.{k}.layers.{i}" for i, name in enumerate(layers)}
+        for theirs, ours in pairs.items():
+            names |= _modulated(theirs, ours)
+            shapes[f"{theirs}.weight"] = (*G.get_parameter(f"{ours}.weight").shape, 1, 1)
+    for k, features in G.synthesis.inputs.items():
+        theirs = "synthesis.b4.input.input.coord_fuser" if k == "4" else f"synthesis.b{k}.coord_fuser"
+        names |= {f"{theirs}.{name}": f"synthesis.inputs.{k}.{name}" for name, _ in features.named_buffers()}
+        names[f"{theirs}.const_embs"] = f"synthesis.inputs.{k}.embedding"
+        shapes[f"{theirs}.const_embs"] = (1, *features.embedding.permute(2, 0, 1).shape)
+        arrange[f"{theirs}.const_embs"] = lambda t: t[0].permute(1, 2, 0)
     return _load(G, _without_filters(tensors), names, (), shapes, arrange)
 
 
 # A tensor that only generators of a kind have -> the function that makes one.
-_MAKERS = {"synthesis.b4.input.freqs": _creps, "synthesis.b4.const": _stylegan2}
+_MAKERS = {
+    "synthesis.b4.input.freqs": _creps,
+    "synthesis.b4.const": _stylegan2,
+    "synthesis.b4.input.input.coord_fuser.const_embs": _inr_gan,
+    "emb.input": _cips,
+}
 
 
 def discriminator_from_official(tensors: dict[str, Tensor], config: dict) -> Discriminator:
@@ -131,9 +211,18 @@ def _without_filters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("resample_filter")}
 
 
+def _size(tensors: dict[str, Tensor], name: str, axis: int) -> int:
+    """Return the length of an axis of a tensor, or 1 where there is none: `_load` then refuses the tensors."""
+    shape = tensors[name].shape if name in tensors else ()
+    return shape[axis] if axis < len(shape) else 1
+
+
 _IMAGE_SETTINGS = {name: name for name in ("c_dim", "img_resolution", "img_channels", "channel_base", "channel_max")}
 _STYLE_SETTINGS = _IMAGE_SETTINGS | {name: name for name in ("z_dim", "w_dim", "mapping_layers", "architecture")}
 _STYLEGAN2_SETTINGS = _STYLE_SETTINGS | {"use_noise": "noise"}
+_INR_GAN_SETTINGS = _IMAGE_SETTINGS | {
+    name: name for name in ("z_dim", "w_dim", "mapping_layers", "rank", "extra_layers")
+}
 _CREPS_SETTINGS = _STYLE_SETTINGS | {
     "biline_channels": "biline_channels",
     "bandwidth": "bandwidth",
@@ -193,7 +282,10 @@ def _load(module: nn.Module, tensors, names, unused=(), released_shapes=None, ar
             f"the tensors do not fit the released {type(module).__name__.lower()} of this config: "
             + "; ".join(problems)
         )
-    arranged = {ours: arrange.get(t, lambda x: x)(tensors[t]) for t, ours in names.items()}
+    arranged = {
+        ours: arrange[theirs](tensors[theirs]) if theirs in arrange else tensors[theirs].reshape(state[ours].shape)
+        for theirs, ours in names.items()
+    }
     copies = {ours: t.to(state[ours].dtype, copy=True).contiguous() for ours, t in arranged.items()}
     module.load_state_dict(copies, assign=True)
     return module.eval().requires_grad_(False)
