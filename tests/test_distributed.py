@@ -70,8 +70,9 @@ def test_two_processes_equal_one_and_one_continues_what_two_began(tiny):
     close(one, two, without=PER_PROCESS)
 
 
-def test_accumulation_labels_and_mirror_on_two_processes_equal_one(tiny):
+def test_accumulation_labels_mirror_and_windows_on_two_processes_equal_one(tiny):
     arguments = (*EXACT, "--cond", "--mirror", "--batch", 16, "--kimg", 0.08)
+    arguments += ("--resolution", 8, "--max-scale", 2, "-o", "G.coords=centers", "-o", "scales.consistency=1")
     one = tiny.run(*arguments, outdir="one", data=tiny.labelled)
     command = tiny.new(*arguments, "--batch-gpu", 4, outdir="two", data=tiny.labelled)
     run_ranks(tiny.start, ROOT / "train.py", *command)

@@ -1,6 +1,7 @@
 """Laws of archives of native-size images: training/native.py, and `dataset_tool.py --transform native`."""
 
 import io
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -12,8 +13,10 @@ from helpers import encode, noise_image, write_folder, write_zip
 from PIL import Image
 
 from dnnlib.console import UserError
-from training.data import ImageArchive
+from training.data import ImageArchive, batches, index_at
 from training.native import NativeArchive
+from training.networks import COORDS
+from training.scales import ScalesConfig, positions
 
 SIDE = 8, 12  # height, width of the training images
 
@@ -48,6 +51,46 @@ def resample(image: np.ndarray, top: float, left: float, height: float, width: f
 
 def folder(path: Path, *images: np.ndarray) -> Path:
     return write_folder(path, {f"{i}.png": encode(image) for i, image in enumerate(images)})
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(16, 60, size=(7, 2)).tolist()
+    return folder(tmp_path_factory.mktemp("native"), *(middling(i, *size) for i, size in enumerate(sizes)))
+
+
+# --- the stream -------------------------------------------------------------------------------------------------------
+
+
+def take(images, count, **settings):
+    stream = batches(images, scales=ScalesConfig(max=4, windows=0.8), seed=5, **settings)
+    return [torch.cat(part) for part in zip(*itertools.islice(stream, count), strict=True)]
+
+
+def test_windows_depend_on_seed_and_position_alone_and_show_what_they_say(archive):
+    images = NativeArchive(archive, (8, 8), mirror=True)
+    pixels, _, windows = take(images, 60, batch=1, workers=0)
+    for start, workers in ((0, 2), (4, 0), (20, 0)):
+        later = take(images, 5, batch=4, start=start, workers=workers)
+        assert torch.equal(later[0], pixels[start : start + 20])
+        assert torch.equal(later[2], windows[start : start + 20])
+    for i, window in enumerate(windows.tolist()):
+        index = index_at(i, len(images), 5)
+        assert torch.equal(images.window(index, *window), pixels[i])
+        assert 1 <= window[0] <= min(4, images.largest(index))
+    zooms = windows[:, 0]
+    assert 0.6 < (zooms > 1).double().mean() < 0.97
+    assert zooms.max() > 2
+
+
+def test_positions_of_a_window_are_those_of_the_whole_resampled_picture():
+    for zoom, i, j in ((1, 0, 0), (3, 7, 2), (2, 8, 11)):  # the window begins at pixel (i, j) of zoom·8 x zoom·12
+        window = torch.tensor([[zoom, i / (zoom * 8), j / (zoom * 12)]], dtype=torch.float64)
+        rows, cols = positions(window, SIDE)
+        whole = COORDS["centers"].positions
+        torch.testing.assert_close(rows[0], whole(zoom * 8, torch.float64)[i : i + 8])
+        torch.testing.assert_close(cols[0], whole(zoom * 12, torch.float64)[j : j + 12])
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
