@@ -123,7 +123,7 @@ def sha256(*paths: Path) -> str | None:
 def trained(folder: Path) -> str | None:
     """Return the digest of a finished run: its last snapshot and the steps of its reports."""
     logs = sorted(folder.glob("*/stats.jsonl"))
-    if not logs:
+    if not logs or not list(logs[-1].parent.glob("training-state-000000060.pt")):  # written last: 0.24 kimg by fours
         return None
     kimg = [json.loads(line)["Progress/kimg"] for line in logs[-1].read_text().splitlines()]
     snapshot = sha256(*sorted(logs[-1].parent.glob("network-snapshot-*.safetensors"))[-1:])
