@@ -30,16 +30,13 @@ hypothesis.settings.load_profile("busy")
 
 ROOT = Path(__file__).parents[1]
 GPU_TENSOR = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda:0"))  # all that build.choose reads
+STYLES = {"z_dim": 8, "w_dim": 8, "mapping_layers": 1}
+GENERATORS = {
+    "creps": STYLES | {"channel_base": 64, "channel_max": 8, "biline_channels": 4, "thickness": 2},
+    "stylegan2": STYLES | {"kind": "stylegan2", "channel_base": 64, "channel_max": 8},
+}
 RECIPE = {
-    "G": {
-        "z_dim": 8,
-        "w_dim": 8,
-        "mapping_layers": 1,
-        "channel_base": 64,
-        "channel_max": 8,
-        "biline_channels": 4,
-        "thickness": 2,
-    },
+    "G": GENERATORS["creps"],
     "D": {"channel_base": 64, "channel_max": 8, "mapping_layers": 1},
     "loss": {"r1_interval": 3, "pl_interval": 2},
     "augment": {"mode": "none"},
@@ -163,9 +160,13 @@ class Tiny:
         self.folder = folder
         self.start = start
         self.recipe = folder / "tiny.yaml"
-        self.recipe.write_text(yaml.safe_dump(RECIPE))
+        self.choose("creps")
         self.archive = self.images("images")
         self.labelled = self.images("labelled", labels=True)
+
+    def choose(self, kind: str) -> None:
+        """Let the recipe have a G of this kind."""
+        self.recipe.write_text(yaml.safe_dump(RECIPE | {"G": GENERATORS[kind]}))
 
     def images(self, name: str, size: tuple[int, int] = (8, 8), count: int = 24, labels: bool = False) -> Path:
         """Write a folder of `count` random images, `size` = (width, height)."""

@@ -168,10 +168,14 @@ def command_line(pid: int) -> bytes:
 # --- accumulation ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("batch", "micro", "group"), [(6, 3, 3), (4, 1, 1)])
-def test_accumulating_equals_the_whole_batch(tiny, batch, micro, group):
+@pytest.mark.parametrize(
+    ("batch", "micro", "group", "kind"), [(6, 3, 3, "creps"), (4, 1, 1, "creps"), (6, 3, 3, "stylegan2")]
+)
+def test_accumulating_equals_the_whole_batch(tiny, batch, micro, group, kind):
     """Half of an odd part is no whole number, and the path length is taken on half of the batch all the same."""
+    tiny.choose(kind)
     arguments = (*EXACT, "--batch", batch, "--kimg", 0.024, "--tick", 0.024, "--mbstd-group", group, "--cond")
+    arguments += ("-o", "loss.style_mixing=0.5")
     whole, parts = (tiny.run(*arguments, *extra, data=tiny.labelled) for extra in ((), ("--batch-gpu", micro)))
     close(whole, parts, without=("Spread",))
 

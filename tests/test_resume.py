@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import GENERATORS
 
 from dnnlib.config import build, merge, read_yaml
 from dnnlib.console import UserError
@@ -32,6 +33,7 @@ VARIANTS = {
     "labels, mirror, micro-batches": ("--cond", "--mirror", "--batch-gpu", 4, "--aug", "fixed", "--p", 0.5),
     "ada without lazy phases": ("--aug", "ada", "-o", "augment.kimg=0.1", "--gamma", 0, "-o", "loss.pl_weight=0"),
     "projected": ("--cond", *(x for o in PROJECTED for x in ("-o", o))),
+    "stylegan2": ("--cond", "-o", "loss.style_mixing=0.9"),
 }
 
 
@@ -128,6 +130,8 @@ def fresh(folder: Path, unbroken: Path) -> tuple[Path, RunConfig]:
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_interrupted_and_continued_is_the_unbroken_run_whatever_its_settings(tiny, variant):
+    if variant in GENERATORS:
+        tiny.choose(variant)
     unbroken = tiny.run(*VARIANTS[variant], data=tiny.labelled)
     for steps in (1, 4, 5):
         folder, config = fresh(tiny.folder / f"stopped-{steps}", unbroken)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RECIPE
+from conftest import GENERATORS, RECIPE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,9 +32,11 @@ from training.trainer import Trainer
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
-def prepare(tiny, **settings):
+def prepare(tiny, kind="creps", **settings):
     """(config, images, state, trainer) in float64; `settings` are dotted keys with __ for the dot."""
-    nest = merge(RECIPE, {"data": {"path": str(tiny.labelled)}, "train": {"precision": "float64"}})
+    nest = merge(
+        RECIPE | {"G": GENERATORS[kind]}, {"data": {"path": str(tiny.labelled)}, "train": {"precision": "float64"}}
+    )
     for key, value in settings.items():
         nest = merge(nest, nested(key.replace("__", "."), value))
     images = open_images(nest)
@@ -73,11 +75,21 @@ class Straightforward:
     def random(self, step, purpose):
         return make_rng(self.config.train.seed, step, purpose)
 
-    def latents(self, step, purpose, count):
-        random = self.random(step, purpose)
-        z = torch.randn(count, self.config.G.z_dim, generator=random).double()
+    def styles(self, step, purpose, count):
+        """(ws, labels, seeds of noise)"""
+        random, G, mixing = self.random(step, purpose), self.config.G, self.config.loss.style_mixing
+        z = torch.randn(count, G.z_dim, generator=random).double()
         chosen = torch.randint(len(self.images), [count], generator=random)
-        return z, torch.stack([self.images.label(int(i)) for i in chosen]).double()
+        c = torch.stack([self.images.label(int(i)) for i in chosen]).double()
+        seeds = torch.randint(2**62, [count], generator=random)
+        ws = self.G.mapping(z, c)
+        if mixing:
+            others = self.G.mapping(torch.randn(count, G.z_dim, generator=random).double(), c)
+            cuts = torch.randint(1, G.num_ws, [count], generator=random).tolist()
+            mixed = (torch.rand(count, generator=random) < mixing).tolist()
+            choices = zip(ws, others, cuts, mixed, strict=True)
+            ws = torch.stack([torch.cat([w[:cut], other[cut:]]) if mix else w for w, other, cut, mix in choices])
+        return ws, c, seeds
 
     def augmented(self, x, step, purpose):
         draws = sample(
@@ -97,10 +109,10 @@ class Straightforward:
             weight.grad = gradient
         optimizer.step()
 
-    def rendered(self, ws, windows, side):
+    def rendered(self, ws, seeds, windows, side):
         """Render each image by itself; without windows, the whole image."""
         if windows is None:
-            return self.G.synthesis(ws)
+            return self.G.synthesis(ws, noise=seeds)
         pixels = (torch.arange(side).double() + 0.5) / side
         positions = [[corner + pixels / zoom for corner in (y, x)] for zoom, y, x in windows.tolist()]
         return torch.cat([self.G.synthesis(w[None], *axes) for w, axes in zip(ws, positions, strict=True)])
@@ -112,22 +124,21 @@ class Straightforward:
         for network in (self.G, self.D):
             network.requires_grad_(True)
 
-        z, labels = self.latents(s, "generator", n)
-        ws = self.G.mapping(z, labels)
-        images = self.rendered(ws, windows, side)
+        ws, labels, seeds = self.styles(s, "generator", n)
+        images = self.rendered(ws, seeds, windows, side)
         logits = self.D(self.augmented(images, s, "generator"), torch.hstack([labels, scale]))
         loss = torch.log1p(torch.exp(-logits)).mean()
         if config.scales.consistency:
             halved = images.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
-            loss = loss + config.scales.consistency * (halved - self.rendered(ws, windows, side // 2)).pow(2).mean()
+            other = self.rendered(ws, seeds, windows, side // 2)
+            loss = loss + config.scales.consistency * (halved - other).pow(2).mean()
         self.descend(self.G, self.G_opt, loss)
         decay = config.train.w_avg_decay
         self.G.mapping.w_avg.copy_(decay * self.G.mapping.w_avg + (1 - decay) * ws[:, 0].detach().mean(0))
 
         if config.loss.pl_weight and s % config.loss.pl_interval == 0:
-            z, labels = self.latents(s, "path", n // 2)
-            ws = self.G.mapping(z, labels)
-            image = self.G.synthesis(ws)
+            ws, _, seeds = self.styles(s, "path", n // 2)
+            image = self.G.synthesis(ws, noise=seeds)
             noise = [
                 torch.randn(image.shape[1:], generator=self.random(s, f"path noise {i}"), dtype=torch.float64)
                 for i in range(n // 2)
@@ -140,8 +151,8 @@ class Straightforward:
             self.descend(self.G, self.G_opt, penalty * config.loss.pl_weight * config.loss.pl_interval)
             self.a = float(a.detach())
 
-        z, labels = self.latents(s, "critic", n)
-        fake = self.augmented(self.rendered(self.G.mapping(z, labels), windows, side).detach(), s, "critic")
+        ws, labels, seeds = self.styles(s, "critic", n)
+        fake = self.augmented(self.rendered(ws, seeds, windows, side).detach(), s, "critic")
         c = torch.hstack([c, scale])
         on_real = self.D(self.augmented(real, s, "critic real"), c)
         loss = F.softplus(self.D(fake, torch.hstack([labels, scale]))).mean() + F.softplus(-on_real).mean()
@@ -166,7 +177,7 @@ class Straightforward:
         keep = 0.5 ** (n / half_life)
         with torch.no_grad():
             for average, own in zip(self.average.state_dict().items(), self.G.state_dict().items(), strict=True):
-                buffer = "w_avg" in own[0] or "freqs" in own[0]
+                buffer = any(name in own[0] for name in ("w_avg", "freqs", "noise_const"))
                 average[1].copy_(own[1] if buffer else keep * average[1] + (1 - keep) * own[1])
 
 
@@ -187,6 +198,7 @@ SETTINGS = {
         "loss__r1_gamma": 0.0,
         "loss__pl_weight": 0.0,
     },
+    "stylegan2, style mixing": {"kind": "stylegan2", "loss__style_mixing": 0.6, "train__batch_gpu": 4},
     "other rates": {
         "optim__g_lr": 0.01,
         "optim__d_lr": 0.005,

@@ -58,6 +58,9 @@ class LossConfig(Config):
     r1_interval: int = Field(16, ge=1, description="steps between R1 terms; each is multiplied by this")
     pl_weight: float = Field(2.0, ge=0, description="weight of the path-length penalty; 0 turns it off")
     pl_interval: int = Field(4, ge=1, description="steps between path-length terms; each is multiplied by this")
+    style_mixing: float = Field(
+        0.0, ge=0, le=1, description="share of generated images whose later styles are those of a second latent"
+    )
     pl_decay: float = Field(0.01, gt=0, le=1, description="rate of the running mean of the path lengths")
 
 
@@ -135,6 +138,8 @@ class RunConfig(Config):
             g, d = getattr(self.G, name), getattr(self.D, name)
             if g != d:
                 raise ValueError(f"G.{name}={g} and D.{name}={d} must be equal")
+        if self.loss.style_mixing and self.G.num_ws < 2:
+            raise ValueError(f"loss.style_mixing needs several styles, and G.kind={self.G.kind} has one; set it to 0")
         if self.scales.max > 1:
             if self.data.resolution is None:
                 raise ValueError(

@@ -7,6 +7,7 @@ Legend: t the trainer, z latents, c labels, ws styles, windows of pictures (trai
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -46,19 +47,22 @@ def phases(config: LossConfig) -> list[Phase]:
 def generator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
     """Yield the adversarial loss of G, on the windows of the real images. w_avg tracks the mean style of the batch."""
     G, D = t.state.G, t.state.D
-    z, labels = t.sample_latents("generator", t.batch)
+    latents = t.sample_latents("generator", t.batch)
     augmentations = t.sample_augmentations("generator")
     average, consistency = 0, t.config.scales.consistency
     for part, (_, _, windows) in zip(t.parts, t.split(real), strict=True):
+        own = latents.part(part)
         with t.autocast():
-            ws = G.mapping(z[part], labels[part])
-            images = t.synthesise(ws, windows)
-            logits = D(augmentations[part].apply(images), t.judged_by(labels[part], windows))
+            ws = t.styles(own)
+            images = t.synthesise(ws, own.noise, windows)
+            logits = D(augmentations[part].apply(images), t.judged_by(own.c, windows))
         loss = t.adversarial.G(logits)
         average = average + ws[:, 0].detach().mean(dim=0) / len(t.parts)
         t.state.stats.report("Loss/G/loss", loss)
         if consistency:
-            difference = (F.avg_pool2d(images, 2) - t.synthesise(ws, windows, shrink=2)).square().mean(dim=(1, 2, 3))
+            difference = (
+                (F.avg_pool2d(images, 2) - t.synthesise(ws, own.noise, windows, 2)).square().mean(dim=(1, 2, 3))
+            )
             t.state.stats.report("Loss/G/consistency", difference)
             loss = loss.mean() + consistency * difference.mean()
         yield loss.mean() / len(t.parts)
@@ -73,11 +77,12 @@ def path_length_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
     parts = [part for part in t.parts if range(count)[part]]  # half of a batch may leave the last ones empty …
     scale = t.procs.world if parts else 0  # the mean of the gradients over the processes divides by their number
     parts = parts or [slice(0, 1)]  # … and a process without any contributes zeros
-    z, labels = t.sample_latents("path", count)
+    latents = t.sample_latents("path", count)
 
     def measure(part: slice) -> Tensor:
-        noise = t.sample_path_noise(range(count)[part])
-        return losses.path_lengths(t.synthesise, s.G.mapping(z[part], labels[part]), noise)
+        own = latents.part(part)
+        synthesise = functools.partial(t.synthesise, noise=own.noise)
+        return losses.path_lengths(synthesise, t.styles(own), t.sample_path_noise(range(count)[part]))
 
     # The penalty compares each length with a mean over the whole batch. With several micro-batches, the lengths are
     # measured first and computed again one micro-batch at a time, so that only one graph is ever held.
@@ -99,14 +104,15 @@ def path_length_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
 def discriminator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
     """Yield the adversarial loss of D. Reports what it says of real and generated images."""
     s = t.state
-    z, labels = t.sample_latents("critic", t.batch)
+    latents = t.sample_latents("critic", t.batch)
     of_fake, of_real = t.sample_augmentations("critic"), t.sample_augmentations("critic real")
     for part, (x, c, windows) in zip(t.parts, t.split(real), strict=True):
+        own = latents.part(part)
         with t.autocast():
             with torch.no_grad():
-                fake = t.synthesise(s.G.mapping(z[part], labels[part]), windows)
+                fake = t.synthesise(t.styles(own), own.noise, windows)
             both = torch.cat([of_fake[part].apply(fake), of_real[part].apply(x)])
-            both_labels = torch.cat([t.judged_by(c, windows) for c in (labels[part], c)])
+            both_labels = torch.cat([t.judged_by(c, windows) for c in (own.c, c)])
             fake_logits, real_logits = s.D(both, both_labels, batches=2).chunk(2)
         loss = t.adversarial.D(real_logits, fake_logits)
         s.signs += torch.stack([real_logits.detach().sign().sum(), real_logits.new_full((), real_logits.numel())])

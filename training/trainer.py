@@ -9,6 +9,7 @@ changes only the order of float additions; minibatch-std groups stay whole (see 
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,19 @@ from training.scales import positions
 from training.state import TrainState
 
 CHECK_INTERVAL = 4  # steps between adjustments of p (ADA paper, section 3.1) and checks for divergence
+
+
+class Latents(NamedTuple):
+    """What N generated images come from. The first `cut` styles are those of z, the rest those of `other`, if given."""
+
+    z: Tensor  # [N,z_dim]
+    c: Tensor  # labels [N,c_dim]
+    noise: Tensor  # int64 [N], seeds
+    other: Tensor | None  # [N,z_dim]
+    cut: Tensor | None  # int64 [N]
+
+    def part(self, part: slice) -> "Latents":
+        return Latents(*(None if x is None else x[part] for x in self))
 
 
 class Trainer:
@@ -127,16 +141,34 @@ class Trainer:
         count = len(self.parts)
         return (Batch(*(None if x is None else x[i::count] for x in real)) for i in range(count))
 
-    def sample_latents(self, purpose: str, count: int) -> tuple[Tensor, Tensor]:
-        """Sample z [count,z_dim] and c [count,c_dim], the same on every rank.
+    def sample_latents(self, purpose: str, count: int) -> Latents:
+        """Sample `count` latents, the same on every rank.
 
-        The labels are those of random images, so that they are as frequent as in the archive.
+        The labels are those of random images, so that they are as frequent as in the archive. `cut` is uniform from 1
+        to num_ws − 1 for the share loss.style_mixing of the images (StyleGAN, CVPR 2019, section 3.1), else num_ws.
         """
-        rng = self.rng(purpose)
-        z = torch.randn(count, self.config.G.z_dim, generator=rng)
+        G, mixing, rng = self.config.G, self.config.loss.style_mixing, self.rng(purpose)
+        z = torch.randn(count, G.z_dim, generator=rng)
         chosen = torch.randint(len(self.images), [count], generator=rng).tolist()
         c = torch.stack([self.images.label(i) for i in chosen])
-        return send(z, self.procs.device, self.dtype), send(c, self.procs.device, self.dtype)
+        noise, other, cut = torch.randint(2**62, [count], generator=rng), None, None
+        if mixing:
+            other = torch.randn(count, G.z_dim, generator=rng)
+            cut = torch.randint(1, G.num_ws, [count], generator=rng)
+            cut[torch.rand(count, generator=rng) >= mixing] = G.num_ws
+            other, cut = send(other, self.procs.device, self.dtype), send(cut, self.procs.device)
+        return Latents(
+            send(z, self.procs.device, self.dtype), send(c, self.procs.device, self.dtype), noise, other, cut
+        )
+
+    def styles(self, latents: Latents) -> Tensor:
+        """Return ws [N,num_ws,w_dim]."""
+        mapping, (z, c, _, other, cut) = self.state.G.mapping, latents
+        ws = mapping(z, c)
+        if other is None:
+            return ws
+        mixed = torch.arange(ws.shape[1], device=ws.device) >= cut[:, None]
+        return torch.where(mixed[..., None], mapping(other, c), ws)
 
     def sample_augmentations(self, purpose: str) -> augment.Augmentations | diffaug.Augmentations:
         """Sample what happens to each image of a batch, the same on every rank."""
@@ -151,11 +183,15 @@ class Trainer:
         noise = [torch.randn(shape, generator=self.rng(f"path noise {i}"), dtype=self.dtype) for i in numbers]
         return send(torch.stack(noise), self.procs.device)
 
-    def synthesise(self, ws: Tensor, windows: Tensor | None = None, shrink: int = 1) -> Tensor:
-        """ws [N,num_ws,w_dim], windows [N,3] or None -> [N,C,H/shrink,W/shrink]: G.synthesis under autocast."""
+    def synthesise(self, ws: Tensor, noise: Tensor, windows: Tensor | None = None, shrink: int = 1) -> Tensor:
+        """ws [N,num_ws,w_dim], noise [N], windows [N,3] or None -> [N,C,H/shrink,W/shrink]: G.synthesis under autocast.
+
+        noise: seeds (see Synthesis).
+        """
         shape = [side // shrink for side in self.config.G.img_shape]
+        axes = (None, None) if windows is None else positions(windows, shape)
         with self.autocast():
-            return self.state.G.synthesis(ws, *(() if windows is None else positions(windows, shape)))
+            return self.state.G.synthesis(ws, *axes, noise)
 
     def judged_by(self, c: Tensor, windows: Tensor | None) -> Tensor:
         """Return the labels that D gets for images: c [N,c_dim] and, if D is scale-aware, the scale of the windows."""
