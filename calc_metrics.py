@@ -286,7 +286,8 @@ def main(context, **options):
     lines1k_full                            line artefacts: spectral energy along the axes
     kid50k_full pr50k3_full is50k           kernel distance; precision and recall; Inception score
     pfid50k_full                            Fréchet distance of windows of large images
-    fid_scales50k_full fd_lite0_scales_5k_full   the same at each of the scales 1, 2, 4, …
+    fid_scales50k_full kid_scales50k_full
+    fd_lite0_scales_50k_full                distances of windows at each of the scales 1, 2, 4, …
     ppl2_wend                               path length in W
     eqt50k_int eqt50k_frac eqr50k           equivariance in dB: translation, rotation
     scale_psnr scale_ssim scale_lpips       consistency of two sizes, of 1,000 images

@@ -191,7 +191,7 @@ def test_features_beyond_the_clamp_are_clamped_alike():
     ws = styles(G)
     at = across(12, "endpoints")
     expected = plain(G, ws, at, at)
-    with mock.patch("training.networks.layers.CLAMP", math.inf):
+    with mock.patch("training.networks.layers.ModulatedLayer.clamp", math.inf):
         assert error(plain(G, ws, at, at), expected) > 0.01  # so something was clamped
     assert error(render(G, ws, (12, 12)), expected) <= 1e-5
     assert error(render(G, ws, (12, 12), transform=lambda x, y: (x, y), exact=True), expected) <= 1e-5
