@@ -98,7 +98,7 @@ class ImageArchive:
         """Return height and width of the training images: those of the first file."""
         if self._files.native_sizes is not None:
             raise UserError(
-                f"{self._files.path} keeps images at sizes of their own; train at several scales (settings scales), or "
+                f"{self._files.path} keeps images at sizes of their own; set data.resolution to the training size, or "
                 "bring all images to one size with dataset_tool.py"
             )
         first = self._files.image(self._files.filename(self._kept[0]), channels)

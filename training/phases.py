@@ -60,9 +60,8 @@ def generator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
         average = average + ws[:, 0].detach().mean(dim=0) / len(t.parts)
         t.state.stats.report("Loss/G/loss", loss)
         if consistency:
-            difference = (
-                (F.avg_pool2d(images, 2) - t.synthesise(ws, own.noise, windows, 2)).square().mean(dim=(1, 2, 3))
-            )
+            half = t.synthesise(ws, own.noise, windows, shrink=2)
+            difference = (F.avg_pool2d(images, 2) - half).square().mean(dim=(1, 2, 3))
             t.state.stats.report("Loss/G/consistency", difference)
             loss = loss.mean() + consistency * difference.mean()
         yield loss.mean() / len(t.parts)

@@ -4,6 +4,7 @@ Legend: N images, H×W pixels, w the style dimension. Images are [N,C,H,W] with 
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
 import torch
@@ -29,12 +30,12 @@ class SynthesisConfig(ImageConfig):
     )
 
     @property
+    @abstractmethod
     def num_ws(self) -> int:
         """Return how many styles an image has."""
-        raise NotImplementedError
 
 
-class Synthesis(Layer):
+class Synthesis(Layer, ABC):
     """From styles, positions and noise to an image. A kind implements `compute`."""
 
     def __init__(self, config: SynthesisConfig):
@@ -71,9 +72,9 @@ class Synthesis(Layer):
             axes.append(axis.to(ws.device))
         return self.compute(ws, *axes, noise)
 
+    @abstractmethod
     def compute(self, ws: Tensor, rows: Tensor, cols: Tensor, noise: Tensor | None) -> Tensor:
         """Return [N,C,H,W] of checked arguments, on the device of ws."""
-        raise NotImplementedError
 
 
 def sample_noise(seeds: Tensor, count: int, like: Tensor) -> Tensor:
