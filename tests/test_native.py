@@ -228,7 +228,7 @@ def test_a_wrong_archive_is_refused_at_once(tmp_path, files, words):
 
 
 def test_an_archive_of_equal_images_is_not_made_of_native_ones(tmp_path):
-    with pytest.raises(UserError, match="set data.resolution to the training size"):
+    with pytest.raises(UserError, match="to the training size"):
         ImageArchive(write_folder(tmp_path, listed([[60, 40], [11, 40]], **PLAIN)))
 
 
