@@ -26,6 +26,7 @@ import numpy as np
 import tifffile
 
 from dnnlib.console import UserError, progress
+from dnnlib.vips import import_vips
 from rendering.grid import Box
 from rendering.unfinished import Unfinished
 
@@ -78,18 +79,6 @@ FORMATS = {
 def choose_format(size: tuple[int, int]) -> str:
     """Return the format for an image of (height, width): PNG if common viewers can open it, else TIFF."""
     return "png" if size[0] * size[1] <= PNG_PIXELS else "tiff"
-
-
-def import_vips():
-    """Import pyvips. Raises UserError if it, or the library behind it, is missing."""
-    try:
-        import pyvips
-    except (ImportError, OSError) as error:
-        raise UserError(
-            f"writing images needs pyvips ({error}); install it with: pip install pyvips pyvips-binary"
-        ) from error
-    pyvips.cache_set_max(0)  # nothing is computed twice here, and a cache would hold pixels and files
-    return pyvips
 
 
 class Canvas(Unfinished):
