@@ -40,9 +40,10 @@ def open_source(
             raise UserError(
                 "--characters and --drawings only say what --source letters draws; leave them out, or use that source"
             )
-        if transform == "native" and resolution:
+        files = ImageFiles(name, bits, resolution)
+        if transform == "native" and resolution and not files.drawings:
             raise UserError("--transform native keeps the sizes of images; leave out --resolution")
-        return ImageFiles(name, bits)
+        return files
     if resolution is None or transform:
         raise UserError(
             "letters are drawn at the size of the result; give --resolution, e.g. 64x64, and no --transform"
@@ -134,7 +135,8 @@ def main(
 
     Resizing is Lanczos. Photographs are turned upright by their EXIF data, colours are converted from their profile
     to sRGB, 16-bit files are scaled to 8 bits, transparent parts are composited over white (unless --channels 4), and
-    animations give their first frame.
+    animations give their first frame. SVG files are drawn at the size that covers --resolution; add it to native for
+    them.
 
     \b
     --labels folders  one class per folder, named after it and numbered 0, 1, … in natural order (2 before 10)

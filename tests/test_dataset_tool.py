@@ -558,6 +558,8 @@ WRONG = [  # (source, further options, words of the sentence)
     (folder_with(("c.png", huge_png(60000))), [], "more than 1,074 million pixels"),
     (folder_with(("c.tif", encode(np.ones((6, 8), np.float32), "tiff"))), [], "no agreed range"),
     (folder_with(("c.tif", encode(np.full((6, 8), 70000, np.int32), "tiff"))), [], "no agreed range"),
+    (folder_with(("c.svg", b"<svg>")), ["--resolution", "8x6"], "c.svg cannot be read as an image: "),
+    (lambda path: write_folder(path / "in", {"a.svg": b""}), ["--transform", "native"], "draws them with --resolution"),
     (special_file(os.mkfifo), [], "not a regular file"),
     (special_file(lambda path: path.symlink_to(path.name)), [], "c.png cannot be read"),
     (folder_with(("dog/c.png", encode(noise_image(0, 5, 8)))), [], "dog/c.png is 8x5, but cat/a.png is 8x6"),

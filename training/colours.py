@@ -23,7 +23,12 @@ with contextlib.suppress(ImportError):
     pillow_heif.register_heif_opener()
     ENDINGS, FORMATS = (*ENDINGS, "heic", "heif"), (*FORMATS, "HEIF")
 # What it takes to read other endings.
-HINTS = {"avif": "update Pillow", "heic": "pip install pillow-heif", "heif": "pip install pillow-heif"}
+HINTS = {
+    "avif": "update Pillow",
+    "heic": "pip install pillow-heif",
+    "heif": "pip install pillow-heif",
+    "svg": "dataset_tool.py draws them with --resolution",
+}
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 SAME = 2  # levels of 255: a profile that moves no colour by more is sRGB

@@ -33,6 +33,7 @@ from training.colours import (
     upright_size,
 )
 from training.containers import READ_ERRORS, open_container
+from training.drawings import draw
 from training.labels import Table, common_folder, load_json, parse_json
 
 WRITTEN = re.compile(r"\d{5}/img\d{8}\.(png|jpg)")  # the names in archives of StyleGAN and of dataset_tool.py
@@ -72,21 +73,25 @@ class ImageFiles:
     name     of the folder, or of the file without its ending
     written  whether the names are those of an archive for training, whose images are read as they are
     bits     how many bits the values in 16-bit files have that do not say so; by default a sample decides
+    cover    width and height that drawings, SVG files, are drawn to cover; without it, they are left out
+    drawings whether there are any
 
     Raises UserError when `path` is not a folder or a readable container, or holds no images.
     """
 
-    def __init__(self, path: str | os.PathLike, bits: int | None = None):
+    def __init__(self, path: str | os.PathLike, bits: int | None = None, cover: Size | None = None):
         self.path = Path(path)
         self._files, names = open_container(self.path)
         resolved = self.path.resolve()
         self.name = resolved.name if resolved.is_dir() else re.sub(r"(\.tar)?\.\w+$", "", resolved.name)
+        self._cover = cover
+        endings = (*ENDINGS, "svg") if cover else ENDINGS
         found, labels, self._left_out = [], [], Counter()
         for name in names:
             if is_hidden(name):
                 continue
             ending = PurePosixPath(name).suffix[1:].lower()
-            if self._files.all_images or ending in ENDINGS or (not ending and self._begins_like_image(name)):
+            if self._files.all_images or ending in endings or (not ending and self._begins_like_image(name)):
                 found.append(name)
             elif PurePosixPath(name).name == "dataset.json":
                 labels.append(name)
@@ -94,7 +99,7 @@ class ImageFiles:
                 self._left_out[ending] += 1
         if not found:
             others = f" ({self._left_out_text()})" if self._left_out else ""
-            raise UserError(f"{self.path} holds no images{others}; known endings are {', '.join(ENDINGS)}")
+            raise UserError(f"{self.path} holds no images{others}; known endings are {', '.join(endings)}")
         # Bytes in one array: a list of a million str costs 100 MB, copied page by page into every forked worker.
         self._names = np.array([os.fsencode(name) for name in sorted(found)])
         above = common_folder(found)
@@ -102,6 +107,7 @@ class ImageFiles:
             (n for n in labels if above.startswith(n.removesuffix("dataset.json"))), key=len, default=None
         )
         self._unread = sorted(labels) if self._labels is None else []
+        self.drawings = any(map(is_drawing, found))
         self.written = all(WRITTEN.fullmatch(name) for name in found)
         if bits is not None:
             self.bits = bits
@@ -135,7 +141,8 @@ class ImageFiles:
         Raises BadImage when the file is empty, truncated, too large, or not an image.
         """
         with self._name_errors(name):
-            image = decode(self._read(name), lambda: self.bits, reduce)
+            data = self._read(name)
+            image = draw(data, self._cover) if is_drawing(name) else decode(data, lambda: self.bits, reduce)
             if "_survey" not in self.__dict__:
                 self._note(image)
             image = image if self.written else to_srgb(image)
@@ -143,6 +150,8 @@ class ImageFiles:
 
     def unchanged(self, name: str, channels: int) -> bytes | None:
         """Return the bytes of a JPEG whose pixels image(name, channels) returns as they are in the file, else None."""
+        if is_drawing(name):
+            return None
         with self._name_errors(name):
             data = self._read(name)
             image = open_image(io.BytesIO(data))
@@ -280,6 +289,10 @@ class ImageFiles:
                 return looks_like_image(file.read(16))
         except READ_ERRORS:
             return False
+
+
+def is_drawing(name: str) -> bool:
+    return name.lower().endswith(".svg")
 
 
 def is_hidden(name: str) -> bool:
