@@ -389,14 +389,14 @@ def memory(count: int, seed: int, done: set[str]) -> Iterator[tuple[str, Tally]]
                 continue
             tally, seen = Tally(), {}
             process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-            for done, _ in enumerate(process.stdout, 1):
-                tally.faults = done
-                if done in (images // 10, images * 9 // 10):
+            for lines, _ in enumerate(process.stdout, 1):
+                tally.faults = lines
+                if lines in (images // 10, images * 9 // 10):
                     status = Path(f"/proc/{process.pid}/status").read_text()
-                    seen[done] = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+                    seen[lines] = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
             tally.require(process.wait() == 0 and tally.faults == images, f"{name}: {tally.faults} of {images}")
             early, late = seen.values()
-            tally.figures = {f"MiB after {done:,}": round(mib, 1) for done, mib in seen.items()}
+            tally.figures = {f"MiB after {lines:,}": round(mib, 1) for lines, mib in seen.items()}
             tally.require(late - early < GROWTH, f"{name}: {early:.0f} MiB became {late:.0f} MiB")
             yield name, tally
 
