@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import rendering
 from metrics.images import Batch, Size
 from metrics.path_length import path_lengths
+from metrics.reals import Windows
 from rendering.grid import Shot, View
 from torch_utils.images import to_uint8
 from torch_utils.randomness import make_rng
@@ -92,17 +93,11 @@ class GeneratedBatch(Batch):
         shot = Shot(generated.size, transform=sides, exact=generated.points == "exact")
         return generated.render(self.ws[index : index + 1], shot)
 
-    def windows(self, boxes: list[tuple[float, float, float, float]]) -> Tensor:
-        """Render one window (x0, y0, x1, y1) of each image, in fractions of its sides.
-
-        Returns uint8 [N,C,H,W] of the training size.
-        """
-        generated = self.generated
-        rendered = [
-            generated.render(w, Shot(generated.native, window=box))
-            for w, box in zip(self.ws.split(1), boxes, strict=True)
-        ]
-        return to_uint8(torch.cat(rendered))
+    def windows(self, kind: Windows) -> Tensor:
+        """Render a window of each image: uint8 [N,C,H,W] of the training size."""
+        boxes = [kind.box("fake", number) for number in self.numbers.tolist()]
+        shots = [Shot(self.generated.native, window=box) for box in boxes]
+        return to_uint8(rendering.render_each(self.generated.G, self.ws, shots))
 
     def path_lengths(self, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Return float64 [N], see metrics/path_length.py."""

@@ -44,7 +44,7 @@ class Inputs:
 class Need:
     """Statistics of the first `limit` images of a set; equal needs are computed once.
 
-    key     identifies what is measured: for real images, the digest of the detector
+    key     identifies what is measured: for real images, JSON values, among them the digest of the detector
     kind    a key of EMPTY; for real images "moments" or "features", which are kept on disk
     look    batch -> [N,width]
     images  real images, or None: the measured images

@@ -1,8 +1,10 @@
 """Read real images by number: as files, and as batches at the measured size. Sizes are (H, W)."""
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +19,8 @@ from torch_utils.reading import cores, read_ahead
 
 READERS = 3  # processes that read ahead
 MIN_IMAGES_FOR_READERS = 1000  # below this, starting readers costs more than it saves
-TOGETHER = 64  # windows of one image in a batch, at most
+
+T = TypeVar("T")
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -37,13 +40,14 @@ class Files:
         """Return the metrics.cache.content_digest of the files."""
         return content_digest(progress(self.contents(), desc="digest of the real images"))
 
-    def lists(self, lists: Sequence[Sequence[int]]) -> Iterator[list[Tensor]]:
-        """Yield the images of each list of numbers."""
-        workers = min(READERS, cores()) if sum(map(len, lists)) >= MIN_IMAGES_FOR_READERS else 0
-        return read_ahead(self._read_list, lists, workers)
-
-    def _read_list(self, indices: list[int]) -> list[Tensor]:
+    def read_list(self, indices: list[int]) -> list[Tensor]:
         return [self.read(index) for index in indices]
+
+
+def read_lists(read: Callable[[list[int]], T], lists: Sequence[Sequence[int]]) -> Iterator[T]:
+    """Yield read(numbers) for each of `lists`; several processes read ahead if that is worth it."""
+    workers = min(READERS, cores()) if sum(map(len, lists)) >= MIN_IMAGES_FOR_READERS else 0
+    return read_ahead(read, lists, workers)
 
 
 class EqualFiles(Files):
@@ -105,7 +109,7 @@ class Fitted:
         return cut(limits, batch)
 
     def batches(self, lists: Sequence[Sequence[int]]) -> Iterator[Batch]:
-        read = self.files.lists([self.order[list(numbers)].tolist() for numbers in lists])
+        read = read_lists(self.files.read_list, [self.order[list(numbers)].tolist() for numbers in lists])
         for numbers, images in zip(lists, read, strict=True):
             yield Batch(numbers, fit(torch.stack(images).to(self.device), self.size, self.filter))
 
@@ -120,8 +124,7 @@ class Given(Fitted):
         self.native, self.channels = files.size, files.channels
 
 
-@dataclass(frozen=True)
-class Windows:
+class Windows(NamedTuple):
     """Random windows of the central squares of images, window i from image i mod the number of images.
 
     A square counts as an image of at least `large` pixels per side. A window is 1/zoom of it, and is resized to
@@ -152,25 +155,50 @@ class Windows:
         return resize(window, (self.size, self.size), self.filter)[0]
 
 
+@dataclass(frozen=True)
 class Windowed:
-    """`limit` Windows of files."""
+    """Windows of files, of several `kinds`, for all of which an image is decoded once. Equal sets are equal values."""
 
-    def __init__(self, files: Files, windows: Windows, limit: int, device: torch.device):
-        self.files, self.windows, self.limit, self.device = files, windows, limit, device
-        self.order = np.random.RandomState(0).permutation(files.num)
+    files: Files
+    kinds: tuple[Windows, ...]  # of one size
+    device: torch.device
+
+    @functools.cached_property
+    def order(self) -> np.ndarray:
+        return np.random.RandomState(0).permutation(self.files.num)
 
     def facts(self, limit: int) -> dict:
-        """Return everything that affects the windows, besides the files."""
-        return {**self.files.facts, "windows": vars(self.windows), "limit": limit}
+        """Return everything that affects the first `limit` windows, besides the files and the kind."""
+        return {**self.files.facts, "limit": limit}
 
-    def cut(self, limits: Iterable[int], batch: int) -> list[range]:
-        """Group the windows of an image, up to TOGETHER, so that it is decoded once for all of them."""
-        step = self.files.num
-        wanted = [range(first, self.limit, step) for first in range(min(step, self.limit))]
-        return [part[i : i + TOGETHER] for part in wanted for i in range(0, len(part), TOGETHER)]
+    def cut(self, limits: Iterable[int], batch: int) -> list[list[int]]:
+        """Split as metrics.images.cut, with the windows of an image one after another."""
+        edges = sorted({0, *limits})
+        parts = [sorted(range(*ends), key=self.image_of) for ends in itertools.pairwise(edges)]
+        return [part[i : i + batch] for part in parts for i in range(0, len(part), batch)]
 
-    def batches(self, lists: Sequence[Sequence[int]]) -> Iterator[Batch]:
-        read = self.files.lists([[int(self.order[numbers[0]])] for numbers in lists])
-        for numbers, (image,) in zip(lists, read, strict=True):
-            image = image.to(self.device)
-            yield Batch(numbers, torch.stack([self.windows.crop(image, i) for i in numbers]))
+    def batches(self, lists: Sequence[Sequence[int]]) -> Iterator["WindowBatch"]:
+        for numbers, crops in zip(lists, read_lists(self.read, lists), strict=True):
+            yield WindowBatch(numbers, dict(zip(self.kinds, crops.to(self.device), strict=True)))
+
+    def image_of(self, number: int) -> int:
+        return int(self.order[number % self.files.num])
+
+    def read(self, numbers: list[int]) -> Tensor:
+        """Return uint8 [kinds,N,C,size,size]."""
+        crops = []
+        for index, same in itertools.groupby(numbers, self.image_of):
+            image = self.files.read(index)
+            crops += [torch.stack([kind.crop(image, number) for kind in self.kinds]) for number in same]
+        return torch.stack(crops, dim=1)
+
+
+class WindowBatch(Batch):
+    """Windows of some numbers: uint8 [N,C,size,size] of each kind."""
+
+    def __init__(self, numbers: Sequence[int], crops: dict[Windows, Tensor]):
+        super().__init__(numbers)
+        self._crops = crops
+
+    def windows(self, kind: Windows) -> Tensor:
+        return self._crops[kind]

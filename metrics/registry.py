@@ -26,7 +26,7 @@ from metrics.images import Batch, Size
 from metrics.lines import LineShare, line_ratio
 from metrics.needs import Inputs, Need, Task
 from metrics.path_length import trimmed
-from metrics.reals import Windowed, Windows
+from metrics.reals import WindowBatch, Windowed, Windows
 from metrics.resize import resize
 from metrics.scale import Distance, on_uint8, psnr, ssim
 
@@ -171,23 +171,29 @@ def windows(kind: str, distance: Callable, by_scale: bool = False) -> Callable:
                 f"{metric.name} compares windows of {size}x{size} pixels in larger squares; give the size of the "
                 f"squares, for example {4 * size}x{4 * size}"
             )
+        if not images.G.config.any_position:
+            raise UserError(
+                f"{metric.name} needs a generator that renders windows; one of kind {images.G.config.kind} does not"
+            )
         if inputs.large is None:
             raise UserError(f"{metric.name} compares with large real images; give them as data")
         filter = inputs.settings.filter or "lanczos"
         limit = max(metric.num, inputs.large.num) if metric.full else metric.num
         facts = {"num_real": limit, "num_photographs": inputs.large.num, "window": size, "resize": filter}
         facts |= caution(metric.num, limit, tool.num_features)
+        scales = [2**i for i in range((large // size).bit_length())] if by_scale else [None]
+        kinds = tuple(Windows(size, large, filter, inputs.settings.seed, scale) for scale in scales)
+        real_images = Windowed(inputs.large, kinds, inputs.device)
         found = []
-        for scale in [2**i for i in range((large // size).bit_length())] if by_scale else [None]:
-            boxes = Windows(size, large, filter, inputs.settings.seed, scale)
+        for of_scale in kinds:
 
-            def look(batch: GeneratedBatch, boxes: Windows = boxes) -> Tensor:
-                return tool(batch.windows([boxes.box("fake", number) for number in batch.numbers.tolist()])).features
+            def look(batch: GeneratedBatch | WindowBatch, of_scale: Windows = of_scale) -> Tensor:
+                return batch.once((tool, of_scale), lambda: tool(batch.windows(of_scale))).features
 
-            need = Need((metric, scale), kind, metric.num, tool.num_features, look)
-            real = replace(features(tool, kind, limit), images=Windowed(inputs.large, boxes, limit, inputs.device))
+            need = Need((tool.digest or tool.name, of_scale), kind, metric.num, tool.num_features, look)
+            real = replace(need, limit=limit, images=real_images)
             variant = (filter,) if filter != "lanczos" else ()
-            variant += (f"x{scale}",) if scale else ()
+            variant += (f"x{of_scale.zoom}",) if of_scale.zoom else ()
             found.append(task(metric, inputs, distance, need, real, variant, facts))
         return found
 

@@ -5,19 +5,20 @@ for box, colours in rendering.tiles(G, ws, Shot(size=(65536, 65536))): ...
 colours = rendering.render_points(G, ws, x, y)
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from rendering.engine import Tiling, render_points, render_tiles
+from rendering.engine import Tiling, check_finite, render_points, render_tiles
 from rendering.grid import Box, Shot
 from rendering.transforms import lens, perspective, rotation, shear, translation, zoom
 from training.networks import Generator
 
 __all__ = [
-    "Box", "Shot", "lens", "perspective", "render", "render_points", "rotation", "shear", "tiles", "translation",
-    "zoom",
+    "Box", "Shot", "lens", "perspective", "render", "render_each", "render_points", "rotation", "shear", "tiles",
+    "translation", "zoom",
 ]  # fmt: skip
 
 
@@ -41,3 +42,25 @@ def render(G: Generator, ws: Tensor, shot: Shot | None = None, *, dtype: torch.d
             image = colours.new_empty(*colours.shape[:2], *tiling.view.size)
         image[(..., *box.slices)] = colours
     return image
+
+
+TOGETHER = 512 * 512  # pixels that render_each computes at once, at least one image
+
+
+@torch.no_grad()
+def render_each(G: Generator, ws: Tensor, shots: Sequence[Shot]) -> Tensor:
+    """Render image i of ws [N,num_ws,w_dim] by shots[i]; the shots differ in `window` alone. Returns [N,C,H,W].
+
+    Equal to `render` of each, to rounding, and faster for small images: the synthesis gets several at once, whole. G is
+    of a kind with positions, and the shots have no transform or supersampling. Errors as in `tiles`.
+    """
+    views = [Tiling.of(G, shot).view for shot in shots]
+    axes = [
+        torch.stack([axis.positions(0, axis.count, ws.device) for axis in same])
+        for same in zip(*((view.rows, view.cols) for view in views), strict=True)
+    ]
+    images = max(1, TOGETHER // math.prod(views[0].size))
+    parts = zip(*(x.split(images) for x in (ws, *axes)), strict=True)
+    colours = torch.cat([G.synthesis(*part) for part in parts])
+    check_finite(colours)
+    return colours

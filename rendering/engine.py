@@ -124,11 +124,7 @@ def render_tiles(
         def render_tile(box: Box) -> Tensor:
             samples = tiling.view.rows.samples
             colours = torch.stack([computed.colours(i, box) for i in range(len(networks))])
-            if not colours.isfinite().all():  # before conversion to bytes, which hides it
-                raise NotFinite(
-                    "the network returns colours that are not finite; it is broken, too large for this dtype, or the "
-                    "window is too far away: use an earlier snapshot, dtype fp32 or a nearer window"
-                )
+            check_finite(colours)  # before conversion to bytes, which hides it
             colours = colours.unflatten(2, [side * samples for side in box.shape])
             return finish(F.avg_pool2d(colours, samples) if samples > 1 else colours)
 
@@ -139,6 +135,15 @@ def render_tiles(
     kind = DirectBlock if not has_lines(G) else FieldBlock if tiling.view.field else GridBlock
     for block in tiling.whole.split(tiling.block):
         yield from render_block(block)
+
+
+def check_finite(colours: Tensor) -> None:
+    """Raise NotFinite for colours that are not finite."""
+    if not colours.isfinite().all():
+        raise NotFinite(
+            "the network returns colours that are not finite; it is broken, too large for this dtype, or the window is "
+            "too far away: use an earlier snapshot, dtype fp32 or a nearer window"
+        )
 
 
 def has_lines(G: Generator) -> bool:

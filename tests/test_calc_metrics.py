@@ -30,12 +30,13 @@ from metrics.images import cut
 from metrics.lines import line_share
 from metrics.needs import Settings
 from metrics.perceptual import BACKBONES
-from metrics.reals import Windows
+from metrics.reals import LargeFiles, Windowed, Windows
 from metrics.registry import FAMILIES, KNOWN, parse
 from torch_utils.distributed import Processes
 from training.data import ImageArchive
-from training.networks import Generator, GeneratorConfig
+from training.networks import Generator, GeneratorConfig, StyleGAN2Config
 from training.snapshot import load_generator, save_generator
+from training.sources import ImageFiles
 
 SIDE = 32  # pixels, which equivariance takes
 NETWORK = {
@@ -240,6 +241,9 @@ def test_the_inception_family_and_windows(bench, inception_file):
     record = json.loads(path.read_text())
     assert (record["num_photographs"], record["num_real"], record["window"]) == (3, 4, SIDE)
     assert value(record) > 0
+    fixed = StyleGAN2Config(img_shape=(SIDE, SIDE), channel_base=64, channel_max=8, z_dim=6, w_dim=6)
+    save_generator(Generator(fixed), bench.folder / "fixed.safetensors")
+    assert "kind stylegan2 does not" in bench.refused(**options | {"network": bench.folder / "fixed.safetensors"})
     oblong = bench.save("oblong.safetensors", img_shape=(SIDE, 2 * SIDE))
     assert "trained on squares, not on 64x32" in bench.refused(**options | {"network": oblong})
 
@@ -362,6 +366,34 @@ def test_windows_are_where_they_say_in_images_of_any_size():
         step = (x1 - x0) * 128 / 16
         expected = x0 * 128 + step * (torch.arange(16) + 0.5) - 0.5
         assert (window[0, 0] - expected).abs().max() <= 1.6  # whole pixels, rounded colours
+
+
+@pytest.mark.parametrize("limits", [[11], [2, 7, 11]])
+def test_windows_of_real_images_are_cut_once_each_in_any_order(bench, limits):
+    large = save_images(bench.folder / "large", crops("astronaut", 4, (70, 70)))
+    files = LargeFiles(ImageFiles(large), 3, 64)
+    kinds = tuple(Windows(16, 64, "box", 0, zoom) for zoom in (None, 1, 4))
+    windows = Windowed(files, kinds, torch.device("cpu"))
+    assert windows == Windowed(files, kinds, torch.device("cpu"))
+    lists = windows.cut(limits, 3)
+    assert sorted(number for numbers in lists for number in numbers) == list(range(11))
+    assert all(max(numbers) < limit for limit in limits for numbers in lists if numbers[0] < limit)
+    for numbers, batch in zip(lists, windows.batches(lists), strict=True):
+        assert batch.numbers.tolist() == numbers
+        for kind in kinds:
+            expected = [kind.crop(files.read(int(windows.order[number % 4])), number) for number in numbers]
+            assert torch.equal(batch.windows(kind), torch.stack(expected))
+
+
+def test_metrics_of_windows_share_one_pass_over_real_images(bench, inception_file, monkeypatch, seen):
+    shutil.copy(inception_file, bench.weights)
+    large = save_images(bench.folder / "large", crops("astronaut", 5, (64, 64)))
+    decoded = []
+    read = LargeFiles.read
+    monkeypatch.setattr(LargeFiles, "read", lambda self, index: decoded.append(index) or read(self, index))
+    bench.measure(metrics="fid_scales5,kid_scales5,fd_lite0_scales_5", size="64x64", data=large)
+    assert sorted(decoded) == list(range(5))
+    assert sum(seen) == 2 * (2 * 5 + 2 * 5)  # two networks; two scales of generated and of real images
 
 
 # --- generators ------------------------------------------------------------------------------------------------------

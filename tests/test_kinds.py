@@ -11,7 +11,14 @@ import rendering
 from dnnlib.console import UserError
 from rendering import Shot
 from training import losses
-from training.networks import AnyGeneratorConfig, CIPSConfig, Generator, INRGANConfig, StyleGAN2Config
+from training.networks import (
+    AnyGeneratorConfig,
+    CIPSConfig,
+    Generator,
+    GeneratorConfig,
+    INRGANConfig,
+    StyleGAN2Config,
+)
 from training.networks.layers import compute_with
 from training.snapshot import load_generator, save_generator
 
@@ -87,6 +94,19 @@ def test_rendering_equals_the_synthesis(config):
     assert error(rendering.render(G, ws, Shot(tile=5)), G.synthesis(ws)) <= 1e-12
     with pytest.raises(UserError, match=rf"kind {config.kind} renders"):
         rendering.render(G, ws, Shot(transform=rendering.rotation(10)))
+
+
+@pytest.mark.parametrize("config", [GeneratorConfig(**TINY), KINDS["cips, oblong, grey, conditional"]], ids=str)
+def test_windows_rendered_at_once_are_those_rendered_alone(config, monkeypatch):
+    G, ws = fresh(config)
+    G.requires_grad_(False)
+    shots = [Shot((12, 8), window=(x, 0.1, x + 0.4, 0.6)) for x in (0.0, 0.3, 0.6)]
+    alone = torch.cat([rendering.render(G, w, shot) for w, shot in zip(ws.split(1), shots, strict=True)])
+    for together in (1, 2 * 12 * 8, 4 * 12 * 8):
+        monkeypatch.setattr(rendering, "TOGETHER", together)
+        assert error(rendering.render_each(G, ws, shots), alone) <= 1e-12
+    with pytest.raises(UserError, match="not finite"):
+        rendering.render_each(G, ws * torch.nan, shots)
 
 
 def test_a_kind_without_positions_says_so():

@@ -62,8 +62,8 @@ class InvertedResidual(nn.Module):
         self.project = Convolution(weights, f"{name}._project_conv", f"{name}._bn2")
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x if self.expand is None else F.relu6(self.expand(x))
-        y = self.project(F.relu6(self.depthwise(y)))
+        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        y = self.project(F.relu6(self.depthwise(y), inplace=True))
         return x + y if x.shape == y.shape else y
 
 
@@ -82,7 +82,8 @@ class Lite0(nn.Module):
         self.blocks = nn.ModuleList(InvertedResidual(weights, f"_blocks.{i}", s) for i, s in enumerate(strides))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = F.relu6(self.stem(x))
+        x = x.contiguous(memory_format=torch.channels_last)  # on a CPU, two thirds of the time
+        x = F.relu6(self.stem(x), inplace=True)
         features = []
         for i, block in enumerate(self.blocks):
             x = block(x)

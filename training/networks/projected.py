@@ -63,7 +63,7 @@ class Projection(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         if x.shape[2:] != self.shape:
             x = F.interpolate(x, self.shape, mode="bilinear")
-        features = self.network(x.contiguous(memory_format=torch.channels_last))
+        features = self.network(x)
         result, coarse = [], None
         for i in reversed(range(len(features))):
             x = F.conv2d(features[i] / SPREAD[i], getattr(self, f"mix{i}"))
