@@ -1,6 +1,7 @@
 """Laws of continuation: a run that was killed, stopped or damaged and then continued is the run that never was."""
 
 import io
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GENERATORS
+from helpers import encode, noise_image, write_folder
 
 from dnnlib.config import build, merge, read_yaml
 from dnnlib.console import UserError
@@ -25,6 +27,7 @@ from torch_utils.distributed import Processes
 from training.config import RunConfig
 from training.data import ImageArchive
 from training.loop import Loop
+from training.runs import open_images
 from training.state import new_state
 
 VOLATILE = ("Timing/", "Resources/", "timestamp")
@@ -88,32 +91,30 @@ def same_run(continued: Path, unbroken: Path):
         assert (continued / name).read_bytes() == (unbroken / name).read_bytes(), name
 
 
-class PlugPuller(ImageArchive):
-    """Images of which reading the `fatal`-th raises a signal or an exception."""
+def pull_the_plug(images: ImageArchive, fatal: int, number: int | Exception) -> None:
+    """Let reading the `fatal`-th image raise a signal or an exception."""
+    pixels, counter = images._pixels, itertools.count(1)
 
-    fatal = None
-    number = signal.SIGTERM
+    def read(*arguments):
+        if next(counter) == fatal:
+            if isinstance(number, Exception):
+                raise number
+            signal.raise_signal(number)
+        return pixels(*arguments)
 
-    def __getitem__(self, index):
-        if self.fatal is not None:
-            self.fatal -= 1
-            if self.fatal == 0 and isinstance(self.number, Exception):
-                raise self.number
-            if self.fatal == 0:
-                signal.raise_signal(self.number)
-        return super().__getitem__(index)
+    images._pixels = read
 
 
 def interrupted(folder: Path, config: RunConfig, steps: int, number=signal.SIGTERM) -> int:
     """Train in `folder`, resuming what is there, until interrupted in the `steps`-th step from now."""
-    images = PlugPuller(config.data.path, use_labels=config.data.cond, mirror=config.data.mirror)
+    images = open_images(config.model_dump())
     procs = Processes(0, 1, torch.device("cpu"))
     state = new_state(config, procs.device)
     states = checkpoint.found(folder)
     if states:
         state.load_state_dict(checkpoint.load(states[0]), procs)
     grid = 0 if state.step else 8 * 12  # images of the grid of reals, which a new run reads first
-    images.fatal, images.number = grid + (steps - 1) * config.train.batch + 1, number
+    pull_the_plug(images, grid + (steps - 1) * config.train.batch + 1, number)
     return Loop(config, folder, state, images, procs, lambda G, stop: []).run()
 
 
@@ -150,6 +151,18 @@ def test_a_run_interrupted_at_every_step_is_the_unbroken_run(tiny):
         number = signal.SIGTERM if step % 2 else signal.SIGINT
         assert interrupted(folder, config, 1, number) == 128 + number
         assert checkpoint.load(checkpoint.found(folder)[0])["step"] == step
+    assert tiny.call("--resume", folder).exit_code == 0
+    same_run(folder, unbroken)
+
+
+def test_a_run_on_windows_of_native_pictures_interrupted_and_continued_is_the_unbroken_run(tiny):
+    pictures = {f"{i:02}.png": encode(noise_image(i, 8 + i, 40 - i)) for i in range(24)}
+    options = ("--resolution", 8, "--max-scale", 3, "--mirror", "-oG.coords=centers", "-oscales.consistency=1")
+    unbroken = tiny.run(*options, data=write_folder(tiny.folder / "native", pictures))
+    folder, config = fresh(tiny.folder / "stopped", unbroken)
+    for steps in (1, 4):
+        assert interrupted(folder, config, steps) == 128 + signal.SIGTERM
+    assert checkpoint.load(checkpoint.found(folder)[0])["step"] == 5
     assert tiny.call("--resume", folder).exit_code == 0
     same_run(folder, unbroken)
 

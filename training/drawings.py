@@ -14,7 +14,7 @@ from PIL import Image
 
 from dnnlib.vips import import_vips
 
-SECONDS = 60  # for one drawing; 16384² pixels of 24 shapes take 11
+SECONDS = 60  # for one drawing; 16384² pixels of 22 shapes take 11
 MEMORY = 2**32
 PIXELS = 2**29  # of one drawing: 2 GiB
 SCALES = 1e5, 1e3, 10, 0.1  # at which to ask for the size, because libvips rounds it to pixels
