@@ -176,6 +176,11 @@ class Tiny:
             files["dataset.json"] = json.dumps({"labels": labelled, "class_names": ["ant", "bee", "cat"]}).encode()
         return write_folder(self.folder / name, files)
 
+    def native_images(self) -> Path:
+        """Write a folder of 24 random images of sizes of their own, up to three times 8×8 in the frame."""
+        files = {f"{i:03}.png": encode(noise_image(i, 8 + i, 40 - i)) for i in range(24)}
+        return write_folder(self.folder / "native", files)
+
     def new(self, *arguments: object, outdir: str = "runs", data: Path | None = None) -> list[str]:
         """Return the arguments of train.py for a new run."""
         start = ("--outdir", self.folder / outdir, "--cfg", self.recipe, "--data", data or self.archive)

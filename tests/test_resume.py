@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GENERATORS
-from helpers import encode, noise_image, write_folder
 
 from dnnlib.config import build, merge, read_yaml
 from dnnlib.console import UserError
@@ -113,7 +112,8 @@ def interrupted(folder: Path, config: RunConfig, steps: int, number=signal.SIGTE
     states = checkpoint.found(folder)
     if states:
         state.load_state_dict(checkpoint.load(states[0]), procs)
-    grid = 0 if state.step else 8 * 12  # images of the grid of reals, which a new run reads first
+    # A new run first reads the images of its grids of reals.
+    grid = 0 if state.step else 8 * 12 * (2 if config.scales.max > 1 else 1)
     pull_the_plug(images, grid + (steps - 1) * config.train.batch + 1, number)
     return Loop(config, folder, state, images, procs, lambda G, stop: []).run()
 
@@ -156,15 +156,15 @@ def test_a_run_interrupted_at_every_step_is_the_unbroken_run(tiny):
 
 
 def test_a_run_on_windows_of_native_pictures_interrupted_and_continued_is_the_unbroken_run(tiny):
-    pictures = {f"{i:02}.png": encode(noise_image(i, 8 + i, 40 - i)) for i in range(24)}
     options = ("--resolution", 8, "--max-scale", 3, "--mirror", "-oG.coords=centers", "-oscales.consistency=1")
-    unbroken = tiny.run(*options, data=write_folder(tiny.folder / "native", pictures))
+    unbroken = tiny.run(*options, data=tiny.native_images())
     folder, config = fresh(tiny.folder / "stopped", unbroken)
     for steps in (1, 4):
         assert interrupted(folder, config, steps) == 128 + signal.SIGTERM
     assert checkpoint.load(checkpoint.found(folder)[0])["step"] == 5
     assert tiny.call("--resume", folder).exit_code == 0
     same_run(folder, unbroken)
+    assert {"reals-windows.png", "fakes-windows000000.png"} <= {p.name for p in folder.iterdir()}
 
 
 def test_an_interrupt_says_how_to_continue(tiny, capsys):

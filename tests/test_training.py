@@ -23,7 +23,7 @@ from training import ema
 from training.augment import augment, sample
 from training.config import resolve
 from training.data import Batch, batches
-from training.grids import grid_shape, tile
+from training.grids import choose_reals, choose_windows, generated_grid, grid_shape, real_grid, tile
 from training.report import duration
 from training.runs import open_images
 from training.state import new_state
@@ -404,6 +404,29 @@ def test_a_tile_of_a_grid_is_its_image(rows, columns, channels, height, width):
         r, c = divmod(i, columns)
         window = grid[r * height : (r + 1) * height, c * width : (c + 1) * width]
         assert np.array_equal(window, image.permute(1, 2, 0).numpy())
+
+
+def test_the_grids_of_windows_show_real_and_generated_images_at_the_same_places(tiny):
+    settings = {
+        "data__path": str(tiny.native_images()),
+        "data__resolution": 8,
+        "scales__max": 3.0,
+        "G__coords": "centers",
+    }
+    config, images, state, _ = prepare(tiny, **settings)
+    windows = choose_windows(images, 0, config.scales)
+    assert 1 <= windows[:, 0].min() < 1.5 < windows[:, 0].max() <= 3
+    reals = real_grid(images, 0, config.scales)
+    fakes = generated_grid(state.G_ema, images, 0, 7, config.scales)
+    z = torch.randn(96, config.G.z_dim, generator=make_rng(0, 0, "grid of fakes")).double()
+    for k in (0, 29, 95):
+        place = np.s_[k // 12 * 8 :, k % 12 * 8 :]
+        zoom, *corner = windows[k].tolist()
+        rows, cols = (start + (torch.arange(8, dtype=torch.float64) + 0.5) / (8 * zoom) for start in corner)
+        expected = to_uint8(state.G_ema(z[k : k + 1], rows=rows, cols=cols))[0].int()
+        assert np.abs(fakes[place][:8, :8] - expected.permute(1, 2, 0).numpy()).max() <= 1
+        real = images.window(choose_reals(images, 0)[k], *windows[k].tolist())
+        assert np.array_equal(reals[place][:8, :8], real.permute(1, 2, 0).numpy())
 
 
 def test_durations_are_rounded_to_two_units():

@@ -48,6 +48,8 @@ class Loop:
 
     def __post_init__(self):
         self.trainer = Trainer(self.config, self.state, self.images, self.procs)
+        scales = self.config.scales
+        self.views = {"": None} | ({"-windows": scales} if scales.max > 1 else {})  # what the grids show
         self.log = RunLog(self.folder, self.state.written, self.state.step) if self.procs.is_first else SilentLog()
 
     def run(self) -> int:
@@ -134,7 +136,7 @@ class Loop:
             world=self.procs.world,
             seed=t.seed,
             workers=min(self.config.data.workers, cores()),
-            scales=self.config.scales if self.config.scales.max > 1 else None,
+            scales=self.views.get("-windows"),
         )
 
     def read(self, stream: Iterator[Batch], count: int) -> list[Batch]:
@@ -171,11 +173,15 @@ class Loop:
             f"{t.kimg:g} kimg to train"
         )
         if self.procs.is_first:
-            self.log.image("reals", real_grid(self.images, t.seed), 0)
-            self.log.image("fakes000000", self.generated_grid(), 0)
+            for view, scales in self.views.items():
+                self.log.image(f"reals{view}", real_grid(self.images, t.seed, scales), 0)
+            self.log_generated()
 
-    def generated_grid(self):
-        return generated_grid(self.state.G_ema, self.images, self.config.train.seed, self.trainer.micro)
+    def log_generated(self) -> None:
+        s, seed = self.state, self.config.train.seed
+        for view, scales in self.views.items():
+            grid = generated_grid(s.G_ema, self.images, seed, self.trainer.micro, scales)
+            self.log.image(f"fakes{view}{int(self.kimg):06d}", grid, s.step)
 
     def report(self) -> None:
         s = self.state
@@ -214,7 +220,7 @@ class Loop:
 
     def snapshot(self) -> None:
         if self.procs.is_first:
-            self.log.image(f"fakes{int(self.kimg):06d}", self.generated_grid(), self.state.step)
+            self.log_generated()
             path = self.folder / snapshot_name(self.kimg)
             save_generator(self.state.G_ema, path, step=self.state.step, kimg=self.kimg)
 
