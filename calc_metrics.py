@@ -2,14 +2,13 @@
 
 import math
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from dnnlib.config import read_yaml
+from dnnlib.config import parse_size, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import append_line, check_writable, to_json
 from metrics.evaluation import Evaluation
@@ -118,7 +117,7 @@ def from_network(options: Options, metrics: tuple[Metric, ...], procs: Processes
         )
     mirror = bool(trained.get("mirror")) if options.mirror is None else options.mirror
     archive = open_labelled(path, G, mirror) if path and (compares or G.config.c_dim) else None
-    size = parse_size(options.size, "--size") if options.size else None
+    size = parse_size(options.size) if options.size else None
     if options.scale:
         size = tuple(max(1, round(side * options.scale)) for side in G.config.img_shape)
     labelled = archive if archive and archive.label_dim else None
@@ -186,16 +185,8 @@ def open_labelled(path: str, G: Generator, mirror: bool) -> ImageArchive:
     return images
 
 
-def parse_size(text: str, option: str) -> Size:
-    """Return (height, width) of "512" or "1024x512". Raises UserError."""
-    match = re.fullmatch(r"\s*([1-9]\d{0,4})(?:[xX]([1-9]\d{0,4}))?\s*", text)
-    if not match:
-        raise UserError(f"{option}={text}: write width x height in pixels, for example 1024x512, or a square's side")
-    return int(match[2] or match[1]), int(match[1])
-
-
 def parse_scales(text: str | None) -> tuple[Size, ...]:
-    sizes = tuple(dict.fromkeys(parse_size(part, "--scales") for part in text.split(","))) if text else ()
+    sizes = tuple(dict.fromkeys(parse_size(part) for part in text.split(","))) if text else ()
     if len(sizes) == 1:
         raise UserError(f"--scales={text}: give two sizes or more, for example --scales=256,512")
     return sizes
@@ -246,7 +237,7 @@ def add(records: list[dict], folder: Path, seen: dict[str, float]) -> None:
     "--metrics", metavar="A,B", help="Metrics to compute.  [default: scale_psnr of networks, fid50k_full of images]"
 )
 @click.option("--num", type=click.IntRange(min=1), help="Number of images, instead of the numbers in the names.")
-@click.option("--size", metavar="WxH", help="Size to measure at.  [default: the training size]")
+@click.option("--size", metavar="R|WxH", help="Size to measure at.  [default: the training size]")
 @click.option("--scale", type=click.FloatRange(0, 1000, min_open=True), help="Size as a multiple of the training size.")
 @click.option("--scales", metavar="R,S", help="Sizes that scale_* compares, each with the first.  [default: R,2R]")
 @click.option(

@@ -1,11 +1,11 @@
 """Make a training archive from a folder or ZIP of images or from rendered letters; check an archive."""
 
-import re
 import string
 from pathlib import Path
 
 import click
 
+from dnnlib.config import parse_size
 from dnnlib.console import UserError
 from torch_utils.command import Group, command
 from training.archives import TRANSFORMS, Size, Transform, convert, examine, read_labels
@@ -16,13 +16,13 @@ DRAWINGS = 176  # per character, eight or nine in each of matplotlib's 21 text f
 
 
 def parse_resolution(context: click.Context, option: click.Parameter, text: str | None) -> Size | None:
-    """Parse WxH."""
+    """Return (width, height)."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if not match or not all(1 <= int(side) <= MAX_SIDE for side in match.groups()):
-        raise click.BadParameter(f"{text!r} is not WIDTHxHEIGHT with sides from 1 to {MAX_SIDE}; write e.g. 256x256")
-    return int(match[1]), int(match[2])
+    height, width = parse_size(text)
+    if max(height, width) > MAX_SIDE:
+        raise click.BadParameter(f"{text} has more than {MAX_SIDE} pixels a side")
+    return width, height
 
 
 def open_source(
@@ -62,7 +62,7 @@ def open_source(
     "--dest", type=click.Path(path_type=Path), metavar="ZIP|DIR", help="What to write; a ZIP if it ends in .zip."
 )
 @click.option(
-    "--resolution", callback=parse_resolution, metavar="WxH", help="Size of the result; without it, sizes stay."
+    "--resolution", callback=parse_resolution, metavar="R|WxH", help="Size of the result; without it, sizes stay."
 )
 @click.option("--transform", type=click.Choice(TRANSFORMS), help="How to reach --resolution; stretched by default.")
 @click.option("--crops", type=click.IntRange(min=1), metavar="N", help="random-crops: crops per image.")

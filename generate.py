@@ -1,12 +1,12 @@
 """Render images and videos of a trained generator: any size, any window, any transform."""
 
 import math
-import re
 from functools import partial
 from pathlib import Path
 
 import click
 
+from dnnlib.config import parse_size
 from dnnlib.console import UserError
 from dnnlib.files import sha256
 from rendering.camera import Camera
@@ -36,10 +36,7 @@ def image_size(
     if scale is not None and not math.isfinite(scale):
         raise UserError(f"--scale={scale}: give a finite number, for example 2")
     if size:
-        match = re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", size)
-        if not match:
-            raise UserError(f"--size={size}: write width x height in pixels, for example 1024x768")
-        width, height = int(match[1]), int(match[2])
+        height, width = parse_size(size)
     else:
         shares = window[3] - window[1], window[2] - window[0]
         scale = scale or 1 / max(shares)
@@ -80,7 +77,7 @@ def image_size(
     "[1,0,-1.5].  [default: seed mod number of classes]",
 )
 @click.option("--mix", multiple=True, metavar="SEED:STYLES", help="Use these styles of another seed, e.g. 7:4-8.")
-@click.option("--size", metavar="WxH", help="Size in pixels.  [default: the training size]")
+@click.option("--size", metavar="R|WxH", help="Size in pixels.  [default: the training size]")
 @click.option("--scale", type=click.FloatRange(min=0, min_open=True), help="Size as a multiple of the training size.")
 @click.option(
     "--fit",

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar, get_args
@@ -47,6 +48,15 @@ def nearest(word: str, known: Iterable[str], essence: Callable[[str], str] = str
     known = {essence(name): name for name in known}
     close = difflib.get_close_matches(essence(word), known, n=1, cutoff=0.5)
     return f"did you mean {known[close[0]]}?" if close else f"known are {', '.join(known.values())}"
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return (height, width) of "1024x512", width first, or of "512", a square. Raises UserError."""
+    match = re.fullmatch(r"\s*0*([1-9]\d{0,8})(?:[xX]0*([1-9]\d{0,8}))?\s*", text)
+    if not match:
+        raise UserError(f"{text!r} is not a size in pixels; write WIDTHxHEIGHT, or one number for a square")
+    width, height = match.groups()
+    return int(height or width), int(width)
 
 
 def read_yaml(path: str | Path) -> dict:

@@ -478,7 +478,7 @@ def test_the_training_images_of_a_run_are_found(bench):
         ({"network": None}, "either --network"),
         ({"network": None, "images": "x", "metrics": "scale_psnr"}, "scale_psnr needs a generator"),
         ({"size": "64x64", "scale": 2}, "give one of them"),
-        ({"size": "big"}, "--size=big"),
+        ({"size": "big"}, "WIDTHxHEIGHT"),
         ({"scales": "32"}, "two sizes or more"),
         ({"scales": "32,64x48"}, "different shapes"),
         ({"metrics": "scale_ssim", "scales": "8,16"}, "11x11 pixels or more"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import Field, ValidationError
 
-from dnnlib.config import Config, build, merge, nearest, nested, override, read_yaml
+from dnnlib.config import Config, build, merge, nearest, nested, override, parse_size, read_yaml
 from dnnlib.console import UserError
 from training.config import CONFIGS, RunConfig, TrainConfig, default_ema_kimg, default_gamma, read_recipe, resolve
 from training.data import ImageArchive
@@ -295,3 +295,15 @@ def test_numbers_survive_the_yaml_exactly(rate, kimg):
     settings = merge(config.model_dump(), {"optim": {"g_lr": rate}, "train": {"kimg": kimg}})
     config = build(RunConfig, settings, "x")
     assert build(RunConfig, yaml.safe_load(to_yaml(config)), "x") == config
+
+
+@given(st.integers(1, 10**9 - 1), st.integers(1, 10**9 - 1))
+def test_sizes_are_written_width_first_or_as_one_number(height, width):
+    assert parse_size(f"{width}x{height}") == (height, width)
+    assert parse_size(str(width)) == (width, width)
+
+
+@pytest.mark.parametrize("text", ["", "0", "8x", "x8", "8x0", "-8", "8.5", "8x8x8", "big", "9" * 12])
+def test_what_is_not_a_size_is_a_sentence(text):
+    with pytest.raises(UserError, match="WIDTHxHEIGHT"):
+        parse_size(text)

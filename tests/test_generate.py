@@ -456,7 +456,7 @@ WRONG = {
     "--video=x.mp4": "one of --outdir",
     "--grid=x.png": "one of --outdir",
     "--columns=2": "--grid",
-    "--size=12": "1024x768",
+    "--size=big": "'big' is not a size",
     "--size=0x5": "0x5",
     "--size=999999999x999999999": "999999999x999999999",
     "--size=8x8 --scale=2": "one of them",

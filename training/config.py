@@ -1,13 +1,12 @@
 """The settings of a training run as one frozen value, written to options.yaml in the run directory."""
 
 import functools
-import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from dnnlib.config import Config, build, is_group, merge, nearest, nested, read_yaml, setting
+from dnnlib.config import Config, build, is_group, merge, nearest, nested, parse_size, read_yaml, setting
 from dnnlib.console import UserError
 from training.augment import AugmentConfig
 from training.data import ImageArchive
@@ -33,13 +32,7 @@ class DataConfig(Config):
     @field_validator("resolution", mode="before")
     @classmethod
     def _read_size(cls, value: object) -> object:
-        if isinstance(value, str | int):
-            sides = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
-            if not sides:
-                raise ValueError(f"{value!r} is not a size; give one number for squares, or WIDTHxHEIGHT")
-            width, height = sides.groups()
-            return int(height or width), int(width)
-        return value
+        return parse_size(str(value)) if isinstance(value, str | int) else value
 
 
 class AugmentSettings(AugmentConfig):
