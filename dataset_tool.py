@@ -15,13 +15,11 @@ MAX_SIDE = 16384  # 16384² RGB pixels are 0.8 GB while one image is made
 DRAWINGS = 176  # per character, eight or nine in each of matplotlib's 21 text fonts; from A to Z that makes 4,576
 
 
-def parse_resolution(context: click.Context, option: click.Parameter, text: str | None) -> Size | None:
-    """Return (width, height)."""
-    if text is None:
-        return None
+def parse_resolution(text: str) -> Size:
+    """Return (width, height). Raises UserError."""
     height, width = parse_size(text)
     if max(height, width) > MAX_SIDE:
-        raise click.BadParameter(f"{text} has more than {MAX_SIDE} pixels a side")
+        raise UserError(f"--resolution={text}: a side may have {MAX_SIDE} pixels at most")
     return width, height
 
 
@@ -61,9 +59,7 @@ def open_source(
 @click.option(
     "--dest", type=click.Path(path_type=Path), metavar="ZIP|DIR", help="What to write; a ZIP if it ends in .zip."
 )
-@click.option(
-    "--resolution", callback=parse_resolution, metavar="R|WxH", help="Size of the result; without it, sizes stay."
-)
+@click.option("--resolution", metavar="R|WxH", help="Size of the result; without it, sizes stay.")
 @click.option("--transform", type=click.Choice(TRANSFORMS), help="How to reach --resolution; stretched by default.")
 @click.option("--crops", type=click.IntRange(min=1), metavar="N", help="random-crops: crops per image.")
 @click.option(
@@ -153,6 +149,7 @@ def main(
     for name, value in (("--source", source), ("--dest", dest)):
         if not value:
             raise click.UsageError(f"Missing option '{name}'.")
+    resolution = parse_resolution(resolution) if resolution else None
     recipe = Transform(resolution, transform, crops, seed, min_side)
     images = open_source(source, resolution, transform, characters, drawings, seed, bits)
     try:
