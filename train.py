@@ -20,7 +20,7 @@ from torch_utils.command import Command, command
 from torch_utils.distributed import launched
 from training.config import RunConfig, gather, resolve
 from training.runs import NewRun, ResumedRun, launch, open_images, read_config, snapshot_metrics, to_yaml, work
-from training.snapshot import find_network
+from training.state import find_weights
 
 # Flags that no RunConfig field declares: the click option, and a function from its value to settings. The
 # discriminator's widths are StyleGAN2's, the generator's twice that, as in the paper.
@@ -126,8 +126,8 @@ class Training(Command):
 @click.option(
     "--init-from",
     metavar="NAME|FILE",
-    help="Start a new run from the weights of a network in models/, a snapshot, a run directory (its newest one), a "
-    "training state or a released .pkl.",
+    help="Start a new run from the weights of a network in models/, a snapshot, a run directory (its newest training "
+    "state), a training state or a released .pkl.",
 )
 @click.option("--desc", metavar="TEXT", help="Added to the name of the run directory.")
 @click.option(
@@ -158,7 +158,7 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
             raise UserError(f"a new run needs {', '.join(missing)}; to resume a run, give --resume=RUN_DIR")
         if init_from:
             settings = merge(nested("augment.kimg", 100.0), settings)
-            init_from = find_network(init_from)
+            init_from = find_weights(init_from)
         images = open_images(settings)
         config = resolve(settings, images, f"recipe {cfg}")
         if os.environ.get("RANK", "0") == "0":

@@ -13,10 +13,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import generate
+from dnnlib.config import build, read_yaml
 from torch_utils import checkpoint
 from training import memory
+from training.config import RunConfig
 from training.runs import flat
 from training.snapshot import load_generator
+from training.state import find_weights, initialise, new_state
 
 FLAGS = """
 outdir cfg data gpus batch gamma cond mirror resume batch-gpu aug p target augpipe cbase cmax glr dlr map-depth
@@ -180,6 +183,29 @@ def test_a_run_begins_from_a_training_state_with_its_discriminator(tiny):
             if "w_avg" not in name:
                 torch.testing.assert_close(tensor, saved[network][name], rtol=1e-6, atol=1e-6)
         assert f"{network}: {len(saved[network])} of {len(saved[network])} tensors" in result.output
+
+
+def test_a_run_on_windows_begins_from_the_networks_of_a_run_at_one_size(tiny):
+    old = tiny.run()
+    options = ("--resolution", 8, "--max-scale", 3, "-oG.coords=centers", "--kimg", 0.008)
+    result = tiny.call(*tiny.new("--init-from", old, *options, data=tiny.native_images()))
+    assert result.exit_code == 0, result.output
+    (run,) = tiny.runs() - {old}
+    state = new_state(build(RunConfig, read_yaml(run / "options.yaml"), "options"), torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in state.D.state_dict().items()}
+    initialise(state, find_weights(str(old)))
+    path = checkpoint.found(old)[0]
+    saved = checkpoint.load(path)
+    for network in ("G", "G_ema", "D"):
+        tensors = getattr(state, network).state_dict()
+        fresh = [name for name in tensors if network == "D" and name.startswith(("mapping.", "epilogue.out."))]
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, before[name] if name in fresh else saved[network][name]), name
+        taken, total = len(tensors) - len(fresh), len(tensors)
+        line = f"{network}: {taken} of {total} tensors from {path}"
+        if fresh:
+            line += f"; fresh: {', '.join(fresh)}; not taken: epilogue.out.weight, epilogue.out.bias"
+        assert line in result.output.splitlines()
 
 
 def test_a_larger_network_takes_what_fits_and_says_what_does_not(tiny):

@@ -17,7 +17,7 @@ from training.networks import Generator, build_discriminator
 from training.networks.layers import compute_with
 from training.networks.released import load_released
 from training.phases import Phase, phases
-from training.snapshot import load_generator
+from training.snapshot import find_network, load_generator
 
 
 @dataclass
@@ -105,6 +105,14 @@ def _adam(network: nn.Module, lr: float, optim: OptimConfig, phases: list[Phase]
     share = cycle / sum(cycle // phase.interval for phase in phases)
     betas = (float(optim.beta1**share), float(optim.beta2**share))
     return torch.optim.Adam(network.parameters(), lr=lr * share, betas=betas, eps=optim.eps, fused=True)
+
+
+def find_weights(start: str) -> Path:
+    """Return the file that a new run starts from: the newest state of a run directory, or else what find_network finds.
+
+    Raises UserError.
+    """
+    return next(iter(checkpoint.found(Path(start))), None) or find_network(start)
 
 
 def initialise(state: TrainState, path: Path) -> list[str]:
