@@ -382,6 +382,26 @@ def test_code_in_a_state_is_refused_and_not_run(tiny, stopped):
     assert not trap.exists()
 
 
+@pytest.mark.slow
+def test_a_run_resumed_while_it_runs_is_continued_by_the_second_process_alone(tiny):
+    arguments = ("--kimg", 0.4, "--tick", 0.016, "--snap", 2)
+    unbroken = tiny.run(*arguments, outdir="one")
+    process = tiny.process(*tiny.new(*arguments, outdir="two"))
+    while not (states := list(tiny.folder.glob("two/*/training-state-*.pt"))):
+        assert process.returncode is None, process.communicate(timeout=1)
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGSTOP)  # as a machine that is cut off
+    folder = states[0].parent
+    assert tiny.call("--resume", folder).exit_code == 0
+    os.kill(process.pid, signal.SIGCONT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert re.fullmatch(
+        rf"Error: process {os.getpid()} on \S+ has taken over .*; this one ends without saving.*\n", err
+    )
+    same_run(folder, unbroken)
+
+
 # --- what lies in the directory --------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,11 @@
 import contextlib
 import itertools
 import math
+import os
 import signal
+import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from dnnlib.console import UserError
+from dnnlib.files import atomic_write
 from torch_utils import checkpoint
 from torch_utils.distributed import PeerLost, Processes
 from torch_utils.errors import explain
@@ -29,6 +33,7 @@ from training.state import TrainState
 from training.trainer import CHECK_INTERVAL, Trainer
 
 T = TypeVar("T")
+WRITER = "process.txt"  # in a run directory: host, number and a name of its own of the process that writes there
 
 
 @dataclass
@@ -50,6 +55,7 @@ class Loop:
         self.trainer = Trainer(self.config, self.state, self.images, self.procs)
         scales = self.config.scales
         self.views = {"": None} | ({"-windows": scales} if scales.max > 1 else {})  # what the grids show
+        self.name = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
         self.log = RunLog(self.folder, self.state.written, self.state.step) if self.procs.is_first else SilentLog()
 
     def run(self) -> int:
@@ -77,6 +83,9 @@ class Loop:
         tick = max(1, round(t.tick * 1000 / t.batch))  # steps between reports
         # Several GPUs agree on a stop by waiting for each other, so they do it where a step waits anyway.
         listen = CHECK_INTERVAL if self.procs.world > 1 and self.procs.device.type == "cuda" else 1
+        if s.step < last and self.procs.is_first:
+            with atomic_write(self.folder / WRITER) as temporary:
+                temporary.write_text(self.name)
         if s.step == 0:
             self.attempt(self.introduce)
         while s.step < last:
@@ -104,6 +113,13 @@ class Loop:
             self.log.print(f"interrupted at {self.kimg:.3f} kimg; to continue: --resume={self.folder}")
             return 128 + (self.signals[0][0] if self.signals else signal.SIGTERM)
         return 0
+
+    def check_writer(self) -> None:
+        """Raise UserError if another process has resumed the run since: two machines cut off from each other, say."""
+        path = self.folder / WRITER
+        if self.procs.is_first and path.is_file() and (name := path.read_text()) != self.name:
+            host, pid, _ = name.split()
+            raise UserError(f"process {pid} on {host} has taken over {self.folder}; this one ends without saving")
 
     def attempt(self, job: Callable[..., T], *arguments: object) -> T | None:
         """Call `job`, between steps. An exception is kept until all ranks have saved the state."""
@@ -184,6 +200,7 @@ class Loop:
             self.log.image(f"fakes{view}{int(self.kimg):06d}", grid, s.step)
 
     def report(self) -> None:
+        self.check_writer()
         s = self.state
         began = time.perf_counter()
         summary = s.stats.collect(self.procs)  # waits for the steps that are queued on the device
@@ -219,6 +236,7 @@ class Loop:
         s.seconds.update(tick=0.0, data=0.0, at_kimg=self.kimg)
 
     def snapshot(self) -> None:
+        self.check_writer()
         if self.procs.is_first:
             self.log_generated()
             path = self.folder / snapshot_name(self.kimg)
@@ -228,6 +246,7 @@ class Loop:
         self.state.written = self.log.written()
         self.state.gather_sums(self.procs)
         try:
+            self.check_writer()
             if self.procs.is_first:
                 checkpoint.save(self.state.state_dict(), self.folder, self.state.step)
             self.saved = self.state.step
