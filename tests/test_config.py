@@ -45,7 +45,8 @@ def test_every_recipe_builds_networks_of_its_size_refuses_others_and_survives_it
         G, D = Generator(config.G), build_discriminator(config.D)
         image = G(torch.empty(4, config.G.z_dim))
         assert image.shape == (4, 3, size or 64, size or 64)
-        assert D(image).shape == (4, 8 if config.D.kind == "projected" else 1)
+        c = torch.empty(4, config.D.label_dim) if config.D.label_dim else None
+        assert D(image, c).shape == (4, 8 if config.D.kind == "projected" else 1)
     assert build(RunConfig, yaml.safe_load(to_yaml(config)), "options.yaml") == config
     for part in ("optim", "augment"):
         defaults = RunConfig.model_fields[part].default.model_dump()

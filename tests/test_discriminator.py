@@ -233,6 +233,22 @@ def test_an_image_is_judged_with_its_group_and_no_other():
     assert moved.tolist() == [True, False] * 4
 
 
+POOLED = {
+    2: lambda x: x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5)),
+    0.5: lambda x: x.repeat_interleave(2, 2).repeat_interleave(2, 3),
+}
+
+
+@pytest.mark.parametrize(("variant", "factor"), [("plain", 2), ("20x28", 2), ("plain", 0.5)])
+def test_images_of_other_sizes_are_judged_by_the_means_of_their_last_features(variant, factor):
+    D = frozen(**VARIANTS[variant])
+    img = noise(4, 3, *(int(side * factor) for side in D.config.img_shape))
+    x = D.from_rgb(img)
+    for block in D.blocks.values():
+        x = block(x)
+    assert error(D(img), D.epilogue(POOLED[factor](x))) <= 1e-12
+
+
 # --- Learning -----------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +330,8 @@ def some(*shape):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda D, _: D(some(2, 3, 8, 8)), ["img must be [N,3,16,16]", "[2, 3, 8, 8]"]),
+        (lambda D, _: D(some(2, 3, 16, 8)), ["img must be [N,3,16,16]", "[2, 3, 16, 8]"]),
+        (lambda D, _: D(some(2, 3, 3, 3)), ["img must be [N,3,16,16]", "halved 2 times", "[2, 3, 3, 3]"]),
         (lambda D, _: D(some(6, 3, 16, 16)), ["6 images", "groups of 4"]),
         (lambda _, C: C(some(2, 3, 16, 16)), ["conditional", "c must be [N,3]", "None"]),
         (lambda _, C: C(some(1, 3, 16, 16), some(4, 3)), ["c ", "4", "1"]),

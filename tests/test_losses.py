@@ -168,6 +168,24 @@ def test_several_logits_of_an_image_count_as_their_mean(kind):
     assert loss.D(a, b).tolist() == pytest.approx(each)
 
 
+def test_levels_of_a_pyramid_keep_flat_images_and_waves_that_they_can_show():
+    """A wave of 32 pixels loses cos²(2π/64)·cos(2π/32)... of its height at each level, and stays where it was."""
+    flat = torch.full((1, 2, 12, 8), 0.7, dtype=torch.float64)
+    for level, (height, width) in zip(losses.pyramid(flat, 3), [(12, 8), (6, 4), (3, 2)], strict=True):
+        assert torch.allclose(level, flat[:, :, :height, :width])
+    centres = torch.arange(256, dtype=torch.float64) + 0.5
+    x = (2 * math.pi * centres / 32).sin().expand(1, 1, 256, 256)
+    _, half, quarter = losses.pyramid(x, 3)
+    # (1 + 3z + 3z² + z³)/8 = ((1 + z)/2)³, of which each factor is a cosine of half the phase of a pixel
+    loss = math.cos(math.pi / 32) ** 3
+    inner = slice(2, -2)
+    expected = loss * (2 * math.pi * (torch.arange(128, dtype=torch.float64) + 0.5) / 16).sin()
+    assert torch.allclose(half[0, 0, inner, inner], expected.expand(128, 128)[inner, inner])
+    loss *= math.cos(math.pi / 16) ** 3
+    expected = loss * (2 * math.pi * (torch.arange(64, dtype=torch.float64) + 0.5) / 8).sin()
+    assert torch.allclose(quarter[0, 0, inner, inner], expected.expand(64, 64)[inner, inner])
+
+
 def test_hinge_is_its_formula():
     real, fake = (torch.tensor(x, dtype=torch.float64)[:, None] for x in (LOGITS, LOGITS[::-1]))
     expected = [max(0, 1 - r) + max(0, 1 + f) for r, f in zip(LOGITS, LOGITS[::-1], strict=True)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GENERATORS, RECIPE
+from conftest import GENERATORS, RECIPE, STYLES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ from torch_utils.images import to_uint8
 from torch_utils.randomness import make_rng
 from training import ema
 from training.augment import augment, sample
-from training.config import resolve
+from training.config import CONFIGS, read_recipe, resolve
 from training.data import Batch, batches
 from training.grids import choose_reals, choose_windows, generated_grid, grid_shape, real_grid, tile
 from training.report import duration
@@ -117,17 +117,29 @@ class Straightforward:
         positions = [[corner + pixels / zoom for corner in (y, x)] for zoom, y, x in windows.tolist()]
         return torch.cat([self.G.synthesis(w[None], *axes) for w, axes in zip(ws, positions, strict=True)])
 
+    def judged(self, images, c, windows):
+        """Judge images, and images of half the side, and so on, each told its scale: one logit for each."""
+        logits, zoom = [], torch.ones(len(images), 1).double() if windows is None else windows[:, :1]
+        taps = torch.tensor([1, 3, 3, 1]).double() / 8
+        for level in range(self.config.loss.pyramid):
+            if level:
+                edge = F.pad(images, (1, 1, 1, 1), mode="replicate")
+                images = (edge.unfold(3, 4, 2) @ taps).unfold(2, 4, 2) @ taps
+            told = [c, features_of((zoom / 2**level).numpy())] if self.config.D.scale_aware else [c]
+            logits.append(self.D(images, torch.hstack(told)))
+        return torch.hstack(logits)
+
     def step(self, s, real, c, windows):
         config, n = self.config, len(real)
         real, c, side = real.double() / 127.5 - 1, c.double(), real.shape[2]
-        scale = torch.zeros(n, 0) if windows is None else features_of(windows.numpy())
+        hinge = config.loss.kind == "hinge"
         for network in (self.G, self.D):
             network.requires_grad_(True)
 
         ws, labels, seeds = self.styles(s, "generator", n)
         images = self.rendered(ws, seeds, windows, side)
-        logits = self.D(self.augmented(images, s, "generator"), torch.hstack([labels, scale]))
-        loss = torch.log1p(torch.exp(-logits)).mean()
+        logits = self.judged(self.augmented(images, s, "generator"), labels, windows)
+        loss = (-logits if hinge else torch.log1p(torch.exp(-logits))).mean()
         if config.scales.consistency:
             halved = images.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
             other = self.rendered(ws, seeds, windows, side // 2)
@@ -153,15 +165,19 @@ class Straightforward:
 
         ws, labels, seeds = self.styles(s, "critic", n)
         fake = self.augmented(self.rendered(ws, seeds, windows, side).detach(), s, "critic")
-        c = torch.hstack([c, scale])
-        on_real = self.D(self.augmented(real, s, "critic real"), c)
-        loss = F.softplus(self.D(fake, torch.hstack([labels, scale]))).mean() + F.softplus(-on_real).mean()
+        on_fake = self.judged(fake, labels, windows)
+        on_real = self.judged(self.augmented(real, s, "critic real"), c, windows)
+        if hinge:
+            loss = (1 + on_fake).clamp(min=0).mean() + (1 - on_real).clamp(min=0).mean()
+        else:
+            loss = F.softplus(on_fake).mean() + F.softplus(-on_real).mean()
         self.descend(self.D, self.D_opt, loss)
         self.signs.append(on_real.detach().sign().mean().item())
 
         if config.loss.r1_gamma and s % config.loss.r1_interval == 0:
             x = real.clone().requires_grad_()
-            (g,) = torch.autograd.grad(self.D(self.augmented(x, s, "r1"), c).sum(), x, create_graph=True)
+            logits = self.judged(self.augmented(x, s, "r1"), c, windows)
+            (g,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
             penalty = g.pow(2).flatten(1).sum(1).mean() * config.loss.r1_gamma / 2
             self.descend(self.D, self.D_opt, penalty * config.loss.r1_interval)
 
@@ -219,6 +235,20 @@ SETTINGS = {
         "scales__consistency": 2.0,
         "train__batch_gpu": 4,
     },
+    "hinge over a pyramid, windows": {
+        "data__resolution": 8,
+        "G__coords": "centers",
+        "scales__max": 3.0,
+        "loss__kind": "hinge",
+        "loss__pyramid": 3,
+    },
+    "a pyramid of whole images, micro-batches": {
+        "data__cond": True,
+        "loss__pyramid": 2,
+        "augment__mode": "fixed",
+        "augment__p": 0.6,
+        "train__batch_gpu": 4,
+    },
 }
 
 
@@ -240,6 +270,35 @@ def test_the_four_phases_are_those_of_plain_autograd(tiny, settings):
         assert state.augment_p == pytest.approx(plain.p, rel=1e-12)
     assert state.step == 9
     assert (state.augment_p != start) == (config.augment.mode == "ada")
+
+
+SMALL = {
+    "G": STYLES | {"channel_base": 256, "channel_max": 8, "depth": 2},
+    "D": {"channel_base": 256, "channel_max": 16, "mapping_layers": 1},
+    "train": {"batch": 4, "precision": "float32"},
+}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_takes_a_step(tiny, path):
+    """At 32×32, with thin layers."""
+    settings = merge(read_recipe(path.stem), SMALL)
+    settings = merge(settings, {"data": {"path": str(tiny.images("large", size=(112, 104), count=4))}})
+    for group in ("G", "D"):
+        settings[group].pop("img_resolution", None)
+    if settings["G"].get("kind", "creps") != "creps":
+        del settings["G"]["depth"]
+    settings["data"]["resolution"] = 32
+    images = open_images(settings)
+    config = resolve(settings, images, path.stem)
+    state = new_state(config, ALONE.device)
+    before = {name: p.clone() for name, p in state.G.named_parameters()}
+    trainer = Trainer(config, state, images, ALONE)
+    scales = config.scales if config.scales.max > 1 else None
+    trainer.step(next(batches(images, batch=4, workers=0, scales=scales)))
+    assert all(p.isfinite().all() for network in (state.G, state.D) for p in network.parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in state.G.named_parameters())
+    assert not any(state.bad_steps.values())
 
 
 def test_the_state_before_the_first_step_depends_on_the_seed_alone(tiny):

@@ -47,6 +47,9 @@ class AugmentSettings(AugmentConfig):
 
 class LossConfig(Config):
     kind: Literal["logistic", "hinge"] = "logistic"
+    pyramid: int = Field(
+        1, ge=1, le=3, description="levels that D judges: images, images of half the side, …; the loss is their mean"
+    )
     r1_gamma: float = setting(ge=0, flag="gamma", description="weight γ of R1: γ/2 · ‖gradient‖²")
     r1_interval: int = Field(16, ge=1, description="steps between R1 terms; each is multiplied by this")
     pl_weight: float = Field(2.0, ge=0, description="weight of the path-length penalty; 0 turns it off")
@@ -143,8 +146,16 @@ class RunConfig(Config):
                 raise ValueError(f"scales.max needs a G.kind that renders windows, and {self.G.kind} does not")
             if self.G.coords != "centers":
                 raise ValueError("scales.max needs G.coords=centers, so that a window is part of the whole picture")
-        elif self.D.scale_aware or self.scales.consistency:
-            raise ValueError("D.scale_aware and scales.consistency need windows; set scales.max to more than 1")
+        elif self.scales.consistency:
+            raise ValueError("scales.consistency needs windows; set scales.max to more than 1")
+        elif self.D.scale_aware and self.loss.pyramid == 1:
+            raise ValueError("D.scale_aware needs several scales; set scales.max or loss.pyramid to more than 1")
+        if any(side % 2 ** (self.loss.pyramid - 1) for side in self.D.img_shape):
+            height, width = self.D.img_shape
+            raise ValueError(
+                f"loss.pyramid={self.loss.pyramid} halves images {self.loss.pyramid - 1} times, and the sides of "
+                f"{width}x{height} do not divide by {2 ** (self.loss.pyramid - 1)}; use fewer levels or another size"
+            )
         return self
 
     @property
@@ -252,8 +263,9 @@ def resolve(settings: dict, images: ImageArchive, where: str) -> RunConfig:
             )
         found = {"img_shape": (height, width), "img_channels": channels, "c_dim": images.label_dim}
         settings[network] = found | settings[network]
-    scales = settings.get("scales", {}).get("max", 1)
-    settings = merge(nested("D.scale_aware", isinstance(scales, int | float) and scales > 1), settings)
+    several = (settings.get("scales", {}).get("max", 1), settings.get("loss", {}).get("pyramid", 1))
+    several = any(isinstance(number, int | float) and number > 1 for number in several)  # build refuses a wrong one
+    settings = merge(nested("D.scale_aware", several), settings)
     batch = settings.get("train", {}).get("batch")
     batch = batch if isinstance(batch, int | float) and batch >= 1 else 1  # build refuses a wrong one
     settings = merge(nested("loss.r1_gamma", default_gamma(height * width, batch)), settings)

@@ -3,12 +3,14 @@
 Legend: N images, w the style dimension; K styles or logits of an image. Logits are [N,K] or [N].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from torch_utils.ops.resample import lowpass
 
 
 def logistic_G(fake_logits: Tensor) -> Tensor:
@@ -29,6 +31,17 @@ def hinge_G(fake_logits: Tensor) -> Tensor:
 def hinge_D(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """[N,K], [N,K] -> [N]: max(0, 1 − D(real)) + max(0, 1 + D(fake))."""
     return per_image(F.relu(1 - real_logits)) + per_image(F.relu(1 + fake_logits))
+
+
+def pyramid(x: Tensor, levels: int) -> Iterator[Tensor]:
+    """[N,C,H,W] -> x and its smaller versions, `levels` in all, each half the one before: filtered by [1,3,3,1]/8.
+
+    Beyond an edge its pixels are repeated.
+    """
+    yield x
+    for _ in range(levels - 1):
+        x = lowpass(F.pad(x, (1, 1, 1, 1), mode="replicate"), padding=0, stride=2)
+        yield x
 
 
 def per_image(x: Tensor) -> Tensor:

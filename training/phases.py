@@ -46,7 +46,6 @@ def phases(config: LossConfig) -> list[Phase]:
 
 def generator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
     """Yield the adversarial loss of G, on the windows of the real images. w_avg tracks the mean style of the batch."""
-    G, D = t.state.G, t.state.D
     latents = t.sample_latents("generator", t.batch)
     augmentations = t.sample_augmentations("generator")
     average, consistency = 0, t.config.scales.consistency
@@ -55,7 +54,7 @@ def generator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
         with t.autocast():
             ws = t.styles(own)
             images = t.synthesise(ws, own.noise, windows)
-            logits = D(augmentations[part].apply(images), t.judged_by(own.c, windows))
+            logits = t.judge(augmentations[part].apply(images), own.c, windows)
         loss = t.adversarial.G(logits)
         average = average + ws[:, 0].detach().mean(dim=0) / len(t.parts)
         t.state.stats.report("Loss/G/loss", loss)
@@ -65,7 +64,7 @@ def generator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
             t.state.stats.report("Loss/G/consistency", difference)
             loss = loss.mean() + consistency * difference.mean()
         yield loss.mean() / len(t.parts)
-    w_avg = G.mapping.w_avg
+    w_avg = t.state.G.mapping.w_avg
     t.set_after_update(w_avg, w_avg.lerp(t.procs.mean_(average), 1 - t.config.train.w_avg_decay))
 
 
@@ -111,8 +110,8 @@ def discriminator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
             with torch.no_grad():
                 fake = t.synthesise(t.styles(own), own.noise, windows)
             both = torch.cat([of_fake[part].apply(fake), of_real[part].apply(x)])
-            both_labels = torch.cat([t.judged_by(c, windows) for c in (own.c, c)])
-            fake_logits, real_logits = s.D(both, both_labels, batches=2).chunk(2)
+            logits = t.judge(both, torch.cat([own.c, c]), windows, batches=2)
+            fake_logits, real_logits = logits.chunk(2)
         loss = t.adversarial.D(real_logits, fake_logits)
         s.signs += torch.stack([real_logits.detach().sign().sum(), real_logits.new_full((), real_logits.numel())])
         s.stats.report("Loss/D/loss", loss)
@@ -130,11 +129,10 @@ def r1_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
     config = t.config.loss
     augmentations = t.sample_augmentations("r1")
     for part, (x, c, windows) in zip(t.parts, t.split(real), strict=True):
-        c = t.judged_by(c, windows)
 
-        def judge(x: Tensor, part: slice = part, c: Tensor = c) -> Tensor:
+        def judge(x: Tensor, part: slice = part, c: Tensor = c, windows: Tensor | None = windows) -> Tensor:
             with t.autocast():
-                return t.state.D.regularised(augmentations[part].apply(x), c)
+                return t.judge(augmentations[part].apply(x), c, windows, regularised=True)
 
         penalty = losses.r1(judge, x)
         t.state.stats.report("Loss/r1_penalty", penalty)

@@ -8,6 +8,7 @@ changes only the order of float additions; minibatch-std groups stay whole (see 
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -193,11 +194,24 @@ class Trainer:
         with self.autocast():
             return self.state.G.synthesis(ws, *axes, noise)
 
-    def judged_by(self, c: Tensor, windows: Tensor | None) -> Tensor:
-        """Return the labels that D gets for images: c [N,c_dim] and, if D is scale-aware, the scale of the windows."""
-        if not self.config.D.scale_aware:
-            return c
-        return torch.cat([c, scale_features(windows[:, 0]).to(c)], dim=1)
+    def judge(
+        self, images: Tensor, c: Tensor, windows: Tensor | None, batches: int = 1, *, regularised: bool = False
+    ) -> Tensor:
+        """Return the logits [N,K] of D for `batches` of images [N,C,H,W] of labels c [N,c_dim] and the same windows.
+
+        With several levels of a pyramid, the logits of all, side by side. A scale-aware D is told log2(n/R) of each
+        level, where n is the side of the whole picture that it is a part of.
+        regularised: only the logits that R1 regards.
+        """
+        D = self.state.D
+        judge = D.regularised if regularised else functools.partial(D, batches=batches)
+        zoom = images.new_ones(len(images)) if windows is None else windows[:, 0].repeat(batches)
+        logits = []
+        for level in losses.pyramid(images, self.config.loss.pyramid):
+            scale = zoom * (level.shape[2] / self.config.D.img_shape[0])
+            told = torch.cat([c, scale_features(scale).to(c)], dim=1) if self.config.D.scale_aware else c
+            logits.append(judge(level, told))
+        return torch.cat(logits, dim=1)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.procs.device.type, torch.bfloat16, self.config.train.precision == "bfloat16")

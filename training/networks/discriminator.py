@@ -9,6 +9,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ SCALE_FEATURES = 8
 
 
 def scale_features(zoom: Tensor) -> Tensor:
-    """Describe zooms [N], 1 or more, as [N,SCALE_FEATURES]: 1, v = log2 zoom, sines and cosines of v·π·(1, 2, 4)."""
+    """Describe zooms [N] as [N,SCALE_FEATURES]: 1, v = log2 zoom, sines and cosines of v·π·(1, 2, 4)."""
     v = zoom.log2()[:, None]
     phase = v * math.pi * torch.tensor([1.0, 2.0, 4.0], dtype=v.dtype, device=v.device)
     return torch.cat([torch.ones_like(v), v, phase.sin(), phase.cos()], dim=1)
@@ -166,9 +167,10 @@ class Epilogue(nn.Module):
 class Discriminator(Layer):
     """img [N,C,H,W] in [-1,1], c [N,label_dim] or None -> logits [N,1].
 
-    img may hold several `batches` in sequence: the same as one call per batch, and faster. Conditional: the projection
-    of Miyato and Koyama (ICLR 2018) on a mapping of the label. Raises ValueError when img or c has another shape, or
-    when a batch does not divide into minibatch-std groups.
+    H and W may also be larger or smaller than those of the config, in the same proportions: the last features are then
+    averaged over, or repeated in, the usual number of areas. img may hold several `batches` in sequence: the same as
+    one call per batch, and faster. Conditional: the projection of Miyato and Koyama (ICLR 2018) on a mapping of the
+    label. Raises ValueError when img or c has another shape, or a batch does not divide into minibatch-std groups.
 
     recompute "all": keep only the images for the backward pass, which recomputes one image and one block at a time.
     """
@@ -183,23 +185,31 @@ class Discriminator(Layer):
         )
         last = config.channels(4)
         self.mapping = Mapping(0, config.label_dim, last, config.mapping_layers) if config.label_dim else None
-        pixels = math.prod(config.img_shape) >> 2 * len(config.resolutions)
-        self.epilogue = Epilogue(last, pixels, last if config.label_dim else 1, config.mbstd_group)
+        self.areas = tuple(side >> len(config.resolutions) for side in config.img_shape)
+        self.epilogue = Epilogue(last, math.prod(self.areas), last if config.label_dim else 1, config.mbstd_group)
 
     def features(self, img: Tensor) -> Tensor:
-        """[N,img_channels,H,W] -> [N,C,h,w], each image separately."""
+        """[N,img_channels,H,W] -> [N,C,h,w], each image separately; h and w are those of images of the usual size."""
         call = recomputed if self.recompute == "all" else ResidualBlock.__call__
         if img.device.type == "cpu":  # convolutions with channels last are about three times as fast there
             img = img.contiguous(memory_format=torch.channels_last)
         x = self.from_rgb(img)
         for block in self.blocks.values():
             x = call(block, x)
-        return x
+        return x if x.shape[2:] == self.areas else F.adaptive_avg_pool2d(x, self.areas)
 
     def forward(self, img: Tensor, c: Tensor | None = None, batches: int = 1) -> Tensor:
-        expected = (self.config.img_channels, *self.config.img_shape)
-        if img.ndim != 4 or img.shape[1:] != expected:
-            raise ValueError(f"img must be [N,{','.join(map(str, expected))}], got {list(img.shape)}")
+        channels, height, width = self.config.img_channels, *self.config.img_shape
+        if (
+            img.ndim != 4
+            or img.shape[1] != channels
+            or img.shape[2] * width != img.shape[3] * height
+            or not min(img.shape[2:]) >> len(self.blocks)
+        ):
+            raise ValueError(
+                f"img must be [N,{channels},{height},{width}], or larger or smaller in these proportions and halved "
+                f"{len(self.blocks)} times; got {list(img.shape)}"
+            )
         if not len(img):
             raise ValueError("img is an empty batch; the minibatch standard deviation needs an image")
         check_label(c, self.config.label_dim, len(img))

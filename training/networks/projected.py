@@ -116,8 +116,8 @@ class Head(nn.Module):
 class ProjectedDiscriminator(nn.Module):
     """img [N,C,H,W] in [-1,1], c [N,label_dim] or None -> logits [N,8]: four of features, fine first, four of pixels.
 
-    The four of pixels are equal, so that pixels and features have the same weight in a mean. Labels, `batches` and
-    errors are those of Discriminator.
+    The four of pixels are equal, so that pixels and features have the same weight in a mean. Labels, sizes, `batches`
+    and errors are those of Discriminator.
     """
 
     def __init__(self, config: ProjectedConfig):
