@@ -7,6 +7,7 @@ Each run is a fresh process with one thread. Minutes are processor time, which o
 Recipes take turns, seed by seed, so that a busy hour affects all of them.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -23,15 +24,19 @@ from benchmarks.machine import describe
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from torch_utils.command import command
-from training.snapshot import read_trained, snapshots
+from training.snapshot import load_generator, read_trained, snapshots
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 METRICS = "fd_lite0_1k_full,lines1k_full"
+CONSISTENCY = ",scale_psnr"  # of generators that render other sizes
 KIMG = 0.5  # between snapshots; the last one within the time is measured
 
 
-def train(data: Path, options: str, seed: int, minutes: float, folder: Path) -> tuple[Path, float]:
-    """Train for minutes of processor time; return the run's last snapshot and its kimg."""
+def train(data: Path, options: str, seed: int, minutes: float, folder: Path) -> tuple[Path, dict[str, float]]:
+    """Train for minutes of processor time; return the run's last snapshot, and its kimg, speed and memory.
+
+    The images per second are those of processor time, with starting.
+    """
     command = [sys.executable, "train.py", f"--data={data}", f"--seed={seed}", f"--outdir={folder}", "--kimg=100000"]
     command += [f"--tick={KIMG}", "--snap=1", *shlex.split(options)]
 
@@ -43,17 +48,19 @@ def train(data: Path, options: str, seed: int, minutes: float, folder: Path) -> 
     ran = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, preexec_fn=limit)
     if ran.returncode != -signal.SIGXCPU:
         raise UserError(f"train.py {options} ended early with code {ran.returncode}: {ran.stderr[-1000:]}")
-    (run,) = folder.iterdir()
-    found = snapshots(run)
-    if not found:
-        raise UserError(f"train.py {options} wrote no snapshot in {minutes:g} minutes; give it more")
-    return found[-1], read_trained(found[-1])["kimg"]
+    found = [path for run in folder.glob("*") for path in snapshots(run)]
+    kimg = read_trained(found[-1])["kimg"] if found else 0
+    if not kimg:
+        raise UserError(f"train.py {options} wrote no trained snapshot in {minutes:g} minutes; give it more")
+    last = json.loads((found[-1].parent / "stats.jsonl").read_text().splitlines()[-1])
+    images = 1000 * kimg / (60 * minutes)
+    return found[-1], {"kimg": kimg, "images/s": images, "peak GiB": last["Resources/peak_mem_gib"]}
 
 
 def measure(data: Path, network: Path) -> dict[str, float]:
     """Measure a snapshot in its run's directory; return each metric."""
-    run = network.parent
-    command = [sys.executable, "calc_metrics.py", f"--network={network}", f"--data={data}", f"--metrics={METRICS}"]
+    run, metrics = network.parent, METRICS + CONSISTENCY * load_generator(network).config.any_position
+    command = [sys.executable, "calc_metrics.py", f"--network={network}", f"--data={data}", f"--metrics={metrics}"]
     command += [f"--outdir={run}"]
     ran = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
     if ran.returncode:
@@ -64,12 +71,14 @@ def measure(data: Path, network: Path) -> dict[str, float]:
 
 def show(runs: list[dict]) -> str:
     """Return a Markdown table of each recipe's medians and, with several seeds, ranges."""
-    keys = [key for key in runs[0] if key not in ("recipe", "seed", "network")]
+    keys = [key for key in dict.fromkeys(itertools.chain(*runs)) if key not in ("recipe", "seed", "network")]
     lines = [f"| recipe | {' | '.join(keys)} |", "| --- " * (len(keys) + 1) + "|"]
     for recipe in dict.fromkeys(run["recipe"] for run in runs):
-        columns = [[run[key] for run in runs if run["recipe"] == recipe] for key in keys]
+        columns = [[run[key] for run in runs if run["recipe"] == recipe and key in run] for key in keys]
         texts = [
             f"{statistics.median(values):.3g}" + (f" ({min(values):.3g}–{max(values):.3g})" if len(values) > 1 else "")
+            if values
+            else "–"
             for values in columns
         ]
         lines.append(f"| {recipe} | {' | '.join(texts)} |")
@@ -101,8 +110,8 @@ def main(data, minutes, seeds, folder, out, recipes):
     result = {"machine": describe(), "data": data.name, "minutes": minutes, "recipes": dict(recipes), "runs": []}
     for seed in range(seeds):
         for name, options in recipes:
-            network, kimg = train(data, options, seed, minutes, folder / f"{name}-{seed}")
-            found = {"recipe": name, "seed": seed, "kimg": kimg, **measure(data, network), "network": str(network)}
+            network, trained = train(data, options, seed, minutes, folder / f"{name}-{seed}")
+            found = {"recipe": name, "seed": seed, **trained, **measure(data, network), "network": str(network)}
             click.echo(json.dumps(found))
             result["runs"].append(found)
             with atomic_write(out) as temporary:

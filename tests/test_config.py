@@ -171,6 +171,20 @@ def test_every_recipe_runs_on_up_to_sixteen_processes_that_divide_its_batch(reci
             assert config.micro_batch(world) == train.batch // world
 
 
+@pytest.mark.parametrize("kind", ["stylegan2", "cips", "inr_gan"])
+def test_the_recipes_to_compare_generators_differ_in_the_generator_alone(kind, tmp_path):
+    images, sizes = one_image(tmp_path / "images", 64), []
+    recipes = [read_recipe(name) for name in ("projected", f"projected-{kind}")]
+    for recipe in recipes:
+        config = resolve(merge(recipe, {"data": {"path": "x"}}), images, "recipe")
+        with torch.device("meta"):
+            sizes.append(sum(p.numel() for p in Generator(config.G).parameters()))
+        del recipe["G"]
+    assert config.G.kind == kind
+    assert recipes[0] == recipes[1]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.15)
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
