@@ -161,6 +161,8 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
             init_from = find_weights(init_from)
         images = open_images(settings)
         config = resolve(settings, images, f"recipe {cfg}")
+        if config.scales.teacher and not init_from:
+            raise UserError("scales.teacher compares with the network that a run starts from; give it with --init-from")
         if os.environ.get("RANK", "0") == "0":
             for note in images.notes():
                 click.echo(f"note: {note}", err=True)

@@ -71,10 +71,13 @@ def test_two_processes_equal_one_and_one_continues_what_two_began(tiny):
 
 
 def test_accumulation_labels_mirror_and_windows_on_two_processes_equal_one(tiny):
-    arguments = (*EXACT, "--cond", "--mirror", "--batch", 16, "--kimg", 0.08)
-    arguments += ("--resolution", 8, "--max-scale", 2, "-o", "G.coords=centers", "-o", "scales.consistency=1")
-    one = tiny.run(*arguments, outdir="one", data=tiny.labelled)
-    command = tiny.new(*arguments, "--batch-gpu", 4, outdir="two", data=tiny.labelled)
+    large = tiny.images("large", size=(30, 27), labels=True)
+    native = (*EXACT, "--cond", "--mirror", "--batch", 16, "--resolution", 8, "--max-scale", 3, "-oG.coords=centers")
+    start = tiny.run(*native, "--kimg", 0.016, data=large)
+    arguments = (*native, "--kimg", 0.048, "--init-from", start, "-oscales.consistency=1", "-oscales.teacher=1")
+    arguments += ("-oloss.pyramid=2",)
+    one = tiny.run(*arguments, outdir="one", data=large)
+    command = tiny.new(*arguments, "--batch-gpu", 4, outdir="two", data=large)
     run_ranks(tiny.start, ROOT / "train.py", *command)
     (two,) = tiny.runs("two")
     close(one, two, without=PER_PROCESS)

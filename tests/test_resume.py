@@ -125,6 +125,26 @@ def fresh(folder: Path, unbroken: Path) -> tuple[Path, RunConfig]:
     return folder, build(RunConfig, read_yaml(folder / "options.yaml"), "options.yaml")
 
 
+# --- a teacher ---
+
+
+def test_the_teacher_is_the_network_that_a_run_started_from_however_often_it_is_resumed(tiny):
+    """The file that it came from is gone by then."""
+    native = ("--resolution", 8, "--max-scale", 3, "-o", "G.coords=centers")
+    large = tiny.images("large", size=(30, 27))
+    first = tiny.run(*native, "--kimg", 0.016, data=large)
+    file = shutil.copy(sorted(first.glob("*.safetensors"))[-1], tiny.folder / "first.safetensors")
+    taught = (*native, "--init-from", file, "-o", "scales.teacher=5", "--kimg")
+    unbroken = tiny.run(*taught, 0.056, data=large)
+    broken = tiny.run(*taught, 0.024, data=large)
+    file.unlink()
+    assert tiny.call("--resume", broken, "--kimg", 0.056).exit_code == 0
+    equal(final_state(broken), final_state(unbroken))
+    equal(final_state(broken)["teacher"], final_state(first)["G_ema"])
+    moved = final_state(broken)["G_ema"]
+    assert any(not torch.equal(value, final_state(broken)["teacher"][name]) for name, value in moved.items())
+
+
 # --- stopped at every step -------------------------------------------------------------------------------------------
 
 

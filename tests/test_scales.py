@@ -16,7 +16,9 @@ NATIVE = {"data": {"resolution": 8}, "G": {"coords": "centers"}, "scales": {"max
     [
         ({"scales": {"max": 2}}, r"scales.max needs images that are larger .*--transform=native"),
         (merge(NATIVE, {"G": {"coords": "endpoints"}}), "scales.max needs G.coords=centers"),
-        ({"scales": {"consistency": 1}}, "scales.consistency needs windows; set scales.max"),
+        ({"scales": {"consistency": 1}}, "scales.consistency and scales.teacher need windows; set scales.max"),
+        ({"scales": {"teacher": 1}}, "scales.consistency and scales.teacher need windows; set scales.max"),
+        (merge(NATIVE, {"scales": {"sampling": "log"}}), "scales.sampling='log': .*'log-uniform' or 'uniform'"),
         ({"D": {"scale_aware": True}}, "D.scale_aware needs several scales; set scales.max or loss.pyramid"),
         ({"loss": {"pyramid": 4}}, "loss.pyramid=4: .*less than or equal to 3"),
         ({"loss": {"pyramid": 3}, "data": {"resolution": [8, 10]}}, "halves images 2 times, .*10x8 do not divide by 4"),

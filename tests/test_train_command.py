@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from conftest import GENERATORS
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -17,8 +18,9 @@ from dnnlib.config import build, read_yaml
 from torch_utils import checkpoint
 from training import memory
 from training.config import RunConfig
+from training.networks import Generator, GeneratorConfig
 from training.runs import flat
-from training.snapshot import load_generator
+from training.snapshot import load_generator, save_generator
 from training.state import find_weights, initialise, new_state
 
 FLAGS = """
@@ -401,6 +403,15 @@ def foreign_weights(tiny) -> list:
     return tiny.new("--init-from", path)
 
 
+TAUGHT = ("-o", "scales.teacher=5", "--resolution", 8, "--max-scale", 2, "-o", "G.coords=centers")
+
+
+def another_teacher(tiny) -> list:
+    G = Generator(GeneratorConfig(img_shape=(8, 8), **GENERATORS["creps"] | {"thickness": 3}))
+    save_generator(G, tiny.folder / "teacher.safetensors")
+    return tiny.new(*TAUGHT, "--init-from", tiny.folder / "teacher.safetensors")
+
+
 MISTAKES = {
     # options
     "nothing": (lambda tiny: [], "needs --outdir, --cfg, --data"),
@@ -460,6 +471,8 @@ MISTAKES = {
         "x.pt is not an intact",
     ),
     "init-from what does not fit": (foreign_weights, "nothing in .*foreign.pt fits"),
+    "a teacher from nowhere": (extra(*TAUGHT), "scales.teacher compares with .* give it with --init-from"),
+    "a teacher of another shape": (another_teacher, "scales.teacher needs all of G from .*teacher.safetensors.*lacks"),
 }
 
 

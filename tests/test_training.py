@@ -34,9 +34,9 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 def prepare(tiny, kind="creps", **settings):
     """(config, images, state, trainer) in float64; `settings` are dotted keys with __ for the dot."""
-    nest = merge(
-        RECIPE | {"G": GENERATORS[kind]}, {"data": {"path": str(tiny.labelled)}, "train": {"precision": "float64"}}
-    )
+    native = "data__resolution" in settings
+    path = tiny.images("large", size=(30, 27), labels=True) if native else tiny.labelled
+    nest = merge(RECIPE | {"G": GENERATORS[kind]}, {"data": {"path": str(path)}, "train": {"precision": "float64"}})
     for key, value in settings.items():
         nest = merge(nest, nested(key.replace("__", "."), value))
     images = open_images(nest)
@@ -63,6 +63,7 @@ class Straightforward:
     def __init__(self, config, images, state):
         self.config, self.images = config, images
         self.G, self.D, self.average = (copy.deepcopy(n) for n in (state.G, state.D, state.G_ema))
+        self.teacher = state.teacher
         self.G_opt = self.adam(self.G, config.optim.g_lr, config.loss.pl_weight, config.loss.pl_interval)
         self.D_opt = self.adam(self.D, config.optim.d_lr, config.loss.r1_gamma, config.loss.r1_interval)
         self.p, self.a, self.signs = config.augment.p, 0.0, []
@@ -82,6 +83,7 @@ class Straightforward:
         chosen = torch.randint(len(self.images), [count], generator=random)
         c = torch.stack([self.images.label(int(i)) for i in chosen]).double()
         seeds = torch.randint(2**62, [count], generator=random)
+        self.seen = z, c
         ws = self.G.mapping(z, c)
         if mixing:
             others = self.G.mapping(torch.randn(count, G.z_dim, generator=random).double(), c)
@@ -129,6 +131,16 @@ class Straightforward:
             logits.append(self.D(images, torch.hstack(told)))
         return torch.hstack(logits)
 
+    def from_teacher(self, w, image, window):
+        """Compare a window with the pixels that the teacher has there: L1."""
+        zoom, y, x = window
+        side = image.shape[1]
+        q = round(side / zoom)
+        fine = image.repeat_interleave(q, 1).repeat_interleave(q, 2)  # of side·q pixels, which both divide
+        areas = fine.unflatten(2, (q, side)).unflatten(1, (q, side)).mean((2, 4))
+        pixels = (torch.arange(q).double() + 0.5) / q
+        return (areas - self.teacher.synthesis(w[None], y + pixels / zoom, x + pixels / zoom)[0]).abs().mean()
+
     def step(self, s, real, c, windows):
         config, n = self.config, len(real)
         real, c, side = real.double() / 127.5 - 1, c.double(), real.shape[2]
@@ -144,6 +156,9 @@ class Straightforward:
             halved = images.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
             other = self.rendered(ws, seeds, windows, side // 2)
             loss = loss + config.scales.consistency * (halved - other).pow(2).mean()
+        if config.scales.teacher:
+            distances = map(self.from_teacher, self.teacher.mapping(*self.seen), images, windows.tolist())
+            loss = loss + config.scales.teacher * sum(distances) / n
         self.descend(self.G, self.G_opt, loss)
         decay = config.train.w_avg_decay
         self.G.mapping.w_avg.copy_(decay * self.G.mapping.w_avg + (1 - decay) * ws[:, 0].detach().mean(0))
@@ -242,6 +257,15 @@ SETTINGS = {
         "loss__kind": "hinge",
         "loss__pyramid": 3,
     },
+    "a teacher, uniform zooms, micro-batches": {
+        "data__cond": True,
+        "data__resolution": 8,
+        "G__coords": "centers",
+        "scales__max": 5.0,
+        "scales__sampling": "uniform",
+        "scales__teacher": 3.0,
+        "train__batch_gpu": 4,
+    },
     "a pyramid of whole images, micro-batches": {
         "data__cond": True,
         "loss__pyramid": 2,
@@ -255,6 +279,9 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_the_four_phases_are_those_of_plain_autograd(tiny, settings):
     config, images, state, trainer = prepare(tiny, **settings)
+    if state.teacher:
+        for p in state.teacher.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=make_rng(0, 0, "teacher"))
     plain = Straightforward(config, images, state)
     start = plain.p
     for s in range(9):

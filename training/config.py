@@ -146,8 +146,8 @@ class RunConfig(Config):
                 raise ValueError(f"scales.max needs a G.kind that renders windows, and {self.G.kind} does not")
             if self.G.coords != "centers":
                 raise ValueError("scales.max needs G.coords=centers, so that a window is part of the whole picture")
-        elif self.scales.consistency:
-            raise ValueError("scales.consistency needs windows; set scales.max to more than 1")
+        elif self.scales.consistency or self.scales.teacher:
+            raise ValueError("scales.consistency and scales.teacher need windows; set scales.max to more than 1")
         elif self.D.scale_aware and self.loss.pyramid == 1:
             raise ValueError("D.scale_aware needs several scales; set scales.max or loss.pyramid to more than 1")
         if any(side % 2 ** (self.loss.pyramid - 1) for side in self.D.img_shape):

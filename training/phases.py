@@ -19,9 +19,10 @@ from torch import Tensor
 from training import losses
 from training.config import LossConfig
 from training.data import Batch
+from training.scales import parts
 
 if TYPE_CHECKING:
-    from training.trainer import Trainer
+    from training.trainer import Latents, Trainer
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def generator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
     """Yield the adversarial loss of G, on the windows of the real images. w_avg tracks the mean style of the batch."""
     latents = t.sample_latents("generator", t.batch)
     augmentations = t.sample_augmentations("generator")
-    average, consistency = 0, t.config.scales.consistency
+    average = 0
     for part, (_, _, windows) in zip(t.parts, t.split(real), strict=True):
         own = latents.part(part)
         with t.autocast():
@@ -58,14 +59,37 @@ def generator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
         loss = t.adversarial.G(logits)
         average = average + ws[:, 0].detach().mean(dim=0) / len(t.parts)
         t.state.stats.report("Loss/G/loss", loss)
-        if consistency:
-            half = t.synthesise(ws, own.noise, windows, shrink=2)
-            difference = (F.avg_pool2d(images, 2) - half).square().mean(dim=(1, 2, 3))
-            t.state.stats.report("Loss/G/consistency", difference)
-            loss = loss.mean() + consistency * difference.mean()
+        for name, term in WINDOW_TERMS.items():
+            if weight := getattr(t.config.scales, name):
+                difference = term(t, own, ws, images, windows)
+                t.state.stats.report(f"Loss/G/{name}", difference)
+                loss = loss + weight * difference
         yield loss.mean() / len(t.parts)
     w_avg = t.state.G.mapping.w_avg
     t.set_after_update(w_avg, w_avg.lerp(t.procs.mean_(average), 1 - t.config.train.w_avg_decay))
+
+
+def consistency(t: Trainer, own: Latents, ws: Tensor, images: Tensor, windows: Tensor) -> Tensor:
+    """Return the mean squared differences [N] between images, halved, and the same windows of half as many pixels."""
+    half = t.synthesise(ws, own.noise, windows, shrink=2)
+    return (F.avg_pool2d(images, 2) - half).square().mean(dim=(1, 2, 3))
+
+
+def teacher(t: Trainer, own: Latents, ws: Tensor, images: Tensor, windows: Tensor) -> Tensor:
+    """Return the mean absolute differences [N] between images, reduced to pixels of whole pictures, and the teacher's.
+
+    AnyresGAN (Chai et al., ECCV 2022), without its LPIPS: the teacher renders the same latents at these pixels.
+    """
+    (rows, of_rows), (cols, of_cols) = parts(windows, images.shape[2:])
+    of_rows, of_cols = of_rows[:, None].to(images), of_cols[:, None].to(images)
+    with torch.no_grad(), t.autocast():
+        wanted = t.state.teacher.synthesis(t.styles(own, t.state.teacher), rows, cols, own.noise)
+    counted = of_rows.sum(dim=3, keepdim=True) * of_cols.sum(dim=3)[:, :, None]
+    difference = (of_rows @ images @ of_cols.mT - wanted).abs() * counted
+    return difference.sum(dim=(1, 2, 3)) / (counted.sum(dim=(1, 2, 3)) * images.shape[1])
+
+
+WINDOW_TERMS = {"consistency": consistency, "teacher": teacher}  # by the settings in `scales` that are their weights
 
 
 def path_length_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:

@@ -5,6 +5,9 @@ the frame's height and width: its H×W pixels are at y + (i + ½) / (zoom·H) an
 is (1, 0, 0). Legend: N images, H×W the training size.
 """
 
+from collections.abc import Iterator
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -23,17 +26,22 @@ class ScalesConfig(Config):
         description="windows from pictures of up to this many times data.resolution",
     )
     windows: float = setting(0.5, ge=0, le=1, description="share of the images that are windows; others are whole")
+    sampling: Literal["log-uniform", "uniform"] = setting("log-uniform", description="distribution of the zooms")
     consistency: float = setting(
         0.0, ge=0, description="weight of the squared difference between a window, halved, and the window at half size"
+    )
+    teacher: float = setting(
+        0.0, ge=0, description="weight of the absolute difference from the network of --init-from, at its own pixels"
     )
 
 
 def sample_window(scales: ScalesConfig, largest: float, seed: int, position: int) -> tuple[float, float, float]:
-    """Sample the window of the image at `position` of the stream: zoom log-uniform from 1 to at most `largest`."""
+    """Sample the window of the image at `position` of the stream: zoom from 1 to `largest` or scales.max."""
     choice, zoom, y, x = torch.rand(4, dtype=torch.float64, generator=make_rng(seed, position, "window")).tolist()
     if choice >= scales.windows:
         return 1.0, 0.0, 0.0
-    zoom = min(scales.max, largest) ** zoom
+    largest = min(scales.max, largest)
+    zoom = largest**zoom if scales.sampling == "log-uniform" else 1 + zoom * (largest - 1)
     return zoom, y * (1 - 1 / zoom), x * (1 - 1 / zoom)
 
 
@@ -45,3 +53,19 @@ def positions(windows: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         corner + (torch.arange(side, dtype=torch.float64, device=windows.device) + 0.5) / (zoom * side)
         for corner, side in axes
     )
+
+
+def parts(windows: Tensor, shape: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, for rows and for columns, how windows [N,3] of H×W pixels show the whole picture of H×W pixels.
+
+    Across such a window the picture has q = round(H / zoom) pixels, at least one: positions [N,H] of these, of which
+    only the first q count, and weights [N,H,H] that average pixels of the window over the area of each, 0 beyond q.
+    """
+    zoom = windows[:, :1]
+    for corner, side in zip(windows[:, 1:].split(1, dim=1), shape, strict=True):
+        count = (side / zoom).round().clamp(min=1)
+        index = torch.arange(side, dtype=torch.float64, device=windows.device)
+        length = (side / count)[:, :, None]  # of an area, in pixels of the window
+        start = index[:, None] * length
+        covered = torch.minimum(index + 1, start + length) - torch.maximum(index, start)
+        yield corner + (index + 0.5) / (zoom * count), covered.clamp(min=0) / length

@@ -30,6 +30,7 @@ class TrainState:
     G_opt: torch.optim.Adam
     D_opt: torch.optim.Adam
     augment_p: float
+    teacher: Generator | None = None  # G_ema as it was at first, for scales.teacher
     step: int = 0
     pl_mean: Tensor = field(default_factory=lambda: torch.zeros([]))
     # Sum and count of sign(D(real)) since the last adjustment of the augmentation.
@@ -45,6 +46,7 @@ class TrainState:
 
     def load_state_dict(self, saved: dict, procs: Processes) -> None:
         """Restore every field. Raises UserError when `saved` belongs to other networks."""
+        saved = {"teacher": None} | saved  # states of earlier versions have none
         try:
             for name in (field.name for field in fields(self)):
                 own, value = getattr(self, name), saved[name]
@@ -85,13 +87,15 @@ def new_state(config: RunConfig, device: torch.device) -> TrainState:
     for network in (G, D):
         compute_with(network, config.train.impl, config.train.recompute)
     steps = phases(config.loss)
+    G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     return TrainState(
         G=G,
         D=D,
-        G_ema=copy.deepcopy(G).eval().requires_grad_(False),
+        G_ema=G_ema,
         G_opt=_adam(G, config.optim.g_lr, config.optim, [phase for phase in steps if phase.network == "G"]),
         D_opt=_adam(D, config.optim.d_lr, config.optim, [phase for phase in steps if phase.network == "D"]),
         augment_p=0.0 if config.augment.mode == "none" else config.augment.p,
+        teacher=copy.deepcopy(G_ema) if config.scales.teacher else None,
         pl_mean=torch.zeros([], device=device, dtype=dtype),
         signs=torch.zeros(2, device=device, dtype=torch.float64),
         stats=Stats(device),
@@ -118,7 +122,8 @@ def find_weights(start: str) -> Path:
 def initialise(state: TrainState, path: Path) -> list[str]:
     """Give `state` the weights in a snapshot (G and its EMA), or in a training state or released .pkl (D as well).
 
-    Tensors of the same name and shape are taken. Returns a report, line by line; raises UserError when nothing fits.
+    Tensors of the same name and shape are taken. A teacher gets those of the EMA, all of them. Returns a report, line
+    by line; raises UserError when nothing fits.
     """
     if path.suffix == ".pt":
         saved = checkpoint.load(path)
@@ -142,6 +147,13 @@ def initialise(state: TrainState, path: Path) -> list[str]:
             + (f"; fresh: {', '.join(fresh)}" if fresh else "")
             + (f"; not taken: {', '.join(left)}" if left else "")
         )
+        if name == "G_ema" and state.teacher:
+            if fresh:
+                raise UserError(
+                    f"scales.teacher needs all of G from {path}, which lacks {fresh[0]} of this shape; give G the "
+                    "settings of that network, or set scales.teacher to 0"
+                )
+            state.teacher.load_state_dict(own)
     if not taken:
         raise UserError(f"nothing in {path} fits these networks; compare its sizes with G and D of the config")
     if "D" not in sources:

@@ -22,6 +22,7 @@ from torch_utils.transfer import send
 from training import augment, diffaug, ema, losses
 from training.config import RunConfig
 from training.data import Batch, ImageArchive
+from training.networks import Generator
 from training.networks.discriminator import Epilogue, scale_features
 from training.phases import Phase, phases
 from training.scales import positions
@@ -162,9 +163,9 @@ class Trainer:
             send(z, self.procs.device, self.dtype), send(c, self.procs.device, self.dtype), noise, other, cut
         )
 
-    def styles(self, latents: Latents) -> Tensor:
-        """Return ws [N,num_ws,w_dim]."""
-        mapping, (z, c, _, other, cut) = self.state.G.mapping, latents
+    def styles(self, latents: Latents, G: Generator | None = None) -> Tensor:
+        """Return ws [N,num_ws,w_dim] of a generator, by default that of the state."""
+        mapping, (z, c, _, other, cut) = (G or self.state.G).mapping, latents
         ws = mapping(z, c)
         if other is None:
             return ws
