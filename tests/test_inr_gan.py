@@ -13,20 +13,26 @@ from training.networks import Generator
 from training.networks.inr_gan import CoordinateFeatures, INRGANConfig
 from training.networks.official import generator_from_official
 
+INR_GAN = Path(__file__).parent / "reference" / "inr_gan_64.safetensors"
+
 
 @pytest.fixture(scope="module")
 def ref():
-    return Reference(Path(__file__).parent / "reference" / "inr_gan_64.safetensors")
+    return Reference(INR_GAN)
 
 
-@pytest.fixture
-def tensors(ref):
+def released_tensors(ref: Reference) -> dict[str, torch.Tensor]:
     tensors = ref.under("G/")
     for name, side in (("b4.input.input", 32), ("b64", 64)):
         stored = tensors[f"synthesis.{name}.coord_fuser.const_embs"]
         missing = side - stored.shape[-1]
         tensors[f"synthesis.{name}.coord_fuser.const_embs"] = F.pad(stored, (0, missing, 0, missing))
     return tensors
+
+
+@pytest.fixture
+def tensors(ref):
+    return released_tensors(ref)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ import torch
 from helpers import error as difference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_inr_gan import INR_GAN, released_tensors
 from test_official import REFERENCES, STYLEGAN2, Reference, label
 
 from dnnlib.console import UserError
@@ -113,7 +114,10 @@ PARAMETER = Name("torch._utils", "_rebuild_parameter")
 EASY_DICT = Name("dnnlib.util", "EasyDict")
 SEQUENTIAL = Name("torch.nn.modules.container", "Sequential")
 INPUT = Name("training.networks_creps", "SynthesisInput")
+MODULE_LIST = Name("torch.nn.modules.container", "ModuleList")
 DTYPE = Name("numpy", "dtype")
+DEFAULTDICT = Name("collections", "defaultdict")
+ANY, DICT = Name("typing", "Any"), Name("builtins", "dict")
 
 
 def storage(tensor: torch.Tensor) -> Call:
@@ -151,10 +155,10 @@ def persistent(state: dict, name: str = "Layer", kind: object = "class") -> Call
     return Call(PERSISTENT, {"type": kind, "version": 6, "module_src": source, "class_name": name, "state": state})
 
 
-BUFFERS = ("freqs", "coords", "w_avg", "resample_filter", "noise_const")
+BUFFERS = ("freqs", "coords", "w_avg", "resample_filter", "noise_const", "log_basis")
 
 
-def network(tensors: dict[str, torch.Tensor], init_kwargs: dict) -> Call:
+def network(tensors: dict[str, torch.Tensor], init_kwargs: dict, **attributes) -> Call:
     """Return nested layers, as the names of the tensors say."""
 
     def layer(inside: dict[str, torch.Tensor], prefix: str, **others) -> object:
@@ -178,7 +182,20 @@ def network(tensors: dict[str, torch.Tensor], init_kwargs: dict) -> Call:
             return New(SEQUENTIAL, state)
         return persistent(state, "Net" if others else "Layer")
 
-    return layer(tensors, "", _init_args=(), _init_kwargs=init_kwargs, img_resolution=init_kwargs["img_resolution"])
+    attributes |= {"_init_args": (), "_init_kwargs": init_kwargs, "img_resolution": init_kwargs["img_resolution"]}
+    return layer(tensors, "", **attributes)
+
+
+def dict_config(values: dict) -> New:
+    """Return settings as omegaconf 2.1 pickles them."""
+    of_node = {"ref_type": ANY, "object_type": None, "optional": True, "key": "x", "flags": None, "flags_root": False}
+    own = of_node | {"object_type": DICT, "resolver_cache": Call(DEFAULTDICT, DICT), "key_type": ANY}
+    config = New(Name("omegaconf.dictconfig", "DictConfig"))
+    config.state = {"_metadata": New(Name("omegaconf.base", "ContainerMetadata"), own), "_parent": None, "_content": {}}
+    for key, value in values.items():
+        node = {"_metadata": New(Name("omegaconf.base", "Metadata"), of_node), "_parent": config, "_val": value}
+        config.state["_content"][key] = New(Name("omegaconf.nodes", "AnyNode"), node)
+    return config
 
 
 def easy(**items) -> New:
@@ -281,6 +298,37 @@ def test_a_file_of_stylegan2_gives_its_images(tmp_path):
     given["synthesis_kwargs"] = easy(**widths, num_fp16_res=4, conv_clamp=256)
     G = load_generator(write(tmp_path, dumps({"G_ema": network(ref.under("G/"), given)})))
     assert difference(G(ref.all["in/z"], label(ref)), ref.all["out/img_noise_const"]) <= 1e-4
+
+
+def inr_gan(**cfg) -> tuple[Reference, dict]:
+    """Return the reference of INR-GAN, and the content of a file of it with more settings."""
+    ref = Reference(INR_GAN)
+    given = {name: ref.config[name] for name in ("z_dim", "w_dim", "img_resolution")} | {"c_dim": 0, "img_channels": 3}
+    given |= {"mapping_kwargs": easy(num_layers=2), "cfg": {"fmaps": 1, "fmm": {"rank": 10}} | cfg}
+    given["synthesis_kwargs"] = easy(channel_base=ref.config["channel_base"], channel_max=ref.config["channel_max"])
+    return ref, {"G_ema": network(released_tensors(ref), given, cfg=dict_config(cfg | {"fmm": dict_config({})}))}
+
+
+def test_a_file_of_inr_gan_gives_its_images(tmp_path):
+    ref, content = inr_gan(upsampling_mode="nearest")
+    G = load_generator(write(tmp_path, dumps(content)))
+    assert difference(G(ref.all["in/z"])[:, :, :16, :16], ref.all["out/img"]) <= 1e-5
+
+
+def test_a_file_of_bilinear_inr_gan_is_refused(tmp_path):
+    path = write(tmp_path, dumps(inr_gan(upsampling_mode="bilinear")[1]))
+    with pytest.raises(UserError, match=r"G_ema in .*network\.pkl cannot be used: .*upsampling_mode=bilinear"):
+        load_generator(path)
+
+
+def test_a_list_of_layers_names_them_by_numbers(tmp_path):
+    layers = {str(i): persistent(layer_state({"weight": parameter(view(torch.full((2,), i)))})) for i in range(2)}
+    content = {"G": New(INPUT, layer_state(parts={"extra_convs": New(MODULE_LIST, layer_state(parts=layers))}))}
+    tensors = read_released(write(tmp_path, dumps(content)))["G"].tensors
+    assert {name: t.tolist() for name, t in tensors.items()} == {
+        "extra_convs.0.weight": [0, 0],
+        "extra_convs.1.weight": [1, 1],
+    }
 
 
 @pytest.mark.parametrize(
@@ -508,6 +556,9 @@ def in_every_place(bad: object) -> dict[str, object]:
         "what names the type": net(gain=Call(scalar, Call(DTYPE, bad, False, True), b"12345678")),
         "the state of the type": net(gain=Call(DTYPE, "f8", False, True, state=bad)),
         "the bytes of a number": net(gain=Call(scalar, Call(DTYPE, "f8", False, True), bad)),
+        "an entry of settings": net(cfg=dict_config({"x": bad})),
+        "the state of settings": net(cfg=New(Name("omegaconf.dictconfig", "DictConfig"), bad)),
+        "the maker of default values": net(cfg=Call(DEFAULTDICT, bad)),
         "the key of a dict": {"G": New(EASY_DICT, items={Key(bad): view(torch.ones(3))})},
         "the state of a number": {"G": Call(PERSISTENT, {"type": "class", "state": {}}, state=bad)},
     }
@@ -588,7 +639,7 @@ PLACES = [  # offset, size, stride
 LENGTHS = [{"count": 4}, {"count": 2}, {"count": 2**61, "length": 2**61}, {"count": -3}, {"length": 2**62}]
 LENGTHS += [{"data": bytes(11)}, {"data": bytes(13)}]
 BLOB = legacy({}, count=1 << 18, data=bytes(1 << 20))
-MADE = (PERSISTENT, LOAD, TENSOR, PARAMETER, DTYPE, Name("numpy.core.multiarray", "scalar"))
+MADE = (PERSISTENT, LOAD, TENSOR, PARAMETER, DTYPE, Name("numpy.core.multiarray", "scalar"), DEFAULTDICT, ANY, DICT)
 HOSTILE: dict[str, bytes] = {
     # opcodes that claim more than there is, or that released files lack
     "bytes": claims(pickle.BINBYTES, "<I", 2**32 - 1),

@@ -1,6 +1,6 @@
 """Reads the authors' released `.pkl` files without executing anything in them.
 
-It is Python's own unpickler with three parts replaced: `find_class` knows a dozen names and returns inert stand-ins;
+It is Python's own unpickler with three parts replaced: `find_class` knows a score of names and returns inert stand-ins;
 `dispatch` holds only the opcodes of released files; the opcodes that fill a dict or a set, or set an object's state,
 check their operands. Everything else is refused.
 
@@ -241,6 +241,15 @@ class _ReleasedFile:
         names = {
             ("training.networks_creps", "SynthesisInput"): _Module,
             ("torch.nn.modules.container", "Sequential"): _Module,
+            ("torch.nn.modules.container", "ModuleList"): _Module,
+            # Settings that layers of INR-GAN keep beside those of the network; nothing in them is read.
+            ("omegaconf.dictconfig", "DictConfig"): _Module,
+            ("omegaconf.nodes", "AnyNode"): _Module,
+            ("omegaconf.base", "Metadata"): _Module,
+            ("omegaconf.base", "ContainerMetadata"): _Module,
+            ("collections", "defaultdict"): lambda _factory: _Dict(),
+            ("typing", "Any"): "Any",
+            ("builtins", "dict"): "dict",
             ("collections", "OrderedDict"): _Dict,
             ("dnnlib.util", "EasyDict"): _Dict,
             ("torch_utils.persistence", "_reconstruct_persistent_obj"): self.layer,
