@@ -229,7 +229,7 @@ def add(records: list[dict], folder: Path, seen: dict[str, float]) -> None:
 @click.option(
     "--network",
     metavar="NAME|FILE|URL",
-    help="A name in models/, a network-snapshot-*.safetensors, a released .pkl, or https://…#sha256=….",
+    help="A name in models/, a network-snapshot-*.safetensors, a released file, or https://…#sha256=….",
 )
 @click.option("--images", metavar="ZIP|DIR", help="Images to measure, instead of a network's.")
 @click.option("--data", metavar="ZIP|DIR", help="Real images to compare with.  [default: the training images]")

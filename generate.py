@@ -54,7 +54,7 @@ def image_size(
 @click.option(
     "--network",
     metavar="NAME|FILE|URL",
-    help="A name in models/, a network-snapshot-*.safetensors, a released .pkl, or https://…#sha256=….  "
+    help="A name in models/, a network-snapshot-*.safetensors, a released file, or https://…#sha256=….  "
     "[default: emoji-people, or else the first name in models/]",
 )
 @click.option("--seeds", metavar="0-3,7", help="One image for each seed; the stops of a video.")
@@ -184,7 +184,7 @@ def main(
 @click.argument("dest", type=click.Path(path_type=Path))
 @command()
 def convert(source, dest):
-    """Turn a released .pkl (SOURCE) into a .safetensors file (DEST) that holds its averaged generator."""
+    """Turn a file that authors released (SOURCE) into a .safetensors file (DEST) that holds its averaged generator."""
     if dest.suffix != ".safetensors":
         raise UserError(f"{dest}: choose a name that ends in .safetensors")
     G = load_generator(source)

@@ -127,7 +127,7 @@ class Training(Command):
     "--init-from",
     metavar="NAME|FILE",
     help="Start a new run from the weights of a network in models/, a snapshot, a run directory (its newest training "
-    "state), a training state or a released .pkl.",
+    "state), a training state or a released file.",
 )
 @click.option("--desc", metavar="TEXT", help="Added to the name of the run directory.")
 @click.option(

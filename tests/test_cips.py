@@ -4,18 +4,28 @@ their released names. It agrees to 5e-6 with images that the released networks c
 
 import itertools
 import math
+import os
+import re
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from helpers import distance, error, noise
 
+from dnnlib.config import read_yaml
+from dnnlib.console import UserError
 from training import losses
 from training.networks import Generator
 from training.networks.base import sample_noise
 from training.networks.cips import CIPSConfig
 from training.networks.layers import compute_with
-from training.networks.official import generator_from_official
+from training.networks.official import discriminator_from_official, generator_from_official
+from training.networks.released import load_released
+from training.snapshot import load_generator, read_trained
 
 SIDE, WIDTHS = 32, [6, 6, 6, 4]
 
@@ -136,3 +146,146 @@ def test_the_published_widths():
     assert (config.num_ws, config.features, config.coords) == (1, 512, "endpoints")
     with pytest.raises(ValueError, match="channel_base"):
         CIPSConfig(img_shape=(256, 256), channel_base=255)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def discriminator_tensors() -> dict[str, torch.Tensor]:
+    """Return random tensors of a discriminator for 32×32 images."""
+    shapes = {"convs.0.0.weight": (4, 3, 1, 1), "convs.0.1.bias": (4,)}
+    for j, (i, o) in enumerate(((4, 6), (6, 6), (6, 6)), 1):
+        shapes |= {f"convs.{j}.conv1.0.weight": (i, i, 3, 3), f"convs.{j}.conv1.1.bias": (i,)}
+        shapes |= {f"convs.{j}.conv2.1.weight": (o, i, 3, 3), f"convs.{j}.conv2.2.bias": (o,)}
+        shapes |= {f"convs.{j}.skip.1.weight": (o, i, 1, 1)}
+    shapes |= {"final_conv.0.weight": (6, 7, 3, 3), "final_conv.1.bias": (6,)}
+    shapes |= {"final_linear.0.weight": (6, 96), "final_linear.0.bias": (6,)}
+    shapes |= {"final_linear.1.weight": (1, 6), "final_linear.1.bias": (1,)}
+    tensors = {name: noise(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    taps = torch.tensor([1, 3, 3, 1], dtype=torch.float64)
+    names = (f"convs.{j}.{part}.0.kernel" for j in (1, 2, 3) for part in ("conv2", "skip"))
+    return tensors | dict.fromkeys(names, torch.outer(taps, taps) / 64)
+
+
+def judge(t: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Return the logits of the released discriminator for images [N,3,32,32], N at most 4."""
+
+    def convolve(name: str, x: torch.Tensor, **options) -> torch.Tensor:
+        weight = t[f"{name}.weight"]
+        return F.conv2d(x, weight / math.sqrt(weight[0].numel()), **options)
+
+    def activate(x: torch.Tensor, bias: str) -> torch.Tensor:
+        return F.leaky_relu(x + t[bias].view(-1, *[1] * (x.ndim - 2)), 0.2) * math.sqrt(2)
+
+    def blur(x: torch.Tensor, name: str, pad: int) -> torch.Tensor:
+        return F.conv2d(x, t[f"{name}.kernel"].expand(x.shape[1], 1, 4, 4), padding=pad, groups=x.shape[1])
+
+    x = activate(convolve("convs.0.0", x), "convs.0.1.bias")
+    for j in (1, 2, 3):
+        name = f"convs.{j}"
+        y = activate(convolve(f"{name}.conv1.0", x, padding=1), f"{name}.conv1.1.bias")
+        y = convolve(f"{name}.conv2.1", blur(y, f"{name}.conv2.0", 2), stride=2)
+        y = activate(y, f"{name}.conv2.2.bias")
+        x = (y + convolve(f"{name}.skip.1", blur(x, f"{name}.skip.0", 1), stride=2)) / math.sqrt(2)
+    deviation = (x.var(dim=0, correction=0) + 1e-8).sqrt().mean()
+    x = torch.cat([x, deviation.expand(len(x), 1, 4, 4)], dim=1)
+    x = activate(convolve("final_conv.0", x, padding=1), "final_conv.1.bias").flatten(1)
+    x = activate(x @ t["final_linear.0.weight"].T / math.sqrt(96), "final_linear.0.bias")
+    return x @ t["final_linear.1.weight"].T / math.sqrt(6) + t["final_linear.1.bias"]
+
+
+def floats(tensors: dict[str, torch.Tensor]) -> OrderedDict[str, torch.Tensor]:
+    return OrderedDict((name, t.float()) for name, t in tensors.items())
+
+
+def test_the_released_discriminator_gives_the_released_logits():
+    tensors, images = discriminator_tensors(), noise(3, 3, 32, 32)
+    D = discriminator_from_official(floats(tensors), {}).to(torch.float64)
+    assert error(D(images), judge(tensors, images)) <= 1e-6
+    with pytest.raises(UserError, match=r"convs\.1\.skip\.0\.kernel is not the filter"):
+        discriminator_from_official(floats(tensors | {"convs.1.skip.0.kernel": torch.ones(4, 4)}), {})
+
+
+def test_released_files_are_read(tmp_path, tensors, G):
+    bare, full = tmp_path / "bare.pt", tmp_path / "full.pt"
+    optimizer = {"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.002, "params": [0]}]}
+    other = floats({name: 2 * t for name, t in tensors.items()})
+    torch.save(floats(tensors), bare)
+    full_content = {"g": other, "d": floats(discriminator_tensors()), "g_ema": floats(tensors)}
+    torch.save(full_content | {"g_optim": optimizer, "d_optim": optimizer}, full)
+    z = noise(2, 7)
+    for path in (bare, full):
+        assert torch.equal(load_generator(path).double()(z), G(z))
+        assert read_trained(path) == {}
+    networks = load_released(full)
+    assert error(networks["G"].double()(z), generator_from_official(other, {}).double()(z)) == 0
+    images = noise(3, 3, 32, 32)
+    assert error(networks["D"].double()(images), judge(discriminator_tensors(), images)) <= 1e-6
+
+
+def test_a_run_begins_from_a_released_file(tiny):
+    path = tiny.folder / "cips.pt"
+    g, d = floats(released_tensors()), floats(discriminator_tensors())
+    torch.save({"g": g, "d": d, "g_ema": g}, path)
+    G, D = generator_from_official(g, {}).config, discriminator_from_official(d, {}).config
+    settings = {"G": G.model_dump(mode="json"), "D": D.model_dump(mode="json")}
+    tiny.recipe.write_text(yaml.safe_dump(read_yaml(tiny.recipe) | settings))
+    images = tiny.images("large", size=(32, 32), count=8)
+    result = tiny.call(*tiny.new("--init-from", path, "--kimg", 0.008, data=images))
+    assert result.exit_code == 0, result.output
+    for name in ("G", "G_ema", "D"):
+        assert re.search(rf"^{name}: (\d+) of \1 tensors from {path}$", result.output, re.MULTILINE)
+
+
+class Attack:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def hostile(good: dict[str, torch.Tensor], marker: Path) -> dict[str, tuple[object, str]]:
+    """Return contents of torch files, and words of the sentences that refuse them."""
+    side = torch.zeros(1).expand(1, 5, 10**6, 10**6)
+    return {
+        "code": (good | {"x": Attack(marker)}, "is not an intact file of CIPS"),
+        "code beside": ({"g_ema": good, "g_optim": Attack(marker)}, "is not an intact file of CIPS"),
+        "a list": ([1, 2], "its content is not a dict"),
+        "nothing known": ({"G": good}, "neither a training state of this project nor networks of CIPS"),
+        "a number": (good | {"x": 3}, "other things than names and tensors"),
+        "a list of tensors": ({"g_ema": [torch.ones(3)]}, "G_ema is not a dict"),
+        "integers": (good | {"conv1.noise.weight": torch.ones(1, dtype=torch.int64)}, "other things than names"),
+        "claims": (good | {"emb.input": side}, "does not store in full"),
+        "one storage": (good | dict.fromkeys(map(str, range(9)), torch.ones(9999)), "does not store in full"),
+        "sparse": (good | {"emb.input": torch.ones(1, 5, 32, 32).to_sparse()}, "does not store in full"),
+        "missing": ({n: t for n, t in good.items() if n != "conv1.conv.weight"}, "cannot be used: .*conv1.conv.weight"),
+        "unexpected": (good | {"x": torch.ones(3)}, "cannot be used: .*unexpected x"),
+        "no style": (good | {"style.1.weight": torch.ones(())}, "cannot be used: .*style.1.weight"),
+        "another style": (good | {"style.1.weight": torch.ones(7, 9)}, "cannot be used: .*style.1.weight"),
+        "another shape": (good | {"emb.input": torch.ones(1, 5, 16, 16)}, "cannot be used: "),
+        "infinite": (good | {"conv1.activate.bias": torch.full((6,), torch.inf)}, "not finite"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_hostile_files_are_refused_in_one_sentence(tmp_path, tensors):
+    marker = tmp_path / "pwned"
+    for name, (content, words) in hostile(floats(tensors), marker).items():
+        path = tmp_path / f"{name}.pt"
+        torch.save(content, path)
+        with pytest.raises(UserError, match=words) as refusal:
+            load_generator(path)
+        assert str(path) in str(refusal.value), name
+        assert len(str(refusal.value).splitlines()) == 1, name
+    assert not marker.exists()
+
+
+def test_a_file_that_unpacks_to_more_than_its_bytes_is_refused(tmp_path, tensors):
+    torch.save(floats(tensors) | {"x": torch.zeros(10**6)}, tmp_path / "plain.pt")
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in plain.namelist():
+            archive.writestr(name, plain.read(name))
+    with pytest.raises(UserError, match="claims more bytes than it has"):
+        load_generator(packed)

@@ -1,5 +1,6 @@
 """Saves, finds and loads training states: files of tensors and plain values."""
 
+import contextlib
 import re
 import zipfile
 from pathlib import Path
@@ -29,16 +30,32 @@ def found(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def load(path: Path) -> dict:
-    """Load the state in `path` to the CPU. Executes nothing. Raises UserError when the file is missing or damaged."""
+def is_foreign(path: Path) -> bool:
+    """Check that a file of torch.save, if it is one at all, holds something else than a training state."""
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        (content,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(content) as file:
+            return FORMAT.encode() not in file.read(1024)  # its first entry
+    return False
+
+
+def read(path: Path, what: str) -> object:
+    """Read a file of torch.save to the CPU. Executes nothing. Raises UserError that it is not `what` when damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it claims more bytes than it has")
             if damaged := archive.testzip():  # torch does not verify the checksums
                 raise ValueError(f"the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     # For damaged files zipfile, torch and its unpickler raise a dozen kinds of exception.
     except Exception as error:
-        raise UserError(f"{path} is not an intact training state ({brief(error)})") from error
+        raise UserError(f"{path} is not {what} ({brief(error)})") from error
+
+
+def load(path: Path) -> dict:
+    """Load the state in `path` to the CPU. Executes nothing. Raises UserError when the file is missing or damaged."""
+    state = read(path, "an intact training state")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is a torch file, but not a training state of this project")
     return state

@@ -15,7 +15,7 @@ from dnnlib.console import UserError
 from dnnlib.files import atomic_write, fetch
 from torch_utils import checkpoint
 from training.networks import AnyGeneratorConfig, Generator
-from training.networks.released import load_released
+from training.networks.released import is_released, load_released
 
 FORMAT = "creps-generator-1"
 MODELS = Path(__file__).parents[1] / "models"  # NAME.safetensors of each included network, with its card NAME.md
@@ -48,7 +48,7 @@ def find_network(network: str | os.PathLike) -> Path:
         return MODELS / f"{network}.safetensors"
     what = "is not a file, nor a folder with snapshots" if os.path.exists(path) else "does not exist"
     known = f", or one of the networks in models/; {nearest(str(network), names)}" if names else ""
-    raise UserError(f"{path} {what}; give a network-snapshot-*.safetensors of a training run or a released .pkl{known}")
+    raise UserError(f"{path} {what}; give a network-snapshot-*.safetensors of a training run or a released file{known}")
 
 
 def snapshot_name(kimg: float) -> str:
@@ -80,11 +80,11 @@ def save_generator(G: Generator, path: str | os.PathLike, **trained: float) -> N
 def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:
     """Load the generator in `path`, or what else `find_network` takes, in eval mode and without gradients.
 
-    Reads files of `save_generator`, and the G_ema of a training state or of a `.pkl` that the authors released. Raises
+    Reads files of `save_generator`, and the G_ema of a training state or of a file that authors released. Raises
     UserError when the file is missing, broken or something else, or holds numbers that are not finite.
     """
     path = find_network(path)
-    G = load_released(path, ("G_ema",))["G_ema"] if path.suffix == ".pkl" else _load(path)
+    G = load_released(path, ("G_ema",))["G_ema"] if is_released(path) else _load(path)
     for name, tensor in G.state_dict().items():
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds numbers that are not finite; use an earlier snapshot")
@@ -117,7 +117,7 @@ def _load(path: Path) -> Generator:
 
 def read_trained(path: Path) -> dict[str, float]:
     """Return the `step` and `kimg` of a snapshot, and {} of another file. Raises UserError as `load_generator`."""
-    return {} if path.suffix == ".pkl" else _read(path)[0].get("trained", {})
+    return {} if is_released(path) else _read(path)[0].get("trained", {})
 
 
 def _read(path: Path, tensors: Callable[[safe_open], dict] = lambda file: {}) -> tuple[dict, dict[str, torch.Tensor]]:

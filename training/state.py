@@ -15,7 +15,7 @@ from torch_utils.stats import Stats
 from training.config import OptimConfig, RunConfig
 from training.networks import Generator, build_discriminator
 from training.networks.layers import compute_with
-from training.networks.released import load_released
+from training.networks.released import is_released, load_released
 from training.phases import Phase, phases
 from training.snapshot import find_network, load_generator
 
@@ -120,17 +120,17 @@ def find_weights(start: str) -> Path:
 
 
 def initialise(state: TrainState, path: Path) -> list[str]:
-    """Give `state` the weights in a snapshot (G and its EMA), or in a training state or released .pkl (D as well).
+    """Give `state` the weights in a snapshot (G and its EMA), or in a training state or released file (D as well).
 
     Tensors of the same name and shape are taken. A teacher gets those of the EMA, all of them. Returns a report, line
     by line; raises UserError when nothing fits.
     """
-    if path.suffix == ".pt":
-        saved = checkpoint.load(path)
-        sources = {name: saved.get(name, {}) for name in ("G", "G_ema", "D")}
-    elif path.suffix == ".pkl":
+    if is_released(path):
         networks = load_released(path)
         sources = {name: network.state_dict() for name, network in ({"G": networks["G_ema"]} | networks).items()}
+    elif path.suffix == ".pt":
+        saved = checkpoint.load(path)
+        sources = {name: saved.get(name, {}) for name in ("G", "G_ema", "D")}
     else:
         weights = load_generator(path).state_dict()
         sources = {"G": weights, "G_ema": weights}

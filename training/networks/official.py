@@ -113,7 +113,7 @@ def _cips(tensors: dict[str, Tensor], config: dict) -> Generator:
     settings = {
         "img_resolution": side,
         "features": _size(tensors, "emb.input", 1),
-        "z_dim": _size(tensors, "style.1.weight", 1),
+        "z_dim": _size(tensors, "style.1.weight", 0),
         "w_dim": _size(tensors, "style.1.weight", 0),
         "mapping_layers": sum(bool(re.fullmatch(r"style\.\d+\.weight", name)) for name in tensors),
         "channel_base": _size(tensors, f"linears.{2 * blocks - 2}.conv.weight", 1) * side,
@@ -185,6 +185,8 @@ _MAKERS = {
 
 def discriminator_from_official(tensors: dict[str, Tensor], config: dict) -> Discriminator:
     """Return the released discriminator as our module, in eval mode. See `generator_from_official`."""
+    if "convs.0.0.weight" in tensors:
+        return _cips_discriminator(tensors)
     D = _outline(Discriminator, DiscriminatorConfig, _DISCRIMINATOR_SETTINGS, config)
     c = D.config
     names = {}
@@ -200,15 +202,35 @@ def discriminator_from_official(tensors: dict[str, Tensor], config: dict) -> Dis
     return _load(D, _without_filters(tensors), names)
 
 
+def _cips_discriminator(tensors: dict[str, Tensor]) -> Discriminator:
+    """Make the discriminator of CIPS, which has no clamps: where a feature is beyond ±256, ours differs."""
+    blocks = sum(bool(re.fullmatch(r"convs\.\d+\.skip\.1\.weight", name)) for name in tensors)
+    side = 4 << min(blocks, 16)
+    settings = {
+        "img_resolution": side,
+        "img_channels": _size(tensors, "convs.0.0.weight", 1),
+        "channel_base": _size(tensors, "convs.0.0.weight", 0) * side,
+        "channel_max": _size(tensors, "final_conv.0.weight", 0),
+    }
+    D = _outline(Discriminator, DiscriminatorConfig, {name: name for name in settings}, settings)
+    names = _convolution("convs.0", "from_rgb") | _convolution("final_conv", "epilogue.conv")
+    names |= _parameters("final_linear.0", "epilogue.fc") | _parameters("final_linear.1", "epilogue.out")
+    for j, resolution in enumerate(D.blocks, 1):
+        theirs, ours = f"convs.{j}", f"blocks.{resolution}"
+        names |= _convolution(f"{theirs}.conv1", f"{ours}.conv0") | _convolution(f"{theirs}.conv2", f"{ours}.conv1", 1)
+        names[f"{theirs}.skip.1.weight"] = f"{ours}.skip.weight"
+    return _load(D, _without_filters(tensors), names)
+
+
 def _without_filters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop the resampling filters. Raises UserError for others than torch_utils.ops.resample has built in."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-    for name, tensor in tensors.items():
-        if name.endswith("resample_filter") and (
-            tensor.shape != (4, 4) or not torch.allclose(tensor.float().cpu(), torch.outer(taps, taps))
-        ):
+    filters = {name for name in tensors if name.endswith(("resample_filter", ".kernel"))}
+    for name in filters:
+        tensor = tensors[name]
+        if tensor.shape != (4, 4) or not torch.allclose(tensor.float().cpu(), torch.outer(taps, taps)):
             raise UserError(f"{name} is not the filter [1,3,3,1]; this network was not trained by the released code")
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("resample_filter")}
+    return {name: tensor for name, tensor in tensors.items() if name not in filters}
 
 
 def _size(tensors: dict[str, Tensor], name: str, axis: int) -> int:
@@ -246,6 +268,10 @@ def _outline(kind: type[nn.Module], config_kind: type[Config], names: dict[str, 
 
 def _parameters(theirs: str, ours: str) -> dict[str, str]:
     return {f"{theirs}.weight": f"{ours}.weight", f"{theirs}.bias": f"{ours}.bias"}
+
+
+def _convolution(theirs: str, ours: str, first: int = 0) -> dict[str, str]:
+    return {f"{theirs}.{first}.weight": f"{ours}.weight", f"{theirs}.{first + 1}.bias": f"{ours}.bias"}
 
 
 def _mapping(G: Generator) -> dict[str, str]:

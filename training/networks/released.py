@@ -1,8 +1,9 @@
-"""Reads the authors' released `.pkl` files without executing anything in them.
+"""Reads the files that authors released without executing anything in them.
 
-It is Python's own unpickler with three parts replaced: `find_class` knows a score of names and returns inert stand-ins;
-`dispatch` holds only the opcodes of released files; the opcodes that fill a dict or a set, or set an object's state,
-check their operands. Everything else is refused.
+CIPS's are torch files of tensors and plain values (torch_utils.checkpoint). The others, `.pkl`, are pickled objects.
+Their reader is Python's own unpickler with three parts replaced: `find_class` knows a score of names and returns inert
+stand-ins; `dispatch` holds only the opcodes of released files; the opcodes that fill a dict or a set, or set an
+object's state, check their operands. Everything else is refused.
 
 The cost of a hostile file is bounded: `LIMIT` bytes, `STEPS` opcodes, tensors no larger than the file, no storage read
 twice, no module visited twice.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.console import UserError
+from torch_utils import checkpoint
 from training.networks.official import discriminator_from_official, generator_from_official
 
 LIMIT = 4 << 30  # bytes; the largest released file has less than half of that
@@ -35,11 +37,19 @@ MAKERS = {
 }
 
 
+CIPS = {"G": "g", "D": "d", "G_ema": "g_ema"}  # the names in its training states; a file may also be a bare G_ema
+
+
 class Released(NamedTuple):
     """One network of a released file: the arguments of `generator_from_official` or `discriminator_from_official`."""
 
     tensors: dict[str, Tensor]  # parameters and buffers by the names that state_dict() would give
     config: dict  # its settings, flattened: mapping_kwargs' num_layers is mapping_layers
+
+
+def is_released(path: Path) -> bool:
+    """Check that a file is of the kinds that authors released: a .pkl, or a torch file that is no training state."""
+    return path.suffix == ".pkl" or (path.suffix == ".pt" and checkpoint.is_foreign(path))
 
 
 def read_released(path: str | Path, wanted: tuple[str, ...] = tuple(MAKERS)) -> dict[str, Released]:
@@ -50,15 +60,19 @@ def read_released(path: str | Path, wanted: tuple[str, ...] = tuple(MAKERS)) -> 
     path = Path(path)
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}; give a .pkl that the authors released")
+        raise UserError(f"{path} {what}; give a file that the authors released")
     size = path.stat().st_size
     if size > LIMIT:
         raise UserError(
             f"{path} has {size / 2**30:.1f} GiB, and no released network has more than {LIMIT >> 30}; "
-            "give a .pkl that the authors released"
+            "give a file that the authors released"
         )
     try:
+        if path.suffix == ".pt":
+            return _read_cips(path, wanted)
         return _ReleasedFile(path.read_bytes()).networks(wanted)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); copy or download it again") from error
     except MemoryError as error:
@@ -84,16 +98,34 @@ def load_released(path: str | Path, wanted: tuple[str, ...] = tuple(MAKERS)) -> 
         try:
             networks[name] = MAKERS[name](*network)
         except UserError as error:
-            raise UserError(f"{name} in {path} cannot be used: {error}; give a .pkl of CREPS or StyleGAN2") from error
+            raise UserError(
+                f"{name} in {path} cannot be used: {error}; give a file of CREPS, StyleGAN2, CIPS or INR-GAN"
+            ) from error
     if "G_ema" not in networks:
         raise UserError(
-            f"{path} holds no G_ema, the average of the generator; give a .pkl with it, as the authors released"
+            f"{path} holds no G_ema, the average of the generator; give a file with it, as the authors released"
         )
     return networks
 
 
 class _Refused(Exception):
     """Raised with a clause that says how the file differs from a released one."""
+
+
+def _read_cips(path: Path, wanted: tuple[str, ...]) -> dict[str, Released]:
+    content = _check(checkpoint.read(path, "an intact file of CIPS"), dict, "its content")
+    found = {"G_ema": content} if "emb.input" in content else {n: content[x] for n, x in CIPS.items() if x in content}
+    if not found:
+        raise _Refused("it holds neither a training state of this project nor networks of CIPS")
+    room = path.stat().st_size
+    for name, tensors in found.items():
+        for key, t in _check(tensors, dict, name).items():
+            if not (isinstance(key, str) and isinstance(t, Tensor) and t.dtype in (torch.float32, torch.float16)):
+                raise _Refused(f"{name} holds other things than names and tensors")
+            room -= t.numel() * t.element_size()
+            if room < 0 or t.layout is not torch.strided or t.device.type != "cpu":
+                raise _Refused("it has tensors that it does not store in full")
+    return {name: Released(found[name], {}) for name in wanted if name in found}
 
 
 # --- stand-ins -------------------------------------------------------------------------------------------------------
