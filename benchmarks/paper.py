@@ -4,7 +4,8 @@ Each row has what is published, what this project measures, and on what. Time an
 published sizes with random weights, in fresh processes that take turns. Scale consistency, equivariance and figures are
 those of given networks; FIDs, those of given runs.
 
-A row that fails says why. Measurements are written to --out one by one, and a call makes those that are missing there.
+A row that fails says why. Measurements are written to --out one by one, and a call makes those that are missing there;
+remove a failed one to try again.
 """
 
 import itertools
@@ -125,7 +126,7 @@ def measure(process: Process, device: str, seconds: float, keep: bool = False) -
     torch.manual_seed(0)
     config = (SYSTEMS.get(process.system) or ablation(process.system))(process.side)
     G = Generator(config).eval().to(device)
-    with torch.set_grad_enabled(keep), torch.autocast("cuda", torch.float16, enabled=on_gpu):
+    with torch.set_grad_enabled(keep):
         ws, shot = styles(G, process.batch), Shot((process.side, process.side))
         if keep:
             compute_with(G, "reference", "none")
@@ -133,7 +134,8 @@ def measure(process: Process, device: str, seconds: float, keep: bool = False) -
         def render() -> Tensor:
             if process.system == ENGINE:
                 return rendering.render(G, ws, shot, dtype=torch.float16 if on_gpu else None)
-            return G.synthesis(ws)
+            with torch.autocast("cuda", torch.float16, enabled=on_gpu):
+                return G.synthesis(ws)
 
         def time_calls(rounds: int) -> list[float]:
             return interleaved({"": render}, rounds, torch.cuda.synchronize if on_gpu else lambda: None, warm=False)[""]
@@ -273,7 +275,7 @@ class Results:
     def __init__(self, path: Path, device: str):
         """Raises UserError for a file of another machine."""
         self.path = path
-        machine = describe() | {"device": device, "memory MiB": total_memory(device) / 2**20}
+        machine = describe() | {"device": device, "memory GiB": round(total_memory(device) / 2**30)}
         self.found = {"machine": machine, "processes": {}, "networks": {}, "runs": {}}
         if path.is_file():
             self.found = json.loads(path.read_text(encoding="utf-8"))
@@ -452,7 +454,7 @@ def largest_table(results: Results, sizes: list[int], large: list[int]) -> Table
     def rows() -> Iterator[Row]:
         for side in sorted({*LARGEST, *large}):
             yield Row(f"{side}×{side}, {ENGINE}", LARGEST.get(side, NOTHING), *cost(results, Process(ENGINE, side)))
-        memory = results.found["machine"]["memory MiB"]
+        memory = 1024 * results.found["machine"]["memory GiB"]
         for system, published in (("CREPS", "3687×3687 in a single run, memory unknown (slides)"), (ENGINE, NOTHING)):
             peaks = {side: results.peak(Process(system, side)) for side in sorted({*sizes, *large})}
             peaks = [(side, mib) for side, mib in peaks.items() if mib]
