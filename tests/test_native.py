@@ -120,6 +120,13 @@ def test_windows_are_parts_of_one_resampled_frame(tmp_path):
         assert (window.int() - whole[:, i : i + 8, j : j + 12].int()).abs().max() <= 1
 
 
+def test_a_window_of_more_pixels_is_that_of_an_archive_of_this_size(tmp_path):
+    images = NativeArchive(folder(tmp_path, noise_image(0, 61, 90)), SIDE)
+    larger = NativeArchive(tmp_path, (12, 18))
+    for window in [(1, 0, 0), (2.3, 0.1, 0.4)]:
+        assert torch.equal(images.window(0, *window, (12, 18)), larger.window(0, *window))
+
+
 def test_an_image_of_the_training_size_stays_as_it_is(tmp_path):
     assert np.array_equal(
         NativeArchive(folder(tmp_path, noise_image(0, *SIDE)), SIDE)[0][0], noise_image(0, *SIDE).transpose(2, 0, 1)

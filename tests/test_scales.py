@@ -16,12 +16,19 @@ NATIVE = {"data": {"resolution": 8}, "G": {"coords": "centers"}, "scales": {"max
     [
         ({"scales": {"max": 2}}, r"scales.max needs images that are larger .*--transform=native"),
         (merge(NATIVE, {"G": {"coords": "endpoints"}}), "scales.max needs G.coords=centers"),
-        ({"scales": {"consistency": 1}}, "scales.consistency and scales.teacher need windows; set scales.max"),
-        ({"scales": {"teacher": 1}}, "scales.consistency and scales.teacher need windows; set scales.max"),
+        ({"scales": {"consistency": 1}}, "scales.teacher and scales.larger need windows; set scales.max"),
+        ({"scales": {"teacher": 1}}, "scales.teacher and scales.larger need windows; set scales.max"),
+        ({"scales": {"larger": 1.5}}, "scales.teacher and scales.larger need windows; set scales.max"),
+        (merge(NATIVE, {"scales": {"larger": 1.3}}), "images of 10.4x10.4, whose sides must be even numbers"),
+        (merge(NATIVE, {"scales": {"larger": 1.5}, "augment": {"mode": "ada"}}), "set augment.mode to none"),
+        (merge(NATIVE, {"scales": {"pairs": 0.2}}), "scales.pairs needs images of two sizes; set scales.larger"),
         (merge(NATIVE, {"scales": {"sampling": "log"}}), "scales.sampling='log': .*'log-uniform' or 'uniform'"),
         ({"D": {"scale_aware": True}}, "D.scale_aware needs several scales; set scales.max or loss.pyramid"),
         ({"loss": {"pyramid": 4}}, "loss.pyramid=4: .*less than or equal to 3"),
-        ({"loss": {"pyramid": 3}, "data": {"resolution": [8, 10]}}, "halves images 2 times, .*10x8 do not divide by 4"),
+        (
+            {"loss": {"pyramid": 3}, "data": {"resolution": [8, 10]}},
+            "halves images 2 times, .*10x8, .* do not divide by 4",
+        ),
     ],
     ids=str,
 )

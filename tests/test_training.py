@@ -57,6 +57,10 @@ def features_of(windows):
     )
 
 
+def shrunk(images, side):
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
 class Straightforward:
     """The four phases of StyleGAN2-ADA with CREPS' schedule, without micro-batches, processes or statistics."""
 
@@ -119,17 +123,47 @@ class Straightforward:
         positions = [[corner + pixels / zoom for corner in (y, x)] for zoom, y, x in windows.tolist()]
         return torch.cat([self.G.synthesis(w[None], *axes) for w, axes in zip(ws, positions, strict=True)])
 
-    def judged(self, images, c, windows):
+    def judged(self, sized, c, windows):
         """Judge images, and images of half the side, and so on, each told its scale: one logit for each."""
-        logits, zoom = [], torch.ones(len(images), 1).double() if windows is None else windows[:, :1]
+        logits, zoom = [], torch.ones(len(c), 1).double() if windows is None else windows[:, :1]
         taps = torch.tensor([1, 3, 3, 1]).double() / 8
-        for level in range(self.config.loss.pyramid):
-            if level:
-                edge = F.pad(images, (1, 1, 1, 1), mode="replicate")
-                images = (edge.unfold(3, 4, 2) @ taps).unfold(2, 4, 2) @ taps
-            told = [c, features_of((zoom / 2**level).numpy())] if self.config.D.scale_aware else [c]
-            logits.append(self.D(images, torch.hstack(told)))
+        for images in sized:
+            x = images
+            for level in range(self.config.loss.pyramid):
+                if level:
+                    edge = F.pad(x, (1, 1, 1, 1), mode="replicate")
+                    x = (edge.unfold(3, 4, 2) @ taps).unfold(2, 4, 2) @ taps
+                scale = zoom * x.shape[2] / self.config.G.img_shape[0]
+                told = [c, features_of(scale.numpy())] if self.config.D.scale_aware else [c]
+                logits.append(self.D(x, torch.hstack(told)))
         return torch.hstack(logits)
+
+    def sides(self, step, side):
+        """One side of the images of a step, or two."""
+        scales = self.config.scales
+        if scales.larger == 1:
+            return [side]
+        pair, size = torch.rand(2, generator=self.random(step, "sizes"))
+        large = int(side * scales.larger)
+        return [side, large] if pair < scales.pairs or step == 0 else [side] if size < 0.5 else [large]
+
+    def mixed(self, sized, step, purpose):
+        """Exchange a rectangle of two sizes, then channels."""
+        if len(sized) == 1:
+            return sized
+        random, results = self.random(step, f"{purpose} mixing"), []
+        for own, other in (sized, sized[::-1]):
+            other = shrunk(other, own.shape[2])
+            side = own.shape[2]
+            (top, bottom), (left, right) = (
+                sorted(torch.randperm(side + 1, generator=random)[:2].tolist()) for _ in "yx"
+            )
+            box = (..., slice(top, bottom), slice(left, right))
+            one, two = own.clone(), other.clone()
+            one[box], two[box] = other[box], own[box]
+            channels = (torch.rand(own.shape[1], generator=random) < 0.5).tolist()
+            results.append(torch.stack([(two if swap else one)[:, i] for i, swap in enumerate(channels)], 1))
+        return results
 
     def from_teacher(self, w, image, window):
         """Compare a window with the pixels that the teacher has there: L1."""
@@ -143,14 +177,18 @@ class Straightforward:
 
     def step(self, s, real, c, windows):
         config, n = self.config, len(real)
-        real, c, side = real.double() / 127.5 - 1, c.double(), real.shape[2]
+        real, c, side = real.double() / 127.5 - 1, c.double(), config.G.img_shape[0]
+        sides = self.sides(s, side)
         hinge = config.loss.kind == "hinge"
         for network in (self.G, self.D):
             network.requires_grad_(True)
 
         ws, labels, seeds = self.styles(s, "generator", n)
-        images = self.rendered(ws, seeds, windows, side)
-        logits = self.judged(self.augmented(images, s, "generator"), labels, windows)
+        sized = [self.rendered(ws, seeds, windows, k) for k in sides]
+        images, side = sized[0], sides[0]
+        logits = self.judged(
+            [self.augmented(x, s, "generator") for x in self.mixed(sized, s, "generator")], labels, windows
+        )
         loss = (-logits if hinge else torch.log1p(torch.exp(-logits))).mean()
         if config.scales.consistency:
             halved = images.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
@@ -179,9 +217,10 @@ class Straightforward:
             self.a = float(a.detach())
 
         ws, labels, seeds = self.styles(s, "critic", n)
-        fake = self.augmented(self.rendered(ws, seeds, windows, side).detach(), s, "critic")
-        on_fake = self.judged(fake, labels, windows)
-        on_real = self.judged(self.augmented(real, s, "critic real"), c, windows)
+        sized = self.mixed([self.rendered(ws, seeds, windows, k).detach() for k in sides], s, "critic")
+        reals = [real if k == real.shape[2] else shrunk(real, k) for k in sides]
+        on_fake = self.judged([self.augmented(x, s, "critic") for x in sized], labels, windows)
+        on_real = self.judged([self.augmented(x, s, "critic real") for x in reals], c, windows)
         if hinge:
             loss = (1 + on_fake).clamp(min=0).mean() + (1 - on_real).clamp(min=0).mean()
         else:
@@ -190,8 +229,8 @@ class Straightforward:
         self.signs.append(on_real.detach().sign().mean().item())
 
         if config.loss.r1_gamma and s % config.loss.r1_interval == 0:
-            x = real.clone().requires_grad_()
-            logits = self.judged(self.augmented(x, s, "r1"), c, windows)
+            x = reals[0].clone().requires_grad_()
+            logits = self.judged([self.augmented(x, s, "r1")], c, windows)
             (g,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
             penalty = g.pow(2).flatten(1).sum(1).mean() * config.loss.r1_gamma / 2
             self.descend(self.D, self.D_opt, penalty * config.loss.r1_interval)
@@ -264,6 +303,17 @@ SETTINGS = {
         "scales__max": 5.0,
         "scales__sampling": "uniform",
         "scales__teacher": 3.0,
+        "train__batch_gpu": 4,
+    },
+    "two sizes, pairs, micro-batches": {
+        "data__cond": True,
+        "data__resolution": 8,
+        "G__coords": "centers",
+        "scales__max": 1.7,
+        "scales__windows": 1.0,
+        "scales__larger": 1.5,
+        "scales__pairs": 0.3,
+        "loss__r1_interval": 1,
         "train__batch_gpu": 4,
     },
     "a pyramid of whole images, micro-batches": {

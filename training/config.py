@@ -146,15 +146,28 @@ class RunConfig(Config):
                 raise ValueError(f"scales.max needs a G.kind that renders windows, and {self.G.kind} does not")
             if self.G.coords != "centers":
                 raise ValueError("scales.max needs G.coords=centers, so that a window is part of the whole picture")
-        elif self.scales.consistency or self.scales.teacher:
-            raise ValueError("scales.consistency and scales.teacher need windows; set scales.max to more than 1")
+        elif self.scales.consistency or self.scales.teacher or self.scales.larger > 1:
+            raise ValueError(
+                "scales.consistency, scales.teacher and scales.larger need windows; set scales.max to more than 1"
+            )
         elif self.D.scale_aware and self.loss.pyramid == 1:
             raise ValueError("D.scale_aware needs several scales; set scales.max or loss.pyramid to more than 1")
-        if any(side % 2 ** (self.loss.pyramid - 1) for side in self.D.img_shape):
+        larger = [side * self.scales.larger for side in self.D.img_shape]
+        if any(side % 2 for side in larger) and self.scales.larger > 1:
+            raise ValueError(
+                f"scales.larger={self.scales.larger:g} makes images of {larger[1]:g}x{larger[0]:g}, whose sides must "
+                "be even numbers; choose another factor or another data.resolution"
+            )
+        if self.scales.larger > 1 and self.augment.mode != "none":
+            raise ValueError("scales.larger is for images that are not augmented; set augment.mode to none")
+        if self.scales.pairs and self.scales.larger == 1:
+            raise ValueError("scales.pairs needs images of two sizes; set scales.larger to more than 1")
+        if any(side % 2 ** (self.loss.pyramid - 1) for side in (*self.D.img_shape, *larger)):
             height, width = self.D.img_shape
             raise ValueError(
                 f"loss.pyramid={self.loss.pyramid} halves images {self.loss.pyramid - 1} times, and the sides of "
-                f"{width}x{height} do not divide by {2 ** (self.loss.pyramid - 1)}; use fewer levels or another size"
+                f"{width}x{height}, or of larger images, do not divide by {2 ** (self.loss.pyramid - 1)}; use fewer "
+                "levels or another size"
             )
         return self
 

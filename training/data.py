@@ -112,9 +112,8 @@ class ImageArchive:
         return int(self._kept[item]), bool(mirrored)
 
     def _pixels(self, image: Image.Image, mirrored: bool) -> torch.Tensor:
-        """Return an image of the training size as uint8 [C,H,W]."""
-        channels, height, width = self.shape
-        pixels = np.asarray(image).reshape(height, width, channels)
+        """Return an image as uint8 [C,H,W]."""
+        pixels = np.asarray(image).reshape(image.height, image.width, self.shape[0])
         pixels = pixels[:, ::-1] if mirrored else pixels
         return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
@@ -212,6 +211,7 @@ def _read(images: ImageArchive, seed: int, scales: ScalesConfig | None, places: 
         pixels, labels = zip(*(images[index] for index, _ in places), strict=True)
         return Batch(torch.stack(pixels), torch.stack(labels))
     windows = [sample_window(scales, images.largest(index), seed, position) for index, position in places]
-    pixels = [images.window(index, *window) for (index, _), window in zip(places, windows, strict=True)]
+    shape = scales.larger_shape(images.shape[1:])
+    pixels = [images.window(index, *window, shape) for (index, _), window in zip(places, windows, strict=True)]
     labels = [images.label(index) for index, _ in places]
     return Batch(torch.stack(pixels), torch.stack(labels), torch.tensor(windows, dtype=torch.float64))

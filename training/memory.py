@@ -105,5 +105,6 @@ def try_step(config: RunConfig, images: ImageArchive, device: torch.device, micr
     state = new_state(config, device)
     state.augment_p = float(config.augment.mode != "none")
     windows = torch.tensor([[1.0, 0.0, 0.0]] * micro, dtype=torch.float64) if config.scales.max > 1 else None
-    batch = Batch(torch.zeros(micro, *images.shape, dtype=torch.uint8), torch.zeros(micro, images.label_dim), windows)
+    shape = images.shape[0], *config.scales.larger_shape(images.shape[1:])
+    batch = Batch(torch.zeros(micro, *shape, dtype=torch.uint8), torch.zeros(micro, images.label_dim), windows)
     Trainer(config, state, images, Processes(0, 1, device)).step(batch)

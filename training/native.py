@@ -60,13 +60,14 @@ class NativeArchive(ImageArchive):
         largest = self.largest(index)
         return min(largest * self.shape[1], height), min(largest * self.shape[2], width)
 
-    def window(self, index: int, zoom: float, y: float, x: float) -> torch.Tensor:
+    def window(self, index: int, zoom: float, y: float, x: float, shape: tuple[int, int] | None = None) -> torch.Tensor:
         """Return R_h × R_w pixels of the frame resampled to zoom·R_h × zoom·R_w pixels: uint8 [C,R_h,R_w].
 
-        Pixel (i, j) shows the place (y + (i + ½)/(zoom·R_h), x + (j + ½)/(zoom·R_w)) of the frame, in fractions of its
-        height and width, or of the mirrored frame for a mirrored image; zoom >= 1, and y and x are in 0..1 - 1/zoom.
-        The filter is Lanczos' of three lobes, widened when it reduces, over premultiplied colours; it reads pixels
-        beyond the window, so windows are parts of one resampled image, to rounding.
+        `shape` is (R_h, R_w), by default that of the training images. Pixel (i, j) shows the place
+        (y + (i + ½)/(zoom·R_h), x + (j + ½)/(zoom·R_w)) of the frame, in fractions of its height and width, or of the
+        mirrored frame for a mirrored image; zoom >= 1, and y and x are in 0..1 - 1/zoom. The filter is Lanczos' of
+        three lobes, widened when it reduces, over premultiplied colours; it reads pixels beyond the window, so windows
+        are parts of one resampled image, to rounding.
 
         Raises IndexError outside 0..len-1, ValueError for a window beyond the frame, and UserError, naming the file,
         when it is unreadable or of another size than listed.
@@ -74,9 +75,11 @@ class NativeArchive(ImageArchive):
         if not (zoom >= 1 and min(y, x) >= 0 and max(y, x) <= 1 - 1 / zoom + 1e-9):
             raise ValueError(f"a window at {y=}, {x=} with {zoom=} is not within the frame")
         number, mirrored = self._locate(index)
+        shape = shape or self.shape[1:]
+        larger = shape[0] / self.shape[1]
         height, width = self.frame(index)
         size = tuple(self._sizes[number].tolist())
-        reduce = next(n for n in (8, 4, 2, 1) if n == 1 or self.largest(index) >= MARGIN * n * zoom)
+        reduce = next(n for n in (8, 4, 2, 1) if n == 1 or self.largest(index) >= MARGIN * n * zoom * larger)
         name = self._files.filename(number)
         image = self._files.image(name, self.shape[0], reduce)
         if image.size == size:
@@ -91,7 +94,7 @@ class NativeArchive(ImageArchive):
         top = max((size[1] - height) // 2 + y * height, 0)
         right, bottom = min(left + width / zoom, size[0]), min(top + height / zoom, size[1])
         box = tuple(edge / reduce for edge in (left, top, right, bottom))
-        return self._pixels(image.resize(self.shape[:0:-1], Image.Resampling.LANCZOS, box=box), mirrored)
+        return self._pixels(image.resize(shape[::-1], Image.Resampling.LANCZOS, box=box), mirrored)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the frame of image number `index` at the training size, uint8 [C,R_h,R_w], and its label."""

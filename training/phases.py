@@ -19,7 +19,7 @@ from torch import Tensor
 from training import losses
 from training.config import LossConfig
 from training.data import Batch
-from training.scales import parts
+from training.scales import parts, resized
 
 if TYPE_CHECKING:
     from training.trainer import Latents, Trainer
@@ -49,19 +49,20 @@ def generator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
     """Yield the adversarial loss of G, on the windows of the real images. w_avg tracks the mean style of the batch."""
     latents = t.sample_latents("generator", t.batch)
     augmentations = t.sample_augmentations("generator")
-    average = 0
+    average, sizes = 0, t.sizes()
     for part, (_, _, windows) in zip(t.parts, t.split(real), strict=True):
         own = latents.part(part)
         with t.autocast():
             ws = t.styles(own)
-            images = t.synthesise(ws, own.noise, windows)
-            logits = t.judge(augmentations[part].apply(images), own.c, windows)
+            sized = [t.synthesise(ws, own.noise, windows, size) for size in sizes]
+            mixed = t.mix(sized, "generator")
+            logits = t.judge([augmentations[part].apply(images) for images in mixed], own.c, windows)
         loss = t.adversarial.G(logits)
         average = average + ws[:, 0].detach().mean(dim=0) / len(t.parts)
         t.state.stats.report("Loss/G/loss", loss)
         for name, term in WINDOW_TERMS.items():
             if weight := getattr(t.config.scales, name):
-                difference = term(t, own, ws, images, windows)
+                difference = term(t, own, ws, sized[0], windows)
                 t.state.stats.report(f"Loss/G/{name}", difference)
                 loss = loss + weight * difference
         yield loss.mean() / len(t.parts)
@@ -71,7 +72,7 @@ def generator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
 
 def consistency(t: Trainer, own: Latents, ws: Tensor, images: Tensor, windows: Tensor) -> Tensor:
     """Return the mean squared differences [N] between images, halved, and the same windows of half as many pixels."""
-    half = t.synthesise(ws, own.noise, windows, shrink=2)
+    half = t.synthesise(ws, own.noise, windows, [side // 2 for side in images.shape[2:]])
     return (F.avg_pool2d(images, 2) - half).square().mean(dim=(1, 2, 3))
 
 
@@ -125,15 +126,20 @@ def path_length_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
 
 def discriminator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
     """Yield the adversarial loss of D. Reports what it says of real and generated images."""
-    s = t.state
+    s, sizes = t.state, t.sizes()
     latents = t.sample_latents("critic", t.batch)
     of_fake, of_real = t.sample_augmentations("critic"), t.sample_augmentations("critic real")
     for part, (x, c, windows) in zip(t.parts, t.split(real), strict=True):
         own = latents.part(part)
         with t.autocast():
             with torch.no_grad():
-                fake = t.synthesise(t.styles(own), own.noise, windows)
-            both = torch.cat([of_fake[part].apply(fake), of_real[part].apply(x)])
+                ws = t.styles(own)
+                fakes = t.mix([t.synthesise(ws, own.noise, windows, size) for size in sizes], "critic")
+            reals = [resized(x, size) for size in sizes]
+            both = [
+                torch.cat([of_fake[part].apply(fake), of_real[part].apply(real)])
+                for fake, real in zip(fakes, reals, strict=True)
+            ]
             logits = t.judge(both, torch.cat([own.c, c]), windows, batches=2)
             fake_logits, real_logits = logits.chunk(2)
         loss = t.adversarial.D(real_logits, fake_logits)
@@ -143,21 +149,21 @@ def discriminator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
         s.stats.report("Loss/scores/real", real_logits)
         s.stats.report("Loss/signs/real", real_logits.sign())
         if len(x) > 1:
-            s.stats.report("Spread/fake", fake.var(dim=0))
-            s.stats.report("Spread/real", x.var(dim=0))
+            s.stats.report("Spread/fake", fakes[0].var(dim=0))
+            s.stats.report("Spread/real", reals[0].var(dim=0))
         yield loss.mean() / len(t.parts)
 
 
 def r1_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
-    """Yield γ/2 · R1 of real images, times its interval."""
+    """Yield γ/2 · R1 of real images, in a pair the smaller ones, times its interval."""
     config = t.config.loss
     augmentations = t.sample_augmentations("r1")
     for part, (x, c, windows) in zip(t.parts, t.split(real), strict=True):
 
         def judge(x: Tensor, part: slice = part, c: Tensor = c, windows: Tensor | None = windows) -> Tensor:
             with t.autocast():
-                return t.judge(augmentations[part].apply(x), c, windows, regularised=True)
+                return t.judge([augmentations[part].apply(x)], c, windows, regularised=True)
 
-        penalty = losses.r1(judge, x)
+        penalty = losses.r1(judge, resized(x, t.sizes()[0]))
         t.state.stats.report("Loss/r1_penalty", penalty)
         yield penalty.mean() * (config.r1_gamma / 2 * config.r1_interval / len(t.parts))

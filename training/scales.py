@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dnnlib.config import Config, setting
@@ -33,6 +34,17 @@ class ScalesConfig(Config):
     teacher: float = setting(
         0.0, ge=0, description="weight of the absolute difference from the network of --init-from, at its own pixels"
     )
+    larger: float = setting(
+        1.0, ge=1, le=4, description="half of the steps render and judge images of this many times data.resolution"
+    )
+    pairs: float = setting(
+        0.0, ge=0, le=1, description="share of the steps with images of both sizes, the generated ones mixed"
+    )
+
+    def larger_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return (height, width) of the larger images."""
+        height, width = (round(side * self.larger) for side in shape)
+        return height, width
 
 
 def sample_window(scales: ScalesConfig, largest: float, seed: int, position: int) -> tuple[float, float, float]:
@@ -40,7 +52,7 @@ def sample_window(scales: ScalesConfig, largest: float, seed: int, position: int
     choice, zoom, y, x = torch.rand(4, dtype=torch.float64, generator=make_rng(seed, position, "window")).tolist()
     if choice >= scales.windows:
         return 1.0, 0.0, 0.0
-    largest = min(scales.max, largest)
+    largest = max(1, min(scales.max, largest / scales.larger))  # so that larger images are not enlarged ones
     zoom = largest**zoom if scales.sampling == "log-uniform" else 1 + zoom * (largest - 1)
     return zoom, y * (1 - 1 / zoom), x * (1 - 1 / zoom)
 
@@ -69,3 +81,27 @@ def parts(windows: Tensor, shape: tuple[int, int]) -> Iterator[tuple[Tensor, Ten
         start = index[:, None] * length
         covered = torch.minimum(index + 1, start + length) - torch.maximum(index, start)
         yield corner + (index + 0.5) / (zoom * count), covered.clamp(min=0) / length
+
+
+def resized(images: Tensor, shape: tuple[int, int]) -> Tensor:
+    """[N,C,H,W] -> [N,C,*shape]: bilinear, with antialiasing."""
+    return images if images.shape[2:] == shape else F.interpolate(images, shape, mode="bilinear", antialias=True)
+
+
+def mix(small: Tensor, large: Tensor, rng: torch.Generator) -> list[Tensor]:
+    """Mix images of two sizes: small [N,C,h,w] and large [N,C,H,W] exchange a rectangle, then some of their channels.
+
+    ScaleParty (Ntavelis et al., ECCV 2022). For each size, the other images are resized to it, and the rectangle and
+    the channels are drawn once for the batch.
+    """
+    mixed = []
+    for own, other in ((small, large), (large, small)):
+        inside = []
+        for side in own.shape[2:]:
+            first, last = torch.randperm(side + 1, generator=rng)[:2].sort().values
+            index = torch.arange(side)
+            inside.append((index >= first) & (index < last))
+        channels = torch.rand(own.shape[1], 1, 1, generator=rng) < 0.5
+        exchanged = (inside[0][:, None] & inside[1]) ^ channels
+        mixed.append(torch.where(exchanged.to(own.device), resized(other, own.shape[2:]), own))
+    return mixed

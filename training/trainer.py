@@ -25,7 +25,7 @@ from training.data import Batch, ImageArchive
 from training.networks import Generator
 from training.networks.discriminator import Epilogue, scale_features
 from training.phases import Phase, phases
-from training.scales import positions
+from training.scales import mix, positions
 from training.state import TrainState
 
 CHECK_INTERVAL = 4  # steps between adjustments of p (ADA paper, section 3.1) and checks for divergence
@@ -185,30 +185,47 @@ class Trainer:
         noise = [torch.randn(shape, generator=self.rng(f"path noise {i}"), dtype=self.dtype) for i in numbers]
         return send(torch.stack(noise), self.procs.device)
 
-    def synthesise(self, ws: Tensor, noise: Tensor, windows: Tensor | None = None, shrink: int = 1) -> Tensor:
-        """ws [N,num_ws,w_dim], noise [N], windows [N,3] or None -> [N,C,H/shrink,W/shrink]: G.synthesis under autocast.
+    def mix(self, sized: list[Tensor], purpose: str) -> list[Tensor]:
+        """Mix generated images, if they are of two sizes."""
+        return mix(*sized, self.rng(purpose + " mixing")) if len(sized) == 2 else sized
 
-        noise: seeds (see Synthesis).
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return the (height, width) of the images that this step renders and judges: one size or, in a pair, two."""
+        scales, shape = self.config.scales, self.config.G.img_shape
+        if scales.larger == 1:
+            return [shape]
+        both = [shape, scales.larger_shape(shape)]
+        pair, size = torch.rand(2, generator=self.rng("sizes")).tolist()
+        if pair < scales.pairs or not self.state.step:  # the first step, whose memory is measured, is always a pair
+            return both
+        return both[:1] if size < 0.5 else both[1:]
+
+    def synthesise(
+        self, ws: Tensor, noise: Tensor, windows: Tensor | None = None, shape: tuple[int, int] | None = None
+    ) -> Tensor:
+        """ws [N,num_ws,w_dim], noise [N], windows [N,3] of the (height, width) `shape` -> [N,C,H,W]: G under autocast.
+
+        noise: seeds (see Synthesis). Without windows, whole images of the training size.
         """
-        shape = [side // shrink for side in self.config.G.img_shape]
         axes = (None, None) if windows is None else positions(windows, shape)
         with self.autocast():
             return self.state.G.synthesis(ws, *axes, noise)
 
     def judge(
-        self, images: Tensor, c: Tensor, windows: Tensor | None, batches: int = 1, *, regularised: bool = False
+        self, sized: list[Tensor], c: Tensor, windows: Tensor | None, batches: int = 1, *, regularised: bool = False
     ) -> Tensor:
-        """Return the logits [N,K] of D for `batches` of images [N,C,H,W] of labels c [N,c_dim] and the same windows.
+        """Return the logits [N,K] of D for `batches` of images of labels c [N,c_dim] and the same windows.
 
-        With several levels of a pyramid, the logits of all, side by side. A scale-aware D is told log2(n/R) of each
-        level, where n is the side of the whole picture that it is a part of.
+        sized: [N,C,H,W] of every size of the step. The logits of all sizes, and of all levels of their pyramids, are
+        side by side. A scale-aware D is told log2(n/R) of each, where n is the side of the whole picture that it is a
+        part of.
         regularised: only the logits that R1 regards.
         """
         D = self.state.D
         judge = D.regularised if regularised else functools.partial(D, batches=batches)
-        zoom = images.new_ones(len(images)) if windows is None else windows[:, 0].repeat(batches)
+        zoom = c.new_ones(len(c)) if windows is None else windows[:, 0].repeat(batches)
         logits = []
-        for level in losses.pyramid(images, self.config.loss.pyramid):
+        for level in (level for images in sized for level in losses.pyramid(images, self.config.loss.pyramid)):
             scale = zoom * (level.shape[2] / self.config.D.img_shape[0])
             told = torch.cat([c, scale_features(scale).to(c)], dim=1) if self.config.D.scale_aware else c
             logits.append(judge(level, told))
