@@ -132,13 +132,13 @@ def test_the_teacher_is_the_network_that_a_run_started_from_however_often_it_is_
     """The file that it came from is gone by then."""
     native = ("--resolution", 8, "--max-scale", 3, "-o", "G.coords=centers")
     large = tiny.images("large", size=(30, 27))
-    first = tiny.run(*native, "--kimg", 0.016, data=large)
+    first = tiny.run(*native, "--kimg", 0.008, data=large)
     file = shutil.copy(sorted(first.glob("*.safetensors"))[-1], tiny.folder / "first.safetensors")
     taught = (*native, "--init-from", file, "-o", "scales.teacher=5", "--kimg")
-    unbroken = tiny.run(*taught, 0.056, data=large)
-    broken = tiny.run(*taught, 0.024, data=large)
+    unbroken = tiny.run(*taught, 0.032, data=large)
+    broken = tiny.run(*taught, 0.016, data=large)
     file.unlink()
-    assert tiny.call("--resume", broken, "--kimg", 0.056).exit_code == 0
+    assert tiny.call("--resume", broken, "--kimg", 0.032).exit_code == 0
     equal(final_state(broken), final_state(unbroken))
     equal(final_state(broken)["teacher"], final_state(first)["G_ema"])
     moved = final_state(broken)["G_ema"]
