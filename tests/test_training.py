@@ -143,9 +143,9 @@ class Straightforward:
         scales = self.config.scales
         if scales.larger == 1:
             return [side]
-        pair, size = torch.rand(2, generator=self.random(step, "sizes"))
+        pair, size = torch.rand(2, generator=self.random(step, "sizes")) if step else (0, 1)
         large = int(side * scales.larger)
-        return [side, large] if pair < scales.pairs or step == 0 else [side] if size < 0.5 else [large]
+        return [side, large] if pair < scales.pairs else [side] if size < 0.5 else [large]
 
     def mixed(self, sized, step, purpose):
         """Exchange a rectangle of two sizes, then channels."""

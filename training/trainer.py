@@ -195,8 +195,9 @@ class Trainer:
         if scales.larger == 1:
             return [shape]
         both = [shape, scales.larger_shape(shape)]
-        pair, size = torch.rand(2, generator=self.rng("sizes")).tolist()
-        if pair < scales.pairs or not self.state.step:  # the first step, whose memory is measured, is always a pair
+        # The first step, whose memory is measured, takes the most.
+        pair, size = torch.rand(2, generator=self.rng("sizes")).tolist() if self.state.step else (0, 1)
+        if pair < scales.pairs:
             return both
         return both[:1] if size < 0.5 else both[1:]
 
