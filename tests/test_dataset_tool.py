@@ -10,6 +10,7 @@ import tarfile
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image, ImageCms
 
 import dataset_tool
 from dnnlib.console import UserError
+from training.archives import describe_native
 from training.colours import ENDINGS
 from training.config import resolve
 from training.data import ImageArchive
@@ -409,6 +411,10 @@ def test_a_second_native_conversion_changes_nothing(tmp_path):
     path, _ = native(tmp_path)
     make(path, tmp_path / "again.zip", "--transform", "native")
     assert (tmp_path / "again.zip").read_bytes() == path.read_bytes()
+
+
+def test_native_images_of_one_size_are_described_by_one_number():
+    assert describe_native(Counter({(64, 48): 3}))[1:] == ["32x32     held by every image, 1.5 times"]
 
 
 def test_check_says_what_a_native_archive_can_serve(tmp_path):

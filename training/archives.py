@@ -339,7 +339,8 @@ def describe_native(sizes: Counter[Size]) -> list[str]:
         fitting = sum(min(size) >= side for size in ordered)
         if fitting == len(ordered):
             low, middle, high = (f"{min(size) / side:.1f}" for size in (least, median, largest))
-            lines.append(f"{f'{side}x{side}':<9} held by every image, {low} to {high} times (median {middle})")
+            times = f"{low} times" if low == high else f"{low} to {high} times (median {middle})"
+            lines.append(f"{f'{side}x{side}':<9} held by every image, {times}")
         elif fitting:
             some = f"{fitting:,} of {len(ordered):,} images"
             lines.append(f"{f'{side}x{side}':<9} held by {some}; leave the others out with min-side {side}")
