@@ -116,6 +116,12 @@ def test_what_the_images_decide_is_filled_in_and_what_is_set_stays(tmp_path):
     settings = merge(settings, {"loss": {"r1_gamma": 0.0}, "train": {"ema_kimg": 7.0}})
     config = resolve(settings, images, "x")
     assert (config.loss.r1_gamma, config.train.ema_kimg) == (0, 7)
+    assert (config.G.coords, config.D.scale_aware) == ("endpoints", False)
+    windows = merge(settings, {"data": {"resolution": 32}, "scales": {"max": 2}})
+    config = resolve(windows, images, "x")
+    assert (config.G.coords, config.D.scale_aware) == ("centers", True)
+    with pytest.raises(UserError, match=r"needs G\.coords=centers"):
+        resolve(merge(windows, {"G": {"coords": "endpoints"}}), images, "x")
 
 
 # --- how a batch is split --------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def test_a_run_interrupted_at_every_step_is_the_unbroken_run(tiny):
 
 
 def test_a_run_on_windows_of_native_pictures_interrupted_and_continued_is_the_unbroken_run(tiny):
-    options = ("--resolution", 8, "--max-scale", 3, "--mirror", "-oG.coords=centers", "-oscales.consistency=1")
+    options = ("--resolution", 8, "--max-scale", 3, "--mirror", "-oscales.consistency=1")
     unbroken = tiny.run(*options, data=tiny.native_images())
     folder, config = fresh(tiny.folder / "stopped", unbroken)
     for steps in (1, 4):

@@ -261,7 +261,7 @@ def resolve(settings: dict, images: ImageArchive, where: str) -> RunConfig:
     """Build the config from nested `settings` and the images. Raises UserError, which begins with `where`.
 
     Size, channels, label length and contents come from the images; γ and the EMA half-life, if not set, from size and
-    batch.
+    batch; what windows need, if not set, from scales.max.
     """
     channels, height, width = images.shape
     path = settings["data"]["path"]
@@ -277,8 +277,10 @@ def resolve(settings: dict, images: ImageArchive, where: str) -> RunConfig:
         found = {"img_shape": (height, width), "img_channels": channels, "c_dim": images.label_dim}
         settings[network] = found | settings[network]
     several = (settings.get("scales", {}).get("max", 1), settings.get("loss", {}).get("pyramid", 1))
-    several = any(isinstance(number, int | float) and number > 1 for number in several)  # build refuses a wrong one
-    settings = merge(nested("D.scale_aware", several), settings)
+    several = [isinstance(number, int | float) and number > 1 for number in several]  # build refuses a wrong one
+    settings = merge(nested("D.scale_aware", any(several)), settings)
+    if several[0]:  # windows
+        settings = merge(nested("G.coords", "centers"), settings)
     batch = settings.get("train", {}).get("batch")
     batch = batch if isinstance(batch, int | float) and batch >= 1 else 1  # build refuses a wrong one
     settings = merge(nested("loss.r1_gamma", default_gamma(height * width, batch)), settings)
