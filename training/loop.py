@@ -200,11 +200,11 @@ class Loop:
             self.log.image(f"fakes{view}{int(self.kimg):06d}", grid, s.step)
 
     def report(self) -> None:
-        self.check_writer()
         s = self.state
         began = time.perf_counter()
         summary = s.stats.collect(self.procs)  # waits for the steps that are queued on the device
         self.add_seconds(time.perf_counter() - began)
+        self.check_writer()  # after what all ranks do together
         now = {
             "Progress/kimg": self.kimg,
             "Progress/augment": s.augment_p,
