@@ -152,18 +152,19 @@ class RunConfig(Config):
             )
         elif self.D.scale_aware and self.loss.pyramid == 1:
             raise ValueError("D.scale_aware needs several scales; set scales.max or loss.pyramid to more than 1")
-        larger = [side * self.scales.larger for side in self.D.img_shape]
-        if any(side % 2 for side in larger) and self.scales.larger > 1:
+        (height, width), larger = self.D.img_shape, self.scales.larger_shape(self.D.img_shape)
+        if self.scales.larger > 1 and (any(side % 2 for side in larger) or larger[0] * width != larger[1] * height):
             raise ValueError(
-                f"scales.larger={self.scales.larger:g} makes images of {larger[1]:g}x{larger[0]:g}, whose sides must "
-                "be even numbers; choose another factor or another data.resolution"
+                f"scales.larger={self.scales.larger:g} makes images of {larger[1]}x{larger[0]}, whose sides must be "
+                f"even and in the proportions of {width}x{height}; choose another factor or another data.resolution"
             )
+        if self.scales.larger > 1 and self.scales.teacher:
+            raise ValueError("scales.teacher compares images of the training size; set scales.larger to 1")
         if self.scales.larger > 1 and self.augment.mode != "none":
             raise ValueError("scales.larger is for images that are not augmented; set augment.mode to none")
         if self.scales.pairs and self.scales.larger == 1:
             raise ValueError("scales.pairs needs images of two sizes; set scales.larger to more than 1")
         if any(side % 2 ** (self.loss.pyramid - 1) for side in (*self.D.img_shape, *larger)):
-            height, width = self.D.img_shape
             raise ValueError(
                 f"loss.pyramid={self.loss.pyramid} halves images {self.loss.pyramid - 1} times, and the sides of "
                 f"{width}x{height}, or of larger images, do not divide by {2 ** (self.loss.pyramid - 1)}; use fewer "

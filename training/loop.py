@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from torch_utils import checkpoint
-from torch_utils.distributed import PeerLost, Processes
+from torch_utils.distributed import PeerLost, Processes, launch_name
 from torch_utils.errors import explain
 from torch_utils.reading import cores
 from torch_utils.signals import note_signals
@@ -33,7 +32,7 @@ from training.state import TrainState
 from training.trainer import CHECK_INTERVAL, Trainer
 
 T = TypeVar("T")
-WRITER = "process.txt"  # in a run directory: host, number and a name of its own of the process that writes there
+WRITER = "process.txt"  # in a run directory: host, number and launch of the process that writes there
 
 
 @dataclass
@@ -55,7 +54,11 @@ class Loop:
         self.trainer = Trainer(self.config, self.state, self.images, self.procs)
         scales = self.config.scales
         self.views = {"": None} | ({"-windows": scales} if scales.max > 1 else {})  # what the grids show
-        self.name = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
+        t = self.config.train
+        self.last = math.ceil(round(t.kimg * 1000) / t.batch)  # step
+        self.name = f"{socket.gethostname()} {os.getpid()} {launch_name()}"
+        if self.procs.is_first and self.state.step < self.last:
+            self.claim()
         self.log = RunLog(self.folder, self.state.written, self.state.step) if self.procs.is_first else SilentLog()
 
     def run(self) -> int:
@@ -79,13 +82,10 @@ class Loop:
 
     def train(self, stream: Iterator[Batch]) -> int:
         s, t = self.state, self.config.train
-        last = math.ceil(round(t.kimg * 1000) / t.batch)
+        last = self.last
         tick = max(1, round(t.tick * 1000 / t.batch))  # steps between reports
         # Several GPUs agree on a stop by waiting for each other, so they do it where a step waits anyway.
         listen = CHECK_INTERVAL if self.procs.world > 1 and self.procs.device.type == "cuda" else 1
-        if s.step < last and self.procs.is_first:
-            with atomic_write(self.folder / WRITER) as temporary:
-                temporary.write_text(self.name)
         if s.step == 0:
             self.attempt(self.introduce)
         while s.step < last:
@@ -114,12 +114,27 @@ class Loop:
             return 128 + (self.signals[0][0] if self.signals else signal.SIGTERM)
         return 0
 
+    def claim(self) -> None:
+        """Become the process that writes. Raises UserError if a launcher only repeats what another launch took over."""
+        other = self.other_writer()
+        if other and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and other[2] != self.name.split()[2]:
+            raise UserError(f"process {other[1]} on {other[0]} has taken over {self.folder}; this launch ends")
+        with atomic_write(self.folder / WRITER) as temporary:
+            temporary.write_text(self.name)
+
+    def other_writer(self) -> list[str] | None:
+        """Return host, number and launch of the process that writes, unless it is this one."""
+        path = self.folder / WRITER
+        name = path.read_text() if path.is_file() else self.name
+        return None if name == self.name else name.split()
+
     def check_writer(self) -> None:
         """Raise UserError if another process has resumed the run since: two machines cut off from each other, say."""
-        path = self.folder / WRITER
-        if self.procs.is_first and path.is_file() and (name := path.read_text()) != self.name:
-            host, pid, _ = name.split()
-            raise UserError(f"process {pid} on {host} has taken over {self.folder}; this one ends without saving")
+        if self.procs.is_first and (other := self.other_writer()):
+            self.saved = None  # this process has nothing to continue from
+            raise UserError(
+                f"process {other[1]} on {other[0]} has taken over {self.folder}; this one ends without saving"
+            )
 
     def attempt(self, job: Callable[..., T], *arguments: object) -> T | None:
         """Call `job`, between steps. An exception is kept until all ranks have saved the state."""
@@ -257,4 +272,5 @@ class Loop:
         if self.config.metrics:
             where = {"network": snapshot_name(self.kimg), "kimg": self.kimg, "step": self.state.step}
             for record in self.evaluate(self.state.G_ema, lambda: bool(self.signals)):
-                self.log.metric(record | where, self.state.step)
+                if not self.other_writer():
+                    self.log.metric(record | where, self.state.step)
