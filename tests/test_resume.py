@@ -402,6 +402,16 @@ def test_code_in_a_state_is_refused_and_not_run(tiny, stopped):
     assert not trap.exists()
 
 
+def test_a_file_that_asks_for_memory_is_refused(tmp_path):
+    class Greedy:
+        def __reduce__(self):
+            return bytearray, (2**50,)
+
+    torch.save({"step": Greedy()}, tmp_path / "state.pt")
+    with pytest.raises(UserError, match="bytearray"):
+        checkpoint.load(tmp_path / "state.pt")
+
+
 @pytest.mark.slow
 def test_a_run_resumed_while_it_runs_is_continued_by_the_second_process_alone(tiny):
     arguments = ("--kimg", 0.4, "--tick", 0.016, "--snap", 2)

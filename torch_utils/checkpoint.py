@@ -1,6 +1,7 @@
 """Saves, finds and loads training states: files of tensors and plain values."""
 
 import contextlib
+import pickletools
 import re
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from dnnlib.console import UserError, brief
 from dnnlib.files import atomic_write
 
 FORMAT = "creps-training-state-1"
+MODULES = ("torch", "torch._utils", "collections")  # of what a file names; builtins.bytearray could fill the memory
 PATTERN = re.compile(r"training-state-(\d+)\.pt")
 
 
@@ -47,10 +49,22 @@ def read(path: Path, what: str) -> object:
                 raise ValueError("it claims more bytes than it has")
             if damaged := archive.testzip():  # torch does not verify the checksums
                 raise ValueError(f"the checksum of {damaged} is wrong")
+            for name in archive.namelist():
+                if name.endswith(".pkl"):
+                    _check_names(archive.read(name))
         return torch.load(path, map_location="cpu", weights_only=True)
     # For damaged files zipfile, torch and its unpickler raise a dozen kinds of exception.
     except Exception as error:
         raise UserError(f"{path} is not {what} ({brief(error)})") from error
+
+
+def _check_names(pickled: bytes) -> None:
+    """Raise ValueError if a pickle names what is not in MODULES."""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("STACK_GLOBAL", "INST") or (
+            opcode.name == "GLOBAL" and argument.split(" ")[0] not in MODULES
+        ):
+            raise ValueError(f"it names {argument or 'something'}, which no such file needs")
 
 
 def load(path: Path) -> dict:
