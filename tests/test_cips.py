@@ -258,7 +258,7 @@ def hostile(good: dict[str, torch.Tensor], marker: Path) -> dict[str, tuple[obje
         "integers": (good | {"conv1.noise.weight": torch.ones(1, dtype=torch.int64)}, "other things than names"),
         "claims": (good | {"emb.input": side}, "does not store in full"),
         "one storage": (good | dict.fromkeys(map(str, range(9)), torch.ones(9999)), "does not store in full"),
-        "sparse": (good | {"emb.input": torch.ones(1, 5, 32, 32).to_sparse()}, "does not store in full"),
+        "sparse": (good | {"emb.input": torch.ones(1, 5, 32, 32).to_sparse()}, "names torch.serialization"),
         "missing": ({n: t for n, t in good.items() if n != "conv1.conv.weight"}, "cannot be used: .*conv1.conv.weight"),
         "unexpected": (good | {"x": torch.ones(3)}, "cannot be used: .*unexpected x"),
         "no style": (good | {"style.1.weight": torch.ones(())}, "cannot be used: .*style.1.weight"),
