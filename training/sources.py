@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from dnnlib.console import UserError, count, progress
+from dnnlib.vips import import_vips
 from training.colours import (
     ENDINGS,
     HINTS,
@@ -108,6 +109,8 @@ class ImageFiles:
         )
         self._unread = sorted(labels) if self._labels is None else []
         self.drawings = any(map(is_drawing, found))
+        if self.drawings:
+            import_vips()  # so that its absence is told at once, and not of each file
         self.written = all(WRITTEN.fullmatch(name) for name in found)
         if bits is not None:
             self.bits = bits
