@@ -28,7 +28,7 @@ from training.snapshot import load_generator, read_trained, snapshots
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 METRICS = "fd_lite0_1k_full,lines1k_full"
-CONSISTENCY = ",scale_psnr"  # of generators that render other sizes
+CONSISTENCY = ",scale_psnr_100"  # of generators that render other sizes
 KIMG = 0.5  # between snapshots; the last one within the time is measured
 
 

@@ -13,8 +13,8 @@ from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 
 # Published, by the paper (https://arxiv.org/abs/2303.14157) unless another source is named. Consistency: 256² against
-# 512² downsampled to 256². FID: of INR-GAN, of FFHQ-256 and of Bedroom-256 INR-GAN's README, Landscapes-256 CIPS's
-# README, AnyresGAN its own paper.
+# 512² downsampled to 256². FID of INR-GAN, and on FFHQ-256 and Bedroom-256: INR-GAN's README; on Landscapes-256: CIPS's
+# README; of AnyresGAN: its own paper.
 CONSISTENCY = {
     "scale_psnr": {"AnyresGAN": 24.19, "ScaleParty": 24.50, "CIPS": 33.33, "CREPS": 34.65},
     "scale_ssim": {"AnyresGAN": 0.73, "ScaleParty": 0.70, "CIPS": 0.93, "CREPS": 0.96},

@@ -57,7 +57,7 @@ def generated_grid(
 ) -> np.ndarray:
     """Tile images of G, `micro` at a time: the same latents at every snapshot; with labels, each row is one class.
 
-    With `scales`, they are the windows of the same images that real_grid shows at the same places.
+    With `scales`, each image is rendered at the window that real_grid shows in its place.
     """
     rows, columns = grid_shape(*G.config.img_shape)
     rng = make_rng(seed, 0, "grid of fakes")

@@ -52,9 +52,9 @@ class Loop:
 
     def __post_init__(self):
         self.trainer = Trainer(self.config, self.state, self.images, self.procs)
-        scales = self.config.scales
-        self.views = {"": None} | ({"-windows": scales} if scales.max > 1 else {})  # what the grids show
-        t = self.config.train
+        t, scales = self.config.train, self.config.scales
+        self.scales = scales if scales.max > 1 else None
+        self.views = {"": None} | ({"-windows": scales} if self.scales else {})  # what the grids show
         self.last = math.ceil(round(t.kimg * 1000) / t.batch)  # step
         self.name = f"{socket.gethostname()} {os.getpid()} {launch_name()}"
         if self.procs.is_first and self.state.step < self.last:
@@ -167,7 +167,7 @@ class Loop:
             world=self.procs.world,
             seed=t.seed,
             workers=min(self.config.data.workers, cores()),
-            scales=self.views.get("-windows"),
+            scales=self.scales,
         )
 
     def read(self, stream: Iterator[Batch], count: int) -> list[Batch]:

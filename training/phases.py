@@ -19,7 +19,7 @@ from torch import Tensor
 from training import losses
 from training.config import LossConfig
 from training.data import Batch
-from training.scales import parts, resized
+from training.scales import mix, parts, resized
 
 if TYPE_CHECKING:
     from training.trainer import Latents, Trainer
@@ -55,7 +55,7 @@ def generator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
         with t.autocast():
             ws = t.styles(own)
             sized = [t.synthesise(ws, own.noise, windows, size) for size in sizes]
-            mixed = t.mix(sized, "generator")
+            mixed = mix(sized, t.rng("generator mixing"))
             logits = t.judge([augmentations[part].apply(images) for images in mixed], own.c, windows)
         loss = t.adversarial.G(logits)
         average = average + ws[:, 0].detach().mean(dim=0) / len(t.parts)
@@ -134,7 +134,8 @@ def discriminator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
         with t.autocast():
             with torch.no_grad():
                 ws = t.styles(own)
-                fakes = t.mix([t.synthesise(ws, own.noise, windows, size) for size in sizes], "critic")
+                sized = [t.synthesise(ws, own.noise, windows, size) for size in sizes]
+                fakes = mix(sized, t.rng("critic mixing"))
             reals = [resized(x, size) for size in sizes]
             both = [
                 torch.cat([of_fake[part].apply(fake), of_real[part].apply(real)])

@@ -88,14 +88,16 @@ def resized(images: Tensor, shape: tuple[int, int]) -> Tensor:
     return images if images.shape[2:] == shape else F.interpolate(images, shape, mode="bilinear", antialias=True)
 
 
-def mix(small: Tensor, large: Tensor, rng: torch.Generator) -> list[Tensor]:
-    """Mix images of two sizes: small [N,C,h,w] and large [N,C,H,W] exchange a rectangle, then some of their channels.
+def mix(sized: list[Tensor], rng: torch.Generator) -> list[Tensor]:
+    """Mix images of two sizes, [N,C,h,w] and [N,C,H,W]: they exchange a rectangle, then some of their channels.
 
-    ScaleParty (Ntavelis et al., ECCV 2022). For each size, the other images are resized to it, and the rectangle and
+    Those of one size stay as they are. ScaleParty (Ntavelis et al., ECCV 2022). For each size, the other images are resized to it, and the rectangle and
     the channels are drawn once for the batch.
     """
+    if len(sized) == 1:
+        return sized
     mixed = []
-    for own, other in ((small, large), (large, small)):
+    for own, other in (sized, sized[::-1]):
         inside = []
         for side in own.shape[2:]:
             first, last = torch.randperm(side + 1, generator=rng)[:2].sort().values

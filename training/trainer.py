@@ -25,7 +25,7 @@ from training.data import Batch, ImageArchive
 from training.networks import Generator
 from training.networks.discriminator import Epilogue, scale_features
 from training.phases import Phase, phases
-from training.scales import mix, positions
+from training.scales import positions
 from training.state import TrainState
 
 CHECK_INTERVAL = 4  # steps between adjustments of p (ADA paper, section 3.1) and checks for divergence
@@ -184,10 +184,6 @@ class Trainer:
         shape = (self.config.G.img_channels, *self.config.G.img_shape)
         noise = [torch.randn(shape, generator=self.rng(f"path noise {i}"), dtype=self.dtype) for i in numbers]
         return send(torch.stack(noise), self.procs.device)
-
-    def mix(self, sized: list[Tensor], purpose: str) -> list[Tensor]:
-        """Mix generated images, if they are of two sizes."""
-        return mix(*sized, self.rng(purpose + " mixing")) if len(sized) == 2 else sized
 
     def sizes(self) -> list[tuple[int, int]]:
         """Return the (height, width) of the images that this step renders and judges: one size or, in a pair, two."""
