@@ -91,8 +91,8 @@ def resized(images: Tensor, shape: tuple[int, int]) -> Tensor:
 def mix(sized: list[Tensor], rng: torch.Generator) -> list[Tensor]:
     """Mix images of two sizes, [N,C,h,w] and [N,C,H,W]: they exchange a rectangle, then some of their channels.
 
-    Those of one size stay as they are. ScaleParty (Ntavelis et al., ECCV 2022). For each size, the other images are resized to it, and the rectangle and
-    the channels are drawn once for the batch.
+    Those of one size stay as they are. ScaleParty (Ntavelis et al., ECCV 2022). For each size, the other images are
+    resized to it, and the rectangle and the channels are drawn once for the batch.
     """
     if len(sized) == 1:
         return sized
