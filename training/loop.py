@@ -3,9 +3,7 @@
 import contextlib
 import itertools
 import math
-import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,9 +13,8 @@ from typing import TypeVar
 import torch
 
 from dnnlib.console import UserError
-from dnnlib.files import atomic_write
 from torch_utils import checkpoint
-from torch_utils.distributed import PeerLost, Processes, launch_name
+from torch_utils.distributed import PeerLost, Processes
 from torch_utils.errors import explain
 from torch_utils.reading import cores
 from torch_utils.signals import note_signals
@@ -30,9 +27,9 @@ from training.report import RunLog, SilentLog, duration
 from training.snapshot import save_generator, snapshot_name
 from training.state import TrainState
 from training.trainer import CHECK_INTERVAL, Trainer
+from training.writer import TakenOver, Writer
 
 T = TypeVar("T")
-WRITER = "process.txt"  # in a run directory: host, number and launch of the process that writes there
 
 
 @dataclass
@@ -56,9 +53,9 @@ class Loop:
         self.scales = scales if scales.max > 1 else None
         self.views = {"": None} | ({"-windows": scales} if self.scales else {})  # what the grids show
         self.last = math.ceil(round(t.kimg * 1000) / t.batch)  # step
-        self.name = f"{socket.gethostname()} {os.getpid()} {launch_name()}"
-        if self.procs.is_first and self.state.step < self.last:
-            self.claim()
+        self.writer = Writer(self.folder) if self.procs.is_first else None
+        if self.writer and self.state.step < self.last:
+            self.writer.claim()
         self.log = RunLog(self.folder, self.state.written, self.state.step) if self.procs.is_first else SilentLog()
 
     def run(self) -> int:
@@ -114,28 +111,6 @@ class Loop:
             return 128 + (self.signals[0][0] if self.signals else signal.SIGTERM)
         return 0
 
-    def claim(self) -> None:
-        """Become the process that writes. Raises UserError if a launcher only repeats what another launch took over."""
-        other = self.other_writer()
-        if other and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and other[2] != self.name.split()[2]:
-            raise UserError(f"process {other[1]} on {other[0]} has taken over {self.folder}; this launch ends")
-        with atomic_write(self.folder / WRITER) as temporary:
-            temporary.write_text(self.name)
-
-    def other_writer(self) -> list[str] | None:
-        """Return host, number and launch of the process that writes, unless it is this one."""
-        path = self.folder / WRITER
-        name = path.read_text() if path.is_file() else self.name
-        return None if name == self.name else name.split()
-
-    def check_writer(self) -> None:
-        """Raise UserError if another process has resumed the run since: two machines cut off from each other, say."""
-        if self.procs.is_first and (other := self.other_writer()):
-            self.saved = None  # this process has nothing to continue from
-            raise UserError(
-                f"process {other[1]} on {other[0]} has taken over {self.folder}; this one ends without saving"
-            )
-
     def attempt(self, job: Callable[..., T], *arguments: object) -> T | None:
         """Call `job`, between steps. An exception is kept until all ranks have saved the state."""
         try:
@@ -148,7 +123,7 @@ class Loop:
     def explain(self, error: Exception) -> UserError:
         """Return an error as a sentence that says how to resume. Its traceback, if unexpected, goes to log.txt."""
         mistake = explain(error, self.folder / "log.txt")
-        if self.saved is None:
+        if self.saved is None or isinstance(error, TakenOver):
             return mistake
         kimg = self.saved * self.config.train.batch / 1000
         return type(mistake)(f"{mistake}; to continue from {kimg:.3f} kimg: --resume={self.folder}")
@@ -219,7 +194,8 @@ class Loop:
         began = time.perf_counter()
         summary = s.stats.collect(self.procs)  # waits for the steps that are queued on the device
         self.add_seconds(time.perf_counter() - began)
-        self.check_writer()  # after what all ranks do together
+        if self.writer:
+            self.writer.check()  # after what all ranks do together
         now = {
             "Progress/kimg": self.kimg,
             "Progress/augment": s.augment_p,
@@ -251,8 +227,8 @@ class Loop:
         s.seconds.update(tick=0.0, data=0.0, at_kimg=self.kimg)
 
     def snapshot(self) -> None:
-        self.check_writer()
-        if self.procs.is_first:
+        if self.writer:
+            self.writer.check()
             self.log_generated()
             path = self.folder / snapshot_name(self.kimg)
             save_generator(self.state.G_ema, path, step=self.state.step, kimg=self.kimg)
@@ -261,8 +237,8 @@ class Loop:
         self.state.written = self.log.written()
         self.state.gather_sums(self.procs)
         try:
-            self.check_writer()
-            if self.procs.is_first:
+            if self.writer:
+                self.writer.check()
                 checkpoint.save(self.state.state_dict(), self.folder, self.state.step)
             self.saved = self.state.step
         finally:
@@ -272,5 +248,5 @@ class Loop:
         if self.config.metrics:
             where = {"network": snapshot_name(self.kimg), "kimg": self.kimg, "step": self.state.step}
             for record in self.evaluate(self.state.G_ema, lambda: bool(self.signals)):
-                if not self.other_writer():
+                if self.writer and not self.writer.other():
                     self.log.metric(record | where, self.state.step)
