@@ -31,10 +31,14 @@ def draw(data: bytes, cover: tuple[int, int]) -> Image.Image:
         done = subprocess.run(command, input=data, capture_output=True, timeout=SECONDS, cwd=root, env=environment)
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"drawing it takes more than {SECONDS} seconds") from error
-    *_, line = ["", *done.stderr.decode(errors="replace").splitlines()]
+    line = done.stdout[: done.stdout.find(b"\n")]  # of sizes, before the pixels, or of the reason
+    if done.returncode == 2:
+        raise ValueError(line.decode())
     if done.returncode:
-        raise ValueError(line if done.returncode == 2 else f"drawing it takes more than {MEMORY >> 30} GiB")
-    return Image.frombuffer("RGBA", tuple(map(int, line.split())), done.stdout, "raw", "RGBA", 0, 1)
+        *_, last = ["no message", *done.stderr.decode(errors="replace").splitlines()]
+        raise ValueError(f"drawing it failed, perhaps because it takes more than {MEMORY >> 30} GiB ({last.strip()})")
+    pixels = memoryview(done.stdout)[len(line) + 1 :]
+    return Image.frombuffer("RGBA", tuple(map(int, line.split())), pixels, "raw", "RGBA", 0, 1)
 
 
 def render(data: bytes, cover: tuple[int, int]) -> tuple[int, int, bytes]:
@@ -71,7 +75,7 @@ if __name__ == "__main__":
     try:
         width, height, pixels = render(sys.stdin.buffer.read(), tuple(map(int, sys.argv[1:])))
     except ValueError as error:
-        print(error, file=sys.stderr)
+        sys.stdout.buffer.write(f"{error}\n".encode())
         sys.exit(2)
-    print(width, height, file=sys.stderr)
+    sys.stdout.buffer.write(f"{width} {height}\n".encode())
     sys.stdout.buffer.write(pixels)
