@@ -144,8 +144,8 @@ def initialise(state: TrainState, path: Path) -> list[str]:
         taken += len(fits)
         report.append(
             f"{name}: {len(fits)} of {len(own)} tensors from {path}"
-            + (f"; fresh: {', '.join(fresh)}" if fresh else "")
-            + (f"; not taken: {', '.join(left)}" if left else "")
+            + (f"; fresh: {_named(fresh)}" if fresh else "")
+            + (f"; not taken: {_named(left)}" if left else "")
         )
         if name == "G_ema" and state.teacher:
             if fresh:
@@ -159,3 +159,8 @@ def initialise(state: TrainState, path: Path) -> list[str]:
     if "D" not in sources:
         report.append(f"D: starts from new weights, because {path} holds none")
     return report
+
+
+def _named(names: list[str]) -> str:
+    """Name the first three and count the others."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
