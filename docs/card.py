@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 import rendering
 from benchmarks.machine import describe
-from dnnlib.config import build, read_yaml
+from dnnlib.config import build, fields, nested, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write, sha256
 from metrics.registry import parse
@@ -86,21 +86,35 @@ def training_command(run: Path, config: RunConfig) -> str:
     """Return a train.py command for `config`: the recipe in the run's name, and everything that differs from it."""
     names = [path.stem for path in CONFIGS.glob("*.yaml") if re.match(rf"\d+-{re.escape(path.stem)}-", run.name)]
     cfg = max(names, key=len, default="auto")
-    data = {"path": Path(config.data.path).name, "cond": config.data.cond, "mirror": config.data.mirror}
-    train = {"batch": config.train.batch, "kimg": config.train.kimg}
-    shown = {"data": data, "train": train, "metrics": list(config.metrics)}
     shape = (config.G.img_channels, *config.G.img_shape)
     images = SimpleNamespace(shape=shape, label_dim=config.G.c_dim, summary=lambda: config.data.contents)
-    before = flat(resolve(gather(cfg, shown), images, cfg).model_dump(mode="json"))
-    after = flat(config.model_dump(mode="json"))
+
+    def settings_with(given: list[str]) -> dict:
+        """Return all settings, where only `given` are those of the run."""
+        values = [nested(key, wanted[key]) for key in given]
+        return flat(resolve(gather(cfg, *values), images, cfg).model_dump(mode="json"))
+
+    wanted = flat(config.model_dump(mode="json"))
+    wanted["data.path"] = Path(config.data.path).name
+    recipe = settings_with(["data.path"])
+    # Other defaults depend on these.
+    given = [
+        "data.path",
+        *(key for key in ("data.resolution", "scales.max", "train.batch") if wanted[key] != recipe[key]),
+    ]
+    default = settings_with(given)
+    flags = {"data.path": "data", "metrics": "metrics"}
+    flags |= {dotted: extra["flag"] for dotted, _, extra in fields(RunConfig) if extra.get("flag")}
+    written = {"data.resolution": lambda shape: "{1}x{0}".format(*shape), "metrics": ",".join}
     words = ["python", "train.py", "--outdir=runs", f"--cfg={cfg}"]
-    flags = {"data": data.pop("path")} | data | train | {"metrics": ",".join(config.metrics)}
-    for name, value in flags.items():
-        value = f"{value:g}" if isinstance(value, float) else value
-        words += [f"--{name}"] if value is True else [f"--{name}={value}"] if value else []
-    for key, value in after.items():
-        if value != before[key] and key != "data.path":
-            words += ["-o", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    for key, value in wanted.items():
+        if key not in given and value == default[key]:
+            continue
+        write = written.get(key, str if isinstance(value, str) else json.dumps)
+        if key not in flags:
+            words += ["-o", f"{key}={write(value)}"]
+        else:
+            words += [f"--{flags[key]}" + ("" if value is True else f"={write(value)}")]
     return shlex.join(words)
 
 
@@ -157,6 +171,9 @@ def distances(measured: list[dict], names: set[str]) -> str:
 @click.option("--name", metavar="NAME", required=True, help="In models/.")
 @click.option("--trunc", type=float, default=1, show_default=True, help="Truncation ψ of the grid.")
 @click.option(
+    "--scale", type=float, default=1, show_default=True, help="Size of the grid's images over the training size."
+)
+@click.option(
     "--by", metavar="METRIC", help="Distance that selects the snapshot, or newest.  [default: the run's first metric]"
 )
 @click.option("--processor", metavar="TEXT", help="Where the run was trained.  [default: this machine]")
@@ -164,7 +181,7 @@ def distances(measured: list[dict], names: set[str]) -> str:
 @click.option("--licence", metavar="TEXT", help="Licence of the images.  [required for a new card]")
 @click.option("--weaknesses", metavar="TEXT", help="What the network cannot do.  [required for a new card]")
 @command()
-def main(folder, name, trunc, by, processor, **words):
+def main(folder, name, trunc, scale, by, processor, **words):
     """Put the best network of a run into models/NAME.safetensors, 64 of its images into docs/images/NAME.png, plots of
     its metrics over the hours of training next to them, and a card into models/NAME.md.
 
@@ -193,9 +210,10 @@ def main(folder, name, trunc, by, processor, **words):
     images = snapshot.MODELS.parent / "docs" / "images"
     image = images / f"{name}.png"
     rendering_options = [f"--network={name}", "--seeds=0-63", f"--trunc={trunc:g}"]
+    rendering_options += [] if scale == 1 else [f"--scale={scale:g}"]
     with processes() as group:
         loaded = snapshot.load_generator(network, group.device)
-        shot = rendering.Shot(loaded.config.img_shape)
+        shot = rendering.Shot(tuple(round(scale * side) for side in loaded.config.img_shape))
         job = Job(loaded, sha256(network), Seeds(loaded, list(range(64)), Styles(trunc)), Camera.parse(), shot)
         write_grid(job, group, image)
 
@@ -208,9 +226,10 @@ def main(folder, name, trunc, by, processor, **words):
         if len(points) > 1:
             plot_curve(*zip(*points, strict=True), metric, images / f"{name}-{metric}.png")
             curves.append(f"![{metric} over the hours of training](../docs/images/{name}-{metric}.png)")
+    windows = f", windows of up to {config.scales.max:g} times that" if config.scales.max > 1 else ""
     facts = [
         ("", ""),
-        ("images", f"{width}x{height}, {G.config.img_channels} channels, {G.config.c_dim or 'no'} classes"),
+        ("images", f"{width}x{height}{windows}, {G.config.img_channels} channels, {G.config.c_dim or 'no'} classes"),
         ("network", f"{sum(p.numel() for p in G.parameters()):,} parameters; {stored}"),
         ("seen in training", f"{seen} on {processor}"),
         ("snapshot", f"{best.stem}: {why}"),
