@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import tempfile
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,15 +24,15 @@ TIMEOUT = 30  # seconds without a byte until a download fails
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path next to `path`; after the block, flush it to disk and rename it to `path`.
 
-    `path` keeps its former content when the block raises or the process dies.
+    `path` keeps its former content when the block raises or the process dies. If it is a link, it stays one.
     Raises UserError when the directory cannot be made or written, or `path` is a directory.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     if os.path.isdir(path):
         raise UserError(f"cannot write {path}: a directory has this name; choose another one, or remove it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=f".tmp{path.suffix}")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=f".tmp{path.suffix}")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose a directory that you may write to") from error
     os.close(handle)
@@ -54,8 +53,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `path`; rename it to `path`, which may be an empty folder, after the block."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp"))
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}-", suffix=".tmp"))
     try:
         yield temporary
         _publish(temporary, path, 0o777)
@@ -115,8 +115,14 @@ class RemoteFile(NamedTuple):
 
 
 def cache_dir() -> Path:
-    """Return the directory of downloads, statistics and libraries: $CREPS_CACHE, or else ~/.cache/creps."""
-    return Path(os.environ.get("CREPS_CACHE") or Path.home() / ".cache" / "creps")
+    """Return the directory of downloads, statistics and libraries: $CREPS_CACHE, or else ~/.cache/creps.
+
+    Raises UserError when there is no home directory, as of a container's user without a name.
+    """
+    try:
+        return Path(os.environ.get("CREPS_CACHE") or Path.home() / ".cache" / "creps")
+    except RuntimeError as error:
+        raise UserError("there is no home directory; set CREPS_CACHE to a folder for what is kept") from error
 
 
 def locate(file: RemoteFile, folder: str | os.PathLike | None = None) -> Path:
@@ -153,7 +159,7 @@ def fetch(url: str) -> Path:
             f"{url} needs its SHA-256, so that nobody can replace it: write {address}#sha256=DIGEST, with the 64 "
             "digits that its author states, or that `sha256sum FILE` prints of a file you trust"
         )
-    name = Path(urllib.parse.urlsplit(address).path).name or "file"
+    name = Path(re.split(r"[?#]", address)[0]).name
     path = cache_dir() / "downloads" / digest / name
     if not (path.is_file() and sha256(path) == digest):
         download(RemoteFile(name, address, digest), path)

@@ -18,7 +18,7 @@ import pytest
 import tifffile
 from click.testing import CliRunner, Result
 from helpers import encode, files_up_to, noise_image, wait_until, write_folder, write_zip
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 import dataset_tool
 from dnnlib.console import UserError
@@ -285,6 +285,23 @@ def test_exif_orientation_turns_the_image_upright(tmp_path):
         exif = Image.Exif()
         exif[0x0112] = orientation
         assert np.array_equal(convert(tmp_path, encode(noise_image(0), exif=exif), "png"), turn(noise_image(0)))
+
+
+@pytest.mark.parametrize("damaged", [(0x11A, 2, 4, b"72\0\0"), (0x128, 2, 2, b"2\0\0\0"), (0x102, 8, 1, b"\xff" * 4)])
+def test_damaged_exif_data_does_not_stand_in_the_way(tmp_path, damaged):
+    """Tags of another type than the standard's, next to the orientation, which Pillow reads and cannot write."""
+    tags = [damaged, (0x112, 3, 1, b"\6\0\0\0")]
+    exif = (
+        b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(struct.pack("<HHI4s", *tag) for tag in tags) + bytes(4)
+    )
+    assert np.array_equal(convert(tmp_path, encode(noise_image(0), exif=exif), "png"), np.rot90(noise_image(0), -1))
+
+
+def test_images_with_long_texts_are_read(tmp_path):
+    """Programs that generate images store how they did."""
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("workflow", "x" * 2**21, zip=True)
+    assert np.array_equal(convert(tmp_path, encode(noise_image(0), pnginfo=text), "png"), noise_image(0))
 
 
 # --- transforms -------------------------------------------------------------------------------------------------------
@@ -610,7 +627,9 @@ def test_a_wrong_call_ends_in_one_sentence_and_harms_no_file(tmp_path, source, o
     assert (out / "kept.zip").read_bytes() == b"as it was"
 
 
-@pytest.mark.parametrize("dest", ["in", "full", "dir.zip", "file", "file/out.zip", "file/out"])
+@pytest.mark.parametrize(
+    "dest", ["in", "in/out", "full", "dir.zip", "file", "file/out.zip", "file/out", f"{'x' * 256}.zip", "x" * 256]
+)
 def test_a_wrong_destination_is_refused_and_left_as_it_was(tmp_path, dest):
     source = good(tmp_path)
     write_folder(tmp_path, {"full/x.txt": b"x", "file": b"x"})
@@ -660,6 +679,15 @@ def test_a_finished_archive_replaces_a_zip_or_an_empty_folder(tmp_path):
     assert len(images_in(tmp_path / "out.zip")) == 2
     assert (tmp_path / "folder" / "00000" / "img00000001.png").exists()
     assert (tmp_path / "folder").stat().st_mode & 0o777 == (tmp_path / "in").stat().st_mode & 0o777
+
+
+def test_where_a_destination_is_a_link_the_archive_is_where_it_leads(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for link, target in (("link.zip", "elsewhere.zip"), ("link", "empty")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+        make(good(tmp_path), tmp_path / link)
+        assert (tmp_path / link).is_symlink()
+        assert len(ImageArchive(tmp_path / target)) == 2
 
 
 # --- check ------------------------------------------------------------------------------------------------------------
@@ -779,6 +807,7 @@ def test_archives_for_training_are_read_as_they_are(tmp_path):
 def test_a_tar_holds_the_same_images_as_a_folder(tmp_path, ending):
     files = {f"{'ab'[i % 2]}/{i}.png": encode(noise_image(i)) for i in range(4)}
     folder = write_folder(tmp_path / "in", files)
+    os.link(folder / "a" / "0.png", folder / "b" / "same.png")  # in the TAR, a link to the other file
     with tarfile.open(tmp_path / f"x.{ending}", f"w:{ending.partition('.')[2]}") as archive:
         archive.add(folder, ".")
         link = tarfile.TarInfo("a/link.png")
@@ -789,7 +818,7 @@ def test_a_tar_holds_the_same_images_as_a_folder(tmp_path, ending):
     assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
     again = pickle.loads(pickle.dumps(ImageArchive(tmp_path / f"x.{ending}")))
     assert again.name == "x"
-    assert len(again) == 4
+    assert len(again) == 5
     assert np.array_equal(again[1][0].permute(1, 2, 0), noise_image(2))
 
 

@@ -164,6 +164,7 @@ WRONG = [  # (labels, words of the sentence)
     ([["a.png", [1]], ["b.png", [1, 2]], ["c.png", [1]]], "a.png with 1 numbers? and b.png with 2"),
     ([["a.png", [1]], ["b.png", [float("nan")]], ["c.png", [1]]], "b.png as .nan."),
     ([["a.png", [1]], ["b.png", ["1"]], ["c.png", [1]]], "b.png as"),
+    ([["a.png", [1]], ["b.png", [1e39]], ["c.png", [1]]], "b.png as .1e.39"),
     ("f,kind,size\na.png,cat,1\nb.png,cat,2\nc.png,dog,3\n", "kind .cat, ….*size"),
     ({"labels": PAIRS, "class_names": ["x"]}, "names 1 class and uses 8"),
     ({"labels": [[name, [1]] for name, _ in PAIRS], "class_names": ["x", "y"]}, "names 2 numbers and uses 1"),
@@ -171,6 +172,8 @@ WRONG = [  # (labels, words of the sentence)
     ({"labels": PAIRS, "class_names": {"x": 0}}, "not a list of texts"),
     ({"labels": [[name, "x"] for name, _ in PAIRS], "class_names": ["y"]}, "uses the class x"),
     ({"labels": "x"}, "is not of the form"),
+    ({"labels": 5}, "is not of the form"),
+    (True, "is not of the form"),
 ]
 
 
@@ -195,7 +198,7 @@ def test_labels_that_could_mean_something_else_are_refused_in_one_sentence(conte
         ),
     ],
 )
-@pytest.mark.parametrize("folder", ["", "faces/"])
+@pytest.mark.parametrize("folder", ["", "faces/", "./"])
 def test_the_tool_check_and_training_agree_and_conversions_keep_the_labels(tmp_path, content, kind, dim, names, folder):
     shadows = {"__MACOSX/faces/._a.png": b"x", "__MACOSX/._dataset.json": b"x"} if folder else {}
     files = {

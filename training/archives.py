@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import random
 import sys
 import zipfile
@@ -207,12 +208,15 @@ def convert(
 
 
 def check_dest(dest: Path, source: Path) -> None:
-    """Raise UserError when `dest` is the source, is of another kind than its name says, or holds files."""
-    if dest.resolve() == source.resolve():
+    """Raise UserError when `dest` is or is in the source, is of another kind than its name says, or holds files."""
+    target, origin = (Path(os.path.realpath(path)) for path in (dest, source))
+    if target == origin:
         raise UserError(f"dest {dest} is the source itself; choose another place")
+    if not is_zip_name(dest) and origin in target.parents:
+        raise UserError(f"dest {dest} is in the source, so its images would be read as well; choose another place")
     if is_zip_name(dest) and dest.is_dir():
         raise UserError(f"dest {dest} is a folder; choose another name for the ZIP")
-    if not is_zip_name(dest) and dest.is_file():
+    if not is_zip_name(dest) and dest.exists() and not dest.is_dir():
         raise UserError(f"dest {dest} is a file; choose a folder, or a name that ends in .zip")
     if dest.is_dir() and any(dest.iterdir()):
         raise UserError(f"dest {dest} holds files already; choose an empty or a new folder")

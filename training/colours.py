@@ -4,11 +4,12 @@ import contextlib
 import functools
 import io
 import sys
+import warnings
 from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, features
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, features
 
 ENDINGS = (
     "png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "tga", "jp2",
@@ -31,10 +32,18 @@ HINTS = {
 }
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+Turn = Image.Transpose
+TURNS = {  # of each EXIF orientation but 1
+    2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_270,
+    7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
+}  # fmt: skip
 SAME = 2  # levels of 255: a profile that moves no colour by more is sRGB
 DEPTHS = (8, 10, 12, 14, 16)  # of the values in files of 16 bits
 # Pillow warns above its limit and refuses twice that. 0.54 billion pixels are 1.6 GB in RGB.
 Image.MAX_IMAGE_PIXELS = 2**29
+# Bytes of text and profiles in a PNG; 1 MB by default, and programs that generate images add more.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")  # damaged EXIF data, once per file
 
 
 def looks_like_image(data: bytes) -> bool:
@@ -95,8 +104,8 @@ def decode(data: bytes, bits: Callable[[], int], reduce: int = 1) -> Image.Image
 def load(image: Image.Image) -> Image.Image:
     """Decode an opened image and turn it upright."""
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    return image
+    turn = TURNS.get(orientation(image))  # exif_transpose would write the EXIF data again, and fail where it is damaged
+    return image if turn is None else image.transpose(turn)
 
 
 # --- 16 bits ----------------------------------------------------------------------------------------------------------

@@ -90,9 +90,9 @@ class Folder(Container):
 class Zip(Container):
     def _open(self) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
         archive = zipfile.ZipFile(self.path)
-        # Some programs for Windows write backslashes.
-        entries = {entry.filename.replace("\\", "/"): entry for entry in archive.infolist() if not entry.is_dir()}
-        return archive, entries
+        entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        # Some programs write backslashes, or ./ before each name.
+        return archive, {str(PurePosixPath(entry.filename.replace("\\", "/"))): entry for entry in entries}
 
     def names(self) -> list[str]:
         entries = self.opened[1]
@@ -119,8 +119,11 @@ class Tar(Container):
                 self._plain = unpacked(archive.fileobj, path)
         with tarfile.open(self._plain, "r:") as archive:
             for entry in archive:
+                name, first = (str(PurePosixPath(text)) for text in (entry.name, entry.linkname))
                 if entry.isreg() and not entry.issparse():
-                    self._places[str(PurePosixPath(entry.name))] = entry.offset_data, entry.size
+                    self._places[name] = entry.offset_data, entry.size
+                elif entry.islnk() and first in self._places:  # the same file under a further name
+                    self._places[name] = self._places[first]
 
     def _open(self) -> BinaryIO:
         return open(self._plain, "rb")

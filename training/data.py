@@ -21,7 +21,7 @@ from dnnlib.console import UserError
 from torch_utils.reading import read_ahead
 from training.colours import MODES
 from training.scales import ScalesConfig, sample_window
-from training.sources import ImageFiles
+from training.sources import ImageFiles, size_text
 
 
 class ImageArchive:
@@ -101,6 +101,16 @@ class ImageArchive:
                 f"{self._files.path} keeps images at sizes of their own; set data.resolution to the training size, or "
                 "bring all images to one size with dataset_tool.py"
             )
+        if not self._files.written:
+            sizes = self._files.sizes()[self._kept]
+            others = np.flatnonzero((sizes != sizes[0]).any(axis=1))
+            if len(others):
+                name = self._files.filename(self._kept[others[0]])
+                raise UserError(
+                    f"{self._files.path / name} is {size_text(sizes[others[0]])}, but the first image is "
+                    f"{size_text(sizes[0])} ({len(others):,} of {len(sizes):,} images differ); bring all images to one "
+                    "size with dataset_tool.py"
+                )
         first = self._files.image(self._files.filename(self._kept[0]), channels)
         return first.height, first.width
 

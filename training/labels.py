@@ -215,7 +215,7 @@ class Table:
                     f"{self.where} labels {images[0]} with {len(first)} numbers and {name} with {len(cell)}; "
                     "vectors of one length are needed"
                 )
-            if not all(isinstance(x, int | float) and np.isfinite(x) for x in cell):
+            if not all(isinstance(x, int | float) and abs(x) < 1e38 for x in cell):  # finite in float32
                 raise UserError(f"{self.where} labels {name} as {cell}; vectors must hold finite numbers")
         return np.array(cells, dtype=np.float64)
 
@@ -238,6 +238,16 @@ class Table:
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"{self.where} names two classes {twice}; give each a name of its own")
+
+
+def check_class_names(of_network: list[str], found: list[str], where: str | os.PathLike) -> None:
+    """Raise UserError when images have names of classes, in `where`, that are not those of a network."""
+    if of_network and found and of_network != found:
+        old, new = next(pair for pair in zip(of_network, found, strict=True) if pair[0] != pair[1])
+        raise UserError(
+            f"the classes of {where} are others than the network's, e.g. {new} instead of {old}; number them as in the "
+            "archive that it was trained on"
+        )
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -344,7 +354,7 @@ def parse_json(data: bytes, where: str | os.PathLike) -> Table | None:
             return None
         if isinstance(labels, dict):
             labels = [list(item) for item in labels.items()]
-        elif labels and all(isinstance(entry, dict) for entry in labels):
+        elif isinstance(labels, list) and labels and all(isinstance(entry, dict) for entry in labels):
             keys = list(dict.fromkeys(key for entry in labels for key in entry))
             labels = [keys, *([entry.get(key) for key in keys] for entry in labels)]
         if not isinstance(labels, list) or not all(isinstance(row, list) for row in labels):
@@ -392,7 +402,7 @@ def parse_csv(data: bytes, where: str | os.PathLike) -> Table:
         if len(row) != len(rows[0][1]) or len(row) == 1:
             raise UserError(
                 f"{where}, line {line}: {count(len(row), 'column')}, and {len(rows[0][1])} in the first line; each "
-                "line needs a file name and a label"
+                "line needs a file name and a label, with a comma, semicolon or tab between them"
             )
     return Table(where, [row for _, row in rows])
 

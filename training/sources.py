@@ -68,8 +68,8 @@ class Source(Protocol):
 class ImageFiles:
     """The image files of a folder (with its sub-folders), a ZIP or another container, by sorted names.
 
-    A file is an image if its name ends like one or, without any ending, if it begins like one. Hidden files and the
-    `__MACOSX` folder of Apple's ZIPs are left out. Objects can be pickled, and used after a fork.
+    A file is an image if its name ends like one or, without any ending, if it begins like one. Hidden files, the
+    `__MACOSX` folder of Apple's ZIPs and unfinished images are left out. Objects can be pickled, and used after a fork.
 
     name     of the folder, or of the file without its ending
     written  whether the names are those of an archive for training, whose images are read as they are
@@ -299,7 +299,9 @@ def is_drawing(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    parts = PurePosixPath(name).parts
+    # x.png.part holds the pixels of an image that generate.py has not finished (rendering/unfinished.py).
+    return any(part.startswith(".") or part == "__MACOSX" or part.endswith(".part") for part in parts)
 
 
 def tally(counts: Counter) -> str:
