@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from dnnlib.config import parse_size, read_yaml
+from dnnlib.config import build, parse_size, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import append_line, check_writable, to_json
 from metrics.evaluation import Evaluation
@@ -20,7 +20,9 @@ from metrics.registry import KNOWN, Metric, parse
 from metrics.resize import FILTERS
 from torch_utils.command import Group, command
 from torch_utils.distributed import Processes, processes
+from training.config import DataConfig
 from training.data import ImageArchive
+from training.labels import check_class_names
 from training.networks import Generator
 from training.snapshot import find_network, load_generator, read_trained
 from training.sources import ImageFiles
@@ -103,19 +105,20 @@ def from_network(options: Options, metrics: tuple[Metric, ...], procs: Processes
     """Open a generator and, if the metrics need them, its training images or --data."""
     if options.size and options.scale:
         raise UserError("--size and --scale both set the size; give one of them")
-    if not math.isfinite(options.trunc):
-        raise UserError(f"--trunc={options.trunc}: give a finite number, for example 0.7")
+    for name, value, example in (("trunc", options.trunc, 0.7), ("scale", options.scale or 1, 2)):
+        if not abs(value) < 1e38:
+            raise UserError(f"--{name}={value}: give a finite number, for example {example}")
     file = procs.broadcast(find_network(options.network) if procs.is_first else None)
     G = load_generator(file, procs.device)
     trained = trained_on(file)
-    path = options.data or trained.get("path")
+    path = options.data or (trained.path if trained else None)
     compares = any(metric.family.reals for metric in metrics)
     windows = any(metric.family.windows for metric in metrics)
     if path and path != options.data and (compares or windows or G.config.c_dim) and not os.path.exists(path):
         raise UserError(
             f"the network was trained on {path}, which does not exist; give its present location with --data"
         )
-    mirror = bool(trained.get("mirror")) if options.mirror is None else options.mirror
+    mirror = bool(trained and trained.mirror) if options.mirror is None else options.mirror
     archive = open_labelled(path, G, mirror) if path and (compares or G.config.c_dim) else None
     size = parse_size(options.size) if options.size else None
     if options.scale:
@@ -158,10 +161,10 @@ def from_files(options: Options, metrics: tuple[Metric, ...], procs: Processes) 
     )
 
 
-def trained_on(network: Path) -> dict:
-    """Return the settings `data` of the run whose directory contains the network; {} if it is elsewhere."""
+def trained_on(network: Path) -> DataConfig | None:
+    """Return the settings `data` of the run whose directory contains the network, None if it is elsewhere."""
     path = network.parent / "options.yaml"
-    return read_yaml(path).get("data", {}) if path.is_file() else {}
+    return build(DataConfig, read_yaml(path).get("data") or {}, f"data in {path}") if path.is_file() else None
 
 
 def open_labelled(path: str, G: Generator, mirror: bool) -> ImageArchive:
@@ -176,12 +179,7 @@ def open_labelled(path: str, G: Generator, mirror: bool) -> ImageArchive:
             f"the labels of {path} have {images.label_dim} numbers, and the network needs {G.config.c_dim}; "
             "give the archive that it was trained on"
         )
-    if G.class_names and images.class_names and images.class_names != G.class_names:
-        old, new = next(pair for pair in zip(G.class_names, images.class_names, strict=True) if pair[0] != pair[1])
-        raise UserError(
-            f"the classes of {path} are others than the network's, e.g. {new} instead of {old}; number them as in the "
-            "archive that it was trained on"
-        )
+    check_class_names(G.class_names, images.class_names, path)
     return images
 
 

@@ -142,9 +142,11 @@ def main(
         raise UserError(f"{next(name for name, given in of_seeds.items() if given)} does not go with --w; leave it out")
     if sum(map(bool, (outdir, grid, video))) != 1 and not (save_w and not (outdir or grid or video)):
         raise UserError("give one of --outdir (separate images), --grid (all in one file) and --video")
+    if format and not outdir:
+        raise UserError("--format belongs to --outdir; the names of --grid and --video say their format")
     if columns and not grid:
         raise UserError("--columns belongs to --grid; give --grid=FILE.png as well")
-    if not math.isfinite(trunc):
+    if not abs(trunc) < 1e38:
         raise UserError(f"--trunc={trunc}: give a finite number, for example 0.7")
     camera = Camera.parse(window, translate, rotate, zoom)
     seeds = parse_seeds(seeds) if seeds else []

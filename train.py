@@ -150,12 +150,22 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
     if resume and Path(resume).is_file():  # as users of StyleGAN start a new run from old weights
         resume, init_from = None, resume
     if resume:
+        if outdir and os.path.isdir(resume) and os.path.realpath(outdir) != os.path.dirname(os.path.realpath(resume)):
+            raise UserError(
+                f"--resume continues {resume} where it is, not in {outdir}; leave out --outdir, or start a new run "
+                f"there with --init-from={resume}"
+            )
         task = ResumedRun(read_config(Path(resume), settings), Path(resume))
     else:
         path = settings.get("data", {}).get("path")
         missing = [name for name, v in (("--outdir", outdir), ("--cfg", cfg), ("--data", path)) if not v]
         if missing:
             raise UserError(f"a new run needs {', '.join(missing)}; to resume a run, give --resume=RUN_DIR")
+        runs = Path(os.path.realpath(outdir))
+        if Path(os.path.realpath(path)) in (runs, *runs.parents):
+            raise UserError(
+                f"--outdir={outdir} is in {path}, whose images are trained on; choose another place for runs"
+            )
         if init_from:
             settings = merge(nested("augment.kimg", 100.0), settings)
             init_from = find_weights(init_from)

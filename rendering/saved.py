@@ -15,15 +15,19 @@ from rendering.styles import Seeds
 from training.networks import Generator
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
+def read_numpy(path: Path) -> dict[str, np.ndarray]:
+    """Read a .npz or .npy; its content decides which it is."""
+    content = np.load(path, allow_pickle=False)
+    if isinstance(content, np.ndarray):
+        return {"w": content}
+    with content:
+        return dict(content)
 
 
 # ending -> functions that read {name: array} from a path, and write w to a path
 FILES = {
-    ".npz": (read_npz, lambda path, w: np.savez(path, w=w)),
-    ".npy": (lambda path: {"w": np.load(path, allow_pickle=False)}, np.save),
+    ".npz": (read_numpy, lambda path, w: np.savez(path, w=w)),
+    ".npy": (read_numpy, np.save),
     ".safetensors": (load_file, lambda path, w: save_file({"w": w}, path)),
 }
 

@@ -457,6 +457,9 @@ def test_the_training_images_of_a_run_are_found(bench):
     assert (record["num_real"], record["kimg"], record["data"]) == (34, 2.268, str(bench.data))
     events = EventAccumulator(str(bench.folder)).Reload()
     assert {e.step for tag in events.Tags()["scalars"] for e in events.Scalars(tag)} == {567}
+    (bench.folder / "options.yaml").write_text("data:")
+    assert "options.yaml: path is missing" in bench.refused(metrics="fd_dinov2_4_full", data=None, network=network)
+    (bench.folder / "options.yaml").write_text(yaml.safe_dump(options))
     bench.data.rename(bench.folder / "elsewhere")
     assert "present location with --data" in bench.refused(metrics="fd_dinov2_4_full", data=None, network=network)
 
@@ -484,6 +487,7 @@ def test_the_training_images_of_a_run_are_found(bench):
         ({"metrics": "scale_ssim", "scales": "8,16"}, "11x11 pixels or more"),
         ({"metrics": "eqr4", "size": "31x40"}, "32x32 pixels or more"),
         ({"trunc": "nan"}, "--trunc=nan"),
+        ({"scale": "nan"}, "--scale=nan"),
     ],
     ids=str,
 )

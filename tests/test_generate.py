@@ -378,6 +378,14 @@ def test_saved_styles_give_the_images_of_their_seeds(networks, tmp_path, suffix)
     assert (tmp_path / "w.mp4").read_bytes() == (tmp_path / "seeds.mp4").read_bytes()
 
 
+@pytest.mark.parametrize(("content", "name"), [(".npz", ".npy"), (".npy", ".npz")])
+def test_styles_under_the_other_name_of_numpy_are_read(networks, tmp_path, content, name):
+    G, w = load_generator(networks / "plain.safetensors"), np.random.default_rng(0).normal(size=(2, 7, 6))
+    saved.FILES[content][1](tmp_path / f"w{content}", w)
+    (tmp_path / f"w{content}").rename(tmp_path / f"w{name}")
+    assert np.array_equal(saved.read_styles(tmp_path / f"w{name}", G), w.astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("write", "words"),
     [
@@ -456,6 +464,7 @@ WRONG = {
     "--video=x.mp4": "one of --outdir",
     "--grid=x.png": "one of --outdir",
     "--columns=2": "--grid",
+    "--outdir= --grid=out/x.png --format=tiff": "--format belongs to --outdir",
     "--size=big": "'big' is not a size",
     "--size=0x5": "0x5",
     "--size=999999999x999999999": "999999999x999999999",
@@ -464,6 +473,7 @@ WRONG = {
     "--scale=inf": "--scale=inf",
     "--trunc=much": "--trunc",
     "--trunc=nan": "--trunc=nan",
+    "--trunc=1e308": "--trunc=1e+308",
     "--trunc-cutoff=99": "7 styles",
     "--class=1": "no classes",
     "--network=cond --class=3": "class=3: it has classes 0 to 2",

@@ -143,6 +143,8 @@ def truncate(share: float):
 
 HARM = {
     "empty": (lambda path: path.write_bytes(b""), "is not an intact safetensors file"),
+    "a web page": (lambda path: path.write_bytes(b"\n<!DOCTYPE html><html>"), "is a web page"),
+    "a pointer": (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
     "truncated in its tensors": (truncate(0.9), "is not an intact safetensors file"),
     "longer than its header says": (lambda path: path.open("ab").write(b"x" * 9), "is not an intact safetensors file"),
     "a network of another project": (
@@ -290,6 +292,7 @@ def test_a_network_at_an_address_is_downloaded_once_and_is_the_one_with_that_dig
         f"{server}/gone#sha256={digest}": "404",
         f"http://127.0.0.1:1/x#sha256={digest}": "refused",
         f"http://#sha256={digest}": "failed",
+        f"http://[1#sha256={digest}": "failed",
     }.items():
         with pytest.raises(UserError, match=words):
             load_generator(url)

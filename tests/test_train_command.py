@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from torch_utils import checkpoint
 from training import memory
 from training.config import RunConfig
 from training.networks import Generator, GeneratorConfig
-from training.runs import flat
+from training.runs import NewRun, flat, new_folder
 from training.snapshot import load_generator, save_generator
 from training.state import find_weights, initialise, new_state
 
@@ -136,6 +139,19 @@ def test_the_next_run_has_the_next_number_whatever_else_lies_there(tiny):
     (tiny.folder / "runs" / "00041-old").mkdir()
     assert tiny.run().name == "00042-tiny-images"
     assert tiny.run().name == "00043-tiny-images"
+
+
+def test_runs_that_begin_at_once_have_directories_of_their_own(tmp_path):
+    new, images, ready = NewRun(None, tmp_path, "tiny"), SimpleNamespace(name="images"), threading.Barrier(8)
+
+    def begin(_):
+        ready.wait()
+        return new_folder(new, images)
+
+    with ThreadPoolExecutor(8) as threads:
+        folders = list(threads.map(begin, range(8)))
+    assert sorted(folders) == sorted(tmp_path.iterdir())
+    assert len(set(folders)) == 8
 
 
 def test_the_weights_reported_are_those_of_the_average(tiny):
@@ -304,7 +320,7 @@ def test_what_a_resumed_run_depends_on_cannot_change(tiny):
 def test_a_run_is_continued_on_a_moved_archive_but_not_on_another(tiny):
     folder = tiny.run("--kimg", 0.016)
     moved = tiny.archive.rename(tiny.folder / "moved")
-    assert tiny.call("--resume", folder).exit_code == 2
+    assert "present location with --data" in tiny.call("--resume", folder).output
     assert tiny.call("--resume", folder, "--data", moved).exit_code == 0
     result = tiny.call("--resume", folder, "--data", tiny.images("large", size=(16, 16)))
     assert result.exit_code == 2
@@ -317,6 +333,17 @@ def test_a_run_is_continued_on_a_moved_archive_but_not_on_another(tiny):
     options = (folder / "options.yaml").read_text()
     (folder / "options.yaml").write_text(re.sub(r"  contents: .*\n", "", options))  # as older runs have them
     assert tiny.call("--resume", folder, "--data", moved).exit_code == 0
+
+
+def test_a_run_is_not_continued_with_its_classes_named_otherwise(tiny):
+    folder = tiny.run("--cond", "--kimg", 0.016, data=tiny.labelled)
+    labels = (tiny.labelled / "dataset.json").read_text()
+    (tiny.labelled / "dataset.json").write_text(labels.replace("ant", "dog"))
+    result = tiny.call("--resume", folder, "--kimg", 0.032)
+    assert result.exit_code == 2
+    assert "dog instead of ant" in result.output
+    (tiny.labelled / "dataset.json").write_text(labels)
+    assert tiny.call("--resume", folder, "--kimg", 0.032).exit_code == 0
 
 
 # --- torchrun --------------------------------------------------------------------------------------------------------
@@ -450,7 +477,16 @@ MISTAKES = {
     "a shape and a resolution": (extra("-o", "G.img_shape=5", "-o", "G.img_resolution=8"), "G.img_shape=5"),
     "no labels": (extra("--cond"), "holds no labels"),
     "labels for half": (lambda tiny: tiny.new("--cond", data=labels_for_half(tiny)), "dataset.json"),
+    "images of two sizes": (data(mixed_sizes), r"005\.png is 16x16, but the first image is 8x8 .1 of 24 images"),
     # directories
+    "runs among the images": (
+        lambda tiny: tiny.new("--outdir", tiny.archive / "runs"),
+        "is in .*images are trained on",
+    ),
+    "resume elsewhere": (
+        lambda tiny: ["--resume", tiny.run("--kimg", 0.008), "--outdir", tiny.folder / "other"],
+        "where it is, not in .*other",
+    ),
     "outdir is below a file": (
         lambda tiny: tiny.new("--outdir", written(tiny, "taken", "mine") / "runs"),
         "cannot make a run directory in .*taken",
@@ -519,14 +555,6 @@ def test_a_section_left_empty_in_a_recipe_is_the_defaults(tiny):
     result = tiny.call("--outdir", tiny.folder / "runs", "--cfg", recipe, "--data", tiny.archive, "--dry-run")
     assert result.exit_code == 0, result.output
     assert yaml.safe_load(result.output)["G"]["channel_base"] == 65536
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_of_another_size_ends_the_run_with_its_name(tiny, workers):
-    """It is found when its turn comes: looking at all of a million images first would take an hour."""
-    result = tiny.call(*tiny.new("--workers", workers, data=mixed_sizes(tiny)))
-    assert result.exit_code == 2, result.exception
-    assert re.search(r"Error: .*005\.png is 16x16, but the first image is 8x8", result.output)
 
 
 @pytest.mark.slow

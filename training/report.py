@@ -28,9 +28,9 @@ class RunLog:
             path.touch()
             os.truncate(path, min(written.get(name, 0), path.stat().st_size))
         for path in folder.glob("metric-*.jsonl"):
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = path.read_bytes().splitlines(keepends=True)
             with atomic_write(path) as temporary:
-                temporary.write_text("".join(x for x in lines if _belongs(x, step)), encoding="utf-8")
+                temporary.write_bytes(b"".join(x for x in lines if _belongs(x, step)))
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         # Its thread would print the traceback of a full disk, which its next call raises as well.
@@ -84,7 +84,7 @@ def add_scalars(events, record: dict, step: int) -> None:
     events.flush()
 
 
-def _belongs(line: str, step: int) -> bool:
+def _belongs(line: bytes, step: int) -> bool:
     """Check that a line is the whole record of a metric at `step` or before; a crash may have left half a line."""
     try:
         return json.loads(line).get("step", 0) <= step

@@ -1,6 +1,8 @@
 """A run, new or resumed: its config, directory, processes, and everything that its training needs."""
 
+import contextlib
 import functools
+import itertools
 import logging
 import os
 import re
@@ -30,10 +32,12 @@ from torch_utils.precision import multiplies_bfloat16_fast
 from torch_utils.signals import heeded
 from training.config import DataConfig, RunConfig
 from training.data import ImageArchive
+from training.labels import check_class_names
 from training.loop import Loop
 from training.memory import largest_micro_batch
 from training.native import NativeArchive
 from training.report import duration
+from training.snapshot import load_generator, snapshots
 from training.state import TrainState, initialise, new_state
 
 RESTARTS = 3  # of the processes that launch() starts
@@ -87,6 +91,10 @@ def read_config(folder: Path, changes: dict) -> RunConfig:
             f"{folder} is resumed with its own settings, but {listed}; leave that out, or start a new run from its "
             "weights"
         )
+    if not os.path.exists(after.data.path):
+        raise UserError(
+            f"{folder} was trained on {after.data.path}, which does not exist; give its present location with --data"
+        )
     images = open_images(after.model_dump())
     if images.shape[1:] != after.G.img_shape or images.label_dim != after.G.c_dim:
         raise UserError(f"{after.data.path} is not the archive that {folder} was trained on: sizes or labels differ")
@@ -96,6 +104,8 @@ def read_config(folder: Path, changes: dict) -> RunConfig:
             f"{after.data.path} is not the archive that {folder} was trained on: it holds {contents}, and that one "
             f"{before.data.contents}; give that one, or start a new run from these weights"
         )
+    for path in snapshots(folder)[-1:] if images.class_names else []:
+        check_class_names(load_generator(path).class_names, images.class_names, after.data.path)
     return after.model_copy(update={"data": after.data.model_copy(update={"contents": contents})})
 
 
@@ -265,14 +275,17 @@ def new_folder(new: NewRun, images: ImageArchive) -> Path:
     try:
         new.outdir.mkdir(parents=True, exist_ok=True)
         numbers = [int(match[0]) for p in new.outdir.iterdir() if (match := re.match(r"\d+", p.name))]
-        words = [f"{max(numbers, default=-1) + 1:05d}", Path(new.recipe).stem, images.name, new.desc]
-        folder = new.outdir / re.sub(r"[^\w.-]+", "_", "-".join(filter(None, words)))
-        folder.mkdir()
+        words = "-".join(filter(None, [Path(new.recipe).stem, images.name, new.desc]))
+        name = re.sub(r"[^\w.-]+", "_", words)
+        for number in itertools.count(max(numbers, default=-1) + 1):
+            with contextlib.suppress(FileExistsError):  # of a run that began at the same moment
+                folder = new.outdir / f"{number:05d}-{name}"
+                folder.mkdir()
+                return folder
     except OSError as error:
         raise UserError(
             f"cannot make a run directory in {new.outdir}: {error.strerror}; choose another folder for runs"
         ) from error
-    return folder
 
 
 def find_folder(new: NewRun, launch: str) -> Path | None:

@@ -19,6 +19,12 @@ from training.networks.released import is_released, load_released
 
 FORMAT = "creps-generator-1"
 MODELS = Path(__file__).parents[1] / "models"  # NAME.safetensors of each included network, with its card NAME.md
+# How files begin that a failed download leaves in place of a network, and what they are.
+IMPOSTORS = {
+    b"version https://git-lfs": "a pointer of git-lfs; get the file itself with: git lfs pull",
+    b"<!doctype": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
+}
 
 
 class Saved(Config):
@@ -41,6 +47,11 @@ def find_network(network: str | os.PathLike) -> Path:
         return fetch(str(network))
     path, names = Path(network), network_names()
     if os.path.isfile(path):
+        with open(path, "rb") as file:
+            start = file.read(64).lstrip().lower()
+        for known, what in IMPOSTORS.items():
+            if start.startswith(known):
+                raise UserError(f"{path} is {what}")
         return path
     if os.path.isdir(path) and snapshots(path):
         return snapshots(path)[-1]
@@ -123,10 +134,11 @@ def read_trained(path: Path) -> dict[str, float]:
 def _read(path: Path, tensors: Callable[[safe_open], dict] = lambda file: {}) -> tuple[dict, dict[str, torch.Tensor]]:
     """Return the header, and `tensors` of the open file; of a training state, the settings of G and the G_ema."""
     if path.suffix == ".pt":
-        options = path.parent / "options.yaml"
-        if not options.is_file():
+        state, options = checkpoint.load(path), path.parent / "options.yaml"
+        settings = read_yaml(options).get("G") if options.is_file() else None
+        if not isinstance(settings, dict):
             raise UserError(f"{path} needs the options.yaml of its run next to it, which says how G is built")
-        return read_yaml(options).get("G") or {}, checkpoint.load(path)["G_ema"]
+        return settings, state["G_ema"]
     try:
         with safe_open(path, "pt", device="cpu") as file:
             metadata, found = file.metadata() or {}, tensors(file)
