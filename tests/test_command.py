@@ -1,6 +1,7 @@
 """Laws of torch_utils/command.py that hold for every command."""
 
 import io
+import os
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ import dataset_tool
 import generate
 import train
 from dnnlib.console import MemoryFull, UserError
+from dnnlib.files import cache_dir
 from torch_utils import doctor
 from torch_utils.errors import explain
 
@@ -41,6 +43,25 @@ def test_a_leading_tilde_is_the_home_directory(tmp_path, monkeypatch):
     assert CliRunner().invoke(dataset_tool.main, ["check", "~/out.zip"]).exit_code == 0
     result = CliRunner().invoke(train.main, ["--cfg=auto", "--outdir=~/runs", "-o", "data.path=~/no.zip"])
     assert f"{tmp_path}/no.zip does not exist" in result.output
+
+
+@pytest.mark.parametrize("closed", [["stdout"], ["stderr"], ["stdout", "stderr"]])
+def test_a_closed_console_changes_nothing(tmp_path, monkeypatch, closed):
+    source = write_folder(tmp_path / "in", {"a.png": encode(noise_image(0, 8, 8))})
+    for stream in closed:
+        monkeypatch.setattr(sys, stream, None)
+    for arguments, code in ((["--source", source, "--dest", tmp_path / "x.zip"], 0), (["check", tmp_path / "gone"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            dataset_tool.main([str(argument) for argument in arguments])
+        assert ended.value.code == code
+    assert (tmp_path / "x.zip").exists()
+
+
+def test_without_a_home_directory_the_cache_must_be_named(monkeypatch):
+    monkeypatch.delenv("CREPS_CACHE", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for a user without a name
+    with pytest.raises(UserError, match="set CREPS_CACHE"):
+        cache_dir()
 
 
 def test_a_name_that_is_not_utf8_is_a_mistake_that_can_be_fixed():

@@ -196,13 +196,23 @@ def test_alone_every_collective_is_the_identity(values, flag):
     assert ALONE.is_first
 
 
-def test_without_a_launcher_there_is_one_process(monkeypatch):
+@pytest.mark.parametrize("value", [None, "", "node-3"])
+def test_without_a_launcher_there_is_one_process(monkeypatch, value):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with processes() as procs:
         assert (procs.rank, procs.world) == (0, 1)
     assert not torch.distributed.is_initialized()
+
+
+def test_a_group_without_an_address_is_a_sentence(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="MASTER_ADDR"), processes():
+        pass
 
 
 # --- GPUs ------------------------------------------------------------------------------------------------------------

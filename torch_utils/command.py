@@ -53,10 +53,12 @@ def command(*, memory: str = "free some of it", interrupted: str = "nothing was 
 
 
 def print_anything() -> None:
-    """Print what a console lacks, such as ψ or names that are not UTF-8, as escapes instead of failing."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    """Print what a console lacks, such as ψ or names that are not UTF-8, as escapes, and nothing where it is closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the end)
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 class _Arguments:

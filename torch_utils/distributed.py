@@ -110,7 +110,7 @@ class _Sum(torch.autograd.Function):
 
 def launched() -> bool:
     """Tell whether torchrun, or train.py through its launcher, started this process."""
-    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+    return all(os.environ.get(name, "").isdecimal() for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
 def launch_name() -> str:
@@ -124,7 +124,7 @@ def launch_name() -> str:
 
 def is_first() -> bool:
     """Tell whether this process has rank 0, or was not launched with others."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return not launched() or os.environ["RANK"] == "0"
 
 
 def claim_report() -> bool:
@@ -242,7 +242,7 @@ def processes() -> Iterator[Processes]:
             raise UserError(
                 f"NCCL cannot connect the processes, each of which needs its own GPU: {brief(error)}"
             ) from error
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # the latter: MASTER_ADDR is not set
             raise UserError(f"the processes cannot reach each other ({brief(error)}); check the network") from error
         _notice_lost_machines()
     yield Processes(rank, world, device)

@@ -22,6 +22,7 @@ REMEDIES = {
     errno.EPERM: "give yourself permission, or choose another folder",
     errno.EROFS: "choose a folder that you may write to",
     errno.EIO: "check the disk",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "allow more open files (ulimit -n)",
     errno.EAGAIN: "allow more processes (ulimit -u)",
     errno.EPIPE: "keep what reads the output open, or write it to a file",
