@@ -85,19 +85,29 @@ FIGURES = {"scales": scales, "views": views, "zoom": zoom, "walks": walks}
 
 
 @click.command()
-@click.option("--network", metavar="NAME|FILE", required=True)
+@click.option("--network", "networks", metavar="NAME|FILE", multiple=True, required=True, help="May be repeated.")
 @click.option("--figure", type=click.Choice(list(FIGURES)), default="scales", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--class", "kind", metavar="C", help="[default: seed mod number of classes]")
 @click.option("--trunc", type=float, default=1, show_default=True)
 @click.option("--out", metavar="PNG", required=True)
 @command()
-def main(network, figure, seed, kind, trunc, out):
-    """Draw one seed of a network at several scales or in several views, or walks between it and the next three."""
-    G = load_generator(network)
-    ws = Styles(trunc, classes=[kind] if kind else []).map(G, list(range(seed, seed + 4)))
+def main(networks, figure, seed, kind, trunc, out):
+    """Draw one seed of a network at several scales or in several views, or walks between it and the next three.
+
+    Several networks, for example before and after training on windows, are drawn one below the other.
+    """
+    styles = Styles(trunc, classes=[kind] if kind else [])
+    pages = []
+    for G in map(load_generator, networks):
+        pages.append(FIGURES[figure](G, styles.map(G, list(range(seed, seed + 4)))))
+    whole = Image.new("RGB", (max(page.width for page in pages), sum(page.height for page in pages)), "white")
+    top = 0
+    for page in pages:
+        whole.paste(page, (0, top))
+        top += page.height
     with atomic_write(Path(out)) as temporary:
-        FIGURES[figure](G, ws).save(temporary)
+        whole.save(temporary, optimize=True)
 
 
 if __name__ == "__main__":

@@ -120,13 +120,22 @@ def test_a_network_is_float16_where_that_is_not_seen(models, factor):
         assert path.stat().st_size > 4 * weights
 
 
-def test_walks_lead_from_seed_to_seed(models, tmp_path):
+def test_walks_lead_from_seed_to_seed_one_network_below_the_other(models, tmp_path):
     G = Generator(GeneratorConfig(img_resolution=16, c_dim=3, channel_base=64, channel_max=8, z_dim=8, w_dim=8))
     save_generator(G, models / "noise.safetensors")
-    call = ["--network=noise", "--figure=walks", "--seed=5", "--trunc=0.7", "--out", str(tmp_path / "walks.png")]
+    call = [
+        "--network=noise",
+        "--network=noise",
+        "--figure=walks",
+        "--seed=5",
+        "--trunc=0.7",
+        "--out",
+        str(tmp_path / "walks.png"),
+    ]
     result = CliRunner().invoke(figures.main, call)
     assert result.exit_code == 0, (result.output, result.exception)
-    page = np.array(Image.open(tmp_path / "walks.png"))
+    page, again = np.split(np.array(Image.open(tmp_path / "walks.png")), 2)
+    assert np.array_equal(page, again)
     ws = Styles(0.7).map(load_generator("noise"), [5, 6, 7, 8])
     seeds = to_uint8(render(G.eval(), ws)).movedim(1, -1).numpy()
     step, row = 16 + figures.GAP, figures.CAPTION + 16 + figures.GAP
