@@ -1,4 +1,4 @@
-"""Reports to the user: mistakes as sentences, progress as a bar."""
+"""Report to the user: mistakes as sentences, progress as a bar."""
 
 from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""Writes files atomically, computes checksums, and finds or downloads files by other authors."""
+"""Write files atomically, compute checksums, and find or download files by other authors."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""Imports libvips, which encodes images larger than memory and draws SVGs."""
+"""Import libvips, which encodes images larger than memory and draws SVGs."""
 
 from dnnlib.console import UserError
 

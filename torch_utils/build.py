@@ -1,4 +1,4 @@
-"""Compiles C++ and CUDA sources on first use: C++ with the compiler of this machine, CUDA with PyTorch's own.
+"""Compile C++ and CUDA sources on first use: C++ with the compiler of this machine, CUDA with PyTorch's own.
 
 A C++ library exports C functions, which are called through ctypes: it needs none of PyTorch's headers, which take
 minutes to compile. CUDA sources are compiled by NVRTC, a library that comes with PyTorch for GPUs, and started through

@@ -1,4 +1,4 @@
-"""Saves, finds and loads training states: files of tensors and plain values."""
+"""Save, find and load training states: files of tensors and plain values."""
 
 import contextlib
 import pickletools

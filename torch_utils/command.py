@@ -1,4 +1,4 @@
-"""Ends every command with a sentence and an exit code instead of a traceback."""
+"""End every command with a sentence and an exit code instead of a traceback."""
 
 import contextlib
 import os

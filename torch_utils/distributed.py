@@ -1,4 +1,4 @@
-"""Wraps torch.distributed: rank, world size, device and collectives as one value."""
+"""Wrap torch.distributed: rank, world size, device and collectives as one value."""
 
 import contextlib
 import datetime

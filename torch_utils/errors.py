@@ -1,4 +1,4 @@
-"""Turns exceptions into sentences."""
+"""Turn exceptions into sentences."""
 
 import contextlib
 import errno

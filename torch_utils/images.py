@@ -1,4 +1,4 @@
-"""Converts images to 8 bits."""
+"""Convert images to 8 bits."""
 
 import torch
 from torch import Tensor

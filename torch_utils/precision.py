@@ -1,4 +1,4 @@
-"""Decides where bfloat16 is used."""
+"""Decide where bfloat16 is used."""
 
 import contextlib
 

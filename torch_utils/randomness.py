@@ -1,4 +1,4 @@
-"""Makes random numbers a function of (seed, step, purpose), so that resuming a run needs no saved state."""
+"""Make random numbers a function of (seed, step, purpose), so that resuming a run needs no saved state."""
 
 import zlib
 

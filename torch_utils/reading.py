@@ -1,4 +1,4 @@
-"""Reads lists of items in order, some ahead of their use in other processes.
+"""Read lists of items in order, some ahead of their use in other processes.
 
 Results return through sockets: shared memory is 64 MB in a container, and does not tell when the other end has died.
 """

@@ -1,4 +1,4 @@
-"""Notes the signals that ask a process to end, so that it can save its work first."""
+"""Note the signals that ask a process to end, so that it can save its work first."""
 
 import contextlib
 import signal

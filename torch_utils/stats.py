@@ -1,4 +1,4 @@
-"""Averages what the training loop reports over steps and processes."""
+"""Average what the training loop reports over steps and processes."""
 
 import torch
 

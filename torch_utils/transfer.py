@@ -1,4 +1,4 @@
-"""Copies to a GPU that do not wait for it."""
+"""Copy to a GPU without waiting for it."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Writes archives for training, images and a `dataset.json` as in StyleGAN, and checks archives."""
+"""Write archives for training, images and a `dataset.json` as in StyleGAN, and check archives."""
 
 import contextlib
 import dataclasses

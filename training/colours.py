@@ -1,4 +1,4 @@
-"""Decodes image files to upright 8-bit images in sRGB."""
+"""Decode image files to upright 8-bit images in sRGB."""
 
 import contextlib
 import functools

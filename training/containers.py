@@ -1,4 +1,4 @@
-"""Reads files by name out of a folder, a ZIP, a TAR, a CIFAR data set or an LMDB. Names have forward slashes.
+"""Read files by name out of a folder, a ZIP, a TAR, a CIFAR data set or an LMDB. Names have forward slashes.
 
 A container can be pickled, and used after a fork. Nothing in a file is executed.
 """

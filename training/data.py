@@ -1,4 +1,4 @@
-"""Reads training images: an archive of equal-size images, and an endless stream of batches from any image on.
+"""Read training images: an archive of equal-size images, and an endless stream of batches from any image on.
 
 An archive is a folder or a ZIP of equal-size images in StyleGAN's format, which dataset_tool.py writes. Labels, if any,
 are in its `dataset.json` as {"labels": [["00000/img00000000.png", 3], ...]}: class numbers, or vectors of one length.

@@ -1,4 +1,4 @@
-"""Reads labels from a dataset.json, a CSV or the names of folders, for dataset_tool, training and metrics alike.
+"""Read labels from a dataset.json, a CSV or the names of folders, for dataset_tool, training and metrics alike.
 
 A Table holds labels as someone wrote them. Matched with the names of images it gives Labels: a class number or a vector
 for each image.

@@ -1,4 +1,4 @@
-"""Renders letters in many fonts and colours: labelled images of any size, without a download. Needs matplotlib."""
+"""Render letters in many fonts and colours: labelled images of any size, without a download. Needs matplotlib."""
 
 import colorsys
 import functools

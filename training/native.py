@@ -1,4 +1,4 @@
-"""Reads windows of images that keep their own sizes: (image, zoom, place) -> uint8 [C,R_h,R_w], R the training size."""
+"""Read windows of images that keep their own sizes: (image, zoom, place) -> uint8 [C,R_h,R_w], R the training size."""
 
 import os
 

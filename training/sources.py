@@ -1,4 +1,4 @@
-"""Reads image files, and labels from `dataset.json`, out of a folder, a ZIP or another container."""
+"""Read image files, and labels from `dataset.json`, out of a folder, a ZIP or another container."""
 
 import contextlib
 import functools

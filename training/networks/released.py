@@ -1,4 +1,4 @@
-"""Reads the files that authors released without executing anything in them.
+"""Read the files that authors released without executing anything in them.
 
 CIPS's are torch files of tensors and plain values (torch_utils.checkpoint). The others, `.pkl`, are pickled objects.
 Their reader is Python's own unpickler with three parts replaced: `find_class` knows a score of names and returns inert
