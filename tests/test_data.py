@@ -45,12 +45,6 @@ def take(stream, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(itertools.islice(stream, count))
 
 
-def numbers_of(images: torch.Tensor) -> list[int]:
-    """Return which source image each image of a batch is."""
-    known = {noise_image(i).tobytes(): i for i in range(COUNT)}
-    return [known[image.permute(1, 2, 0).contiguous().numpy().tobytes()] for image in images]
-
-
 @pytest.mark.parametrize("kind", ["zip", "folder"])
 def test_images_and_labels_are_those_of_the_files(archive, tmp_path, kind):
     path = archive if kind == "zip" else write_folder(tmp_path / "tiny", contents(labels=class_labels()))
@@ -96,17 +90,6 @@ def test_grey_files_come_with_the_channels_asked_for(tmp_path, channels):
     image, _ = ImageArchive(write_folder(tmp_path, {"a.png": encode(grey)}), channels=channels)[0]
     expected = np.stack([grey] * min(channels, 3) + [np.full_like(grey, 255)] * (channels == 4))
     assert np.array_equal(image.numpy(), expected)
-
-
-def test_max_images_is_a_subset_that_the_seed_chooses(archive):
-    def chosen(seed):
-        return numbers_of(torch.stack([image for image, _ in ImageArchive(archive, max_images=5, seed=seed)]))
-
-    assert len(set(chosen(1))) == 5
-    assert chosen(1) == chosen(1)
-    assert len({tuple(chosen(seed)) for seed in range(5)}) > 1
-    assert len(ImageArchive(archive, max_images=5, mirror=True)) == 10
-    assert ImageArchive(archive, max_images=1, use_labels=True).label_dim == 3
 
 
 def test_hidden_files_and_apples_shadow_files_are_no_images(tmp_path):
@@ -260,8 +243,6 @@ LABELS = [  # (labels of a.png and b.png, words of the sentence)
         ({"a.png": ONE, "b.png": TWO, "c.png": ONE}, {}, "b.png is 6x5, .* first image is 8x6 .1 of 3 images differ"),
         ({"00000/img00000000.png": ONE, "00000/img00000001.png": TWO}, {}, "01.png is 6x5, but the first image is 8x6"),
         ({"a.png": ONE}, {"channels": 2}, "channels=2"),
-        ({"a.png": ONE}, {"max_images": 0}, "max_images=0"),
-        ({"a.png": ONE}, {"seed": -1}, "seed=-1"),
         ({"a.png": ONE, "dataset.json": b"[]"}, {}, "is not of the form"),
         ({"a.png": ONE, "dataset.json": b'{"labels": [1, 2]}'}, {}, "is not of the form"),
         *(

@@ -37,26 +37,15 @@ class ImageArchive:
     mirror      each image counts twice: index i and, flipped left to right, i + len/2
     channels    1, 3 or 4: images are converted to it by to_channels (grey is repeated into RGB, and so on); by default
                 the fewest that hold all images (ImageFiles.common_channels)
-    max_images  use this many, chosen by `seed`, before mirroring
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike,
-        *,
-        use_labels: bool = False,
-        mirror: bool = False,
-        channels: int | None = None,
-        max_images: int | None = None,
-        seed: int = 0,
+        self, path: str | os.PathLike, *, use_labels: bool = False, mirror: bool = False, channels: int | None = None
     ):
         if channels not in (None, *MODES):
             raise UserError(f"channels={channels}, but images have 1 (grey), 3 (RGB) or 4 (RGBA) channels")
-        if max_images is not None and max_images < 1:
-            raise UserError(f"max_images={max_images} leaves no images; use 1 or more, or leave it out for all")
         self._files = files = ImageFiles(path)
         self._mirror = mirror
-        self._kept = np.sort(epoch_order(len(files), seed, 0)[:max_images])
         channels = channels or files.common_channels()
         self.shape = (channels, *self._side(channels))
         self.name = files.name
@@ -70,7 +59,7 @@ class ImageArchive:
             self.label_dim, self.class_names = self._labels.dim, self._labels.names[: self._labels.dim]
 
     def __len__(self) -> int:
-        return len(self._kept) * (2 if self._mirror else 1)
+        return len(self._files) * (2 if self._mirror else 1)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return image number `index`, uint8 [C,H,W] in 0..255, and its label, float32 [label_dim].
@@ -102,24 +91,24 @@ class ImageArchive:
                 "bring all images to one size with dataset_tool.py"
             )
         if not self._files.written:
-            sizes = self._files.sizes()[self._kept]
+            sizes = self._files.sizes()
             others = np.flatnonzero((sizes != sizes[0]).any(axis=1))
             if len(others):
-                name = self._files.filename(self._kept[others[0]])
+                name = self._files.filename(others[0])
                 raise UserError(
                     f"{self._files.path / name} is {size_text(sizes[others[0]])}, but the first image is "
                     f"{size_text(sizes[0])} ({len(others):,} of {len(sizes):,} images differ); bring all images to one "
                     "size with dataset_tool.py"
                 )
-        first = self._files.image(self._files.filename(self._kept[0]), channels)
+        first = self._files.image(self._files.filename(0), channels)
         return first.height, first.width
 
     def _locate(self, index: int) -> tuple[int, bool]:
         """Return the number of the file of an image, and whether it is mirrored. Raises IndexError."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        mirrored, item = divmod(index, len(self._kept))
-        return int(self._kept[item]), bool(mirrored)
+        mirrored, number = divmod(index, len(self._files))
+        return number, bool(mirrored)
 
     def _pixels(self, image: Image.Image, mirrored: bool) -> torch.Tensor:
         """Return an image as uint8 [C,H,W]."""
@@ -138,17 +127,17 @@ class ImageArchive:
     def summary(self) -> str:
         """Return the number of images, and a digest of their names, and of the bytes and labels of 64 of them."""
         digest = hashlib.sha256()
-        for number in self._kept:
-            digest.update(os.fsencode(self._files.filename(number)) + b"\0")
-        sample = range(0, len(self._kept), -(-len(self._kept) // 64))
-        files = self._files.contents(map(self._files.filename, self._kept[sample]))
-        for index, data in zip(sample, files, strict=True):
+        names = self._files.names()
+        for name in names:
+            digest.update(os.fsencode(name) + b"\0")
+        sample = range(0, len(names), -(-len(names) // 64))
+        for index, data in zip(sample, self._files.contents(names[i] for i in sample), strict=True):
             digest.update(data + self.label(index).numpy().tobytes())
-        return f"{len(self._kept)} images, {digest.hexdigest()[:16]}"
+        return f"{len(names)} images, {digest.hexdigest()[:16]}"
 
     def contents(self) -> Iterator[bytes]:
-        """Yield the bytes of the files in use, in their order, each once."""
-        return self._files.contents(self._files.filename(number) for number in self._kept)
+        """Yield the bytes of the files, in their order."""
+        return self._files.contents(self._files.names())
 
 
 @functools.lru_cache(maxsize=2)
@@ -157,8 +146,6 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
     It sorts raw Philox output, whose bits NumPy keeps across versions, unlike those of its own shuffle.
     """
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed={seed} must be a whole number from 0 to 2^63 - 1")
     keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(count)
     order = np.argsort(keys, kind="stable")
     order.setflags(write=False)
