@@ -62,15 +62,15 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def inception_score(logits: Tensor, *, splits: int = 10, seed: int = SEED) -> dict[str, Estimate]:
+def inception_score(logits: Tensor, *, splits: int = 10) -> dict[str, Estimate]:
     """Return exp(mean KL(p(class | image) ‖ p(class))) of float [N,K] logits, N ≥ splits, from 1 to K.
 
     `_mean` is the mean over `splits` parts, `_std` their deviation, which torch-fidelity and StyleGAN report instead
-    of the standard error of the mean. Images are shuffled by `seed` first, as torch-fidelity does.
+    of the standard error of the mean. Images are shuffled by SEED first, as torch-fidelity does.
     Source: Salimans et al. 2016 (https://arxiv.org/abs/1606.03498).
     """
     num = len(logits)
-    order = torch.from_numpy(np.random.RandomState(seed).permutation(num))
+    order = torch.from_numpy(np.random.RandomState(SEED).permutation(num))
     scores = []
     for i in range(splits):
         log_p = logits[order[i * num // splits : (i + 1) * num // splits]].double().log_softmax(dim=1)
@@ -109,7 +109,7 @@ def _radii(x: Tensor, k: int, chunk: int) -> Tensor:
 
 
 def _covered(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> Tensor:
-    """float64 [N]: 1 for points [N,F] within the radius [M] of a centre [M,F], else 0."""
+    """Return float64 [N]: 1 for points [N,F] within the radius [M] of a centre [M,F], else 0."""
     covered = []
     for rows in progress(points.split(chunk), desc="coverage", unit="chunk"):
         inside = torch.zeros(len(rows), dtype=torch.bool, device=points.device)

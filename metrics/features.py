@@ -34,22 +34,18 @@ class Detector:
     num_classes             K, or 0
     """
 
-    def __init__(
-        self,
-        kind: str,
-        weights_dir: str | os.PathLike | None = None,
-        device: str | torch.device = "cpu",
-        batch: int = 64,
-    ):
+    batch = 64  # images processed at once
+
+    def __init__(self, kind: str, weights_dir: str | os.PathLike | None = None, device: str | torch.device = "cpu"):
         """Build DETECTORS[kind]: find its weights in the cache or in `weights_dir`, or download them; the weights of
-        "lite0" are in its package. `batch` images are processed at once. Raises UserError.
+        "lite0" are in its package. Raises UserError.
         """
         if kind not in DETECTORS:
             raise UserError(f"there is no detector {kind!r}; {nearest(kind, DETECTORS)}")
         entry = DETECTORS[kind]
         weights = Weights(entry.find(entry.weights, weights_dir), entry.weights, kind, entry.published)
         self.name, self.digest, self.standard = weights.name, weights.digest, weights.standard
-        self.device, self.batch = torch.device(device), batch
+        self.device = torch.device(device)
         self.module = weights.build(entry.build).eval().requires_grad_(False).to(self.device)
         self.num_features, self.num_classes = self.module.num_features, self.module.num_classes
 

@@ -17,6 +17,7 @@ from rendering.grid import Shot
 from torch_utils import build
 from torch_utils.ops.chain import Chain, Folded
 from training.networks import Generator, GeneratorConfig
+from training.networks.layers import compute_with
 
 
 def layers(widths, branches=(), terms=(), slope=0.2, clamp=math.inf):
@@ -144,7 +145,8 @@ def test_images_are_those_of_the_reference(fresh_cache, monkeypatch):
     ws = G.mapping(noise(2, 16))
 
     def render(impl):
-        parts = render_tiles(G, ws, Tiling.of(G, Shot((70, 50))), impl=impl)
+        compute_with(G, impl)
+        parts = render_tiles(G, ws, Tiling.of(G, Shot((70, 50))))
         return torch.cat([colours.flatten() for _, colours in parts])
 
     assert error(render("cpp"), render("reference")) < 1e-5

@@ -109,7 +109,8 @@ def test_images_give_the_numbers_of_torch_fidelity(inception_file):
         feature_extractor_weights_path=str(inception_file),
         **{"cuda": False, "batch_size": 5, "cache": False, "save_cpu_ram": True, "verbose": False},
     )
-    detector = Detector("inception", inception_file.parent, batch=7)
+    detector = Detector("inception", inception_file.parent)
+    detector.batch = 7
     assert detector.name == f"inception-custom-{sha256(inception_file)[:8]}"
     (fake_features, logits), (real_features, _) = detector(fake), detector(real)
     assert fake_features.shape == (10, detector.num_features)
@@ -146,7 +147,8 @@ def test_every_step_of_damage_adds_to_the_distance(dino_file, damage):
 
 def test_grey_is_repeated_the_batch_changes_nothing_and_alpha_is_refused(dino_file):
     images = crops("astronaut", 5, (40, 70))
-    one, two = (Detector("dinov2", dino_file.parent, batch=batch) for batch in (1, 2))
+    one, two = (Detector("dinov2", dino_file.parent) for _ in range(2))
+    one.batch, two.batch = 1, 2
     torch.testing.assert_close(one(images).features, two(images).features, rtol=1e-4, atol=1e-5)
     grey = images[:, :1]
     assert torch.equal(one(grey).features, one(grey.repeat(1, 3, 1, 1)).features)
@@ -241,7 +243,8 @@ def test_dinov2_samples_its_positions_where_the_released_code_does():
 
 
 def test_lite0_needs_no_download_and_shows_the_means_of_its_four_features(cache, offline):
-    detector = Detector("lite0", batch=2)
+    detector = Detector("lite0")
+    detector.batch = 2
     assert (detector.name, detector.standard, detector.num_features) == ("efficientnet-lite0", True, 496)
     images = crops("astronaut", 3, (64, 48))
     with torch.no_grad():

@@ -12,16 +12,17 @@ from dnnlib.console import UserError, brief
 from dnnlib.files import atomic_write
 
 FORMAT = "creps-training-state-1"
-MODULES = ("torch", "torch._utils", "collections")  # of what a file names; builtins.bytearray could fill the memory
+MODULES = ("torch", "torch._utils", "collections")  # that a file may name; builtins.bytearray could fill the memory
 PATTERN = re.compile(r"training-state-(\d+)\.pt")
+KEEP = 2  # states in a folder: the newest, and one more in case it is damaged
 
 
-def save(state: dict, folder: Path, number: int, keep: int = 2) -> Path:
-    """Write `state` to folder/training-state-<number>.pt atomically and remove all but the newest `keep`."""
+def save(state: dict, folder: Path, number: int) -> Path:
+    """Write `state` to folder/training-state-<number>.pt atomically and remove all but the newest KEEP."""
     path = folder / f"training-state-{number:09d}.pt"
     with atomic_write(path) as temporary, open(temporary, "wb") as file:  # given the path, torch hides a full disk
         torch.save({"format": FORMAT, **state}, file)
-    for old in found(folder)[keep:]:
+    for old in found(folder)[KEEP:]:
         old.unlink(missing_ok=True)
     return path
 
@@ -33,7 +34,7 @@ def found(folder: Path) -> list[Path]:
 
 
 def is_foreign(path: Path) -> bool:
-    """Check that a file of torch.save, if it is one at all, holds something else than a training state."""
+    """Tell whether `path` is a file of torch.save that holds something other than a training state."""
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
         (content,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         with archive.open(content) as file:
@@ -42,7 +43,7 @@ def is_foreign(path: Path) -> bool:
 
 
 def read(path: Path, what: str) -> object:
-    """Read a file of torch.save to the CPU. Executes nothing. Raises UserError that it is not `what` when damaged."""
+    """Read a file of torch.save to the CPU. Executes nothing. Raises UserError, "it is not `what`", when damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
@@ -71,5 +72,7 @@ def load(path: Path) -> dict:
     """Load the state in `path` to the CPU. Executes nothing. Raises UserError when the file is missing or damaged."""
     state = read(path, "an intact training state")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is a torch file, but not a training state of this project")
+        raise UserError(
+            f"{path} is a torch file, but not a training state of this project; give one that train.py wrote"
+        )
     return state
