@@ -10,7 +10,6 @@ from training.networks.creps import GeneratorConfig
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
 from training.networks.generator import AnyGeneratorConfig, Generator
 from training.networks.inr_gan import INRGANConfig
-from training.networks.lines import Lines
 from training.networks.projected import ProjectedConfig, ProjectedDiscriminator
 from training.networks.stylegan2 import StyleGAN2Config
 
@@ -26,5 +25,5 @@ def build_discriminator(config: AnyDiscriminatorConfig) -> nn.Module:
 
 __all__ = [
     "COORDS", "AnyDiscriminatorConfig", "AnyGeneratorConfig", "CIPSConfig", "Discriminator", "DiscriminatorConfig",
-    "Generator", "GeneratorConfig", "INRGANConfig", "Lines", "StyleGAN2Config",
+    "Generator", "GeneratorConfig", "INRGANConfig", "StyleGAN2Config", "build_discriminator",
 ]  # fmt: skip

@@ -43,9 +43,9 @@ class CIPSConfig(SynthesisConfig):
 
     @property
     def widths(self) -> list[int]:
-        """Channels of the pairs of layers k = 4, 8, … up to the longer side."""
+        """Return the channels of the pairs of layers k = 4, 8, … up to the longer side."""
         count = int(math.log2(max(self.img_shape))) - 1
-        return [min(self.channel_base // (4 << i), self.channel_max) for i in range(count)]
+        return [self.channels(4 << i) for i in range(count)]
 
     @property
     def num_ws(self) -> int:

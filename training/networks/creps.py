@@ -43,8 +43,8 @@ class GeneratorConfig(SynthesisConfig):
 
     @property
     def widths(self) -> list[int]:
-        """Channels of blocks k = 4, 8, …"""
-        return [min(self.channel_base // (4 << i), self.channel_max) for i in range(self.num_blocks)]
+        """Return the channels of blocks k = 4, 8, …"""
+        return [self.channels(4 << i) for i in range(self.num_blocks)]
 
     @property
     def num_fusions(self) -> int:

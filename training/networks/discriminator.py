@@ -72,9 +72,6 @@ class DiscriminatorConfig(ImageConfig):
         """Return how many numbers D gets for each image besides its pixels."""
         return self.c_dim + SCALE_FEATURES * self.scale_aware
 
-    def channels(self, resolution: int) -> int:
-        return min(self.channel_base // resolution, self.channel_max)
-
 
 class EqualConv2d(Layer):
     """[N,I,H,W] -> [N,O,·,·]: k×k convolution with an equalised learning rate, activation with its gain, clamp.

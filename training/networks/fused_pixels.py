@@ -73,7 +73,7 @@ class Value(Function):
 
 
 class Gradient(Function):
-    """The gradient of ⟨gradient, fused_pixels(rows, cols, layers)⟩. Its own is the reference's, part by part."""
+    """The gradient of ⟨gradient, fused_pixels(rows, cols, layers)⟩. Its derivative is the reference's, part by part."""
 
     @staticmethod
     def forward(ctx, kernels, layers, gradient, rows, cols, *tensors):

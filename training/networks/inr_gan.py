@@ -50,9 +50,6 @@ class INRGANConfig(SynthesisConfig):
     def blocks(self) -> list[int]:
         return [4 << i for i in range(self.img_shape[0].bit_length() - 2)]
 
-    def channels(self, block: int) -> int:
-        return min(self.channel_base // block, self.channel_max)
-
     def num_layers(self, block: int) -> int:
         return 1 if block == 4 else 3 if block >= FINE and self.extra_layers else 2
 
@@ -64,8 +61,8 @@ class INRGANConfig(SynthesisConfig):
 class CoordinateFeatures(nn.Module):
     """rows [H] or [N,H], cols [W] or [N,W] -> [H,W,C] or [N,H,W,C]: sines, cosines, and a learned embedding.
 
-    They are those of a grid of `side`² cells: the positions are pixel centres, at which the released code has x of the
-    left edge and y of the lower edge, from -1 to 1, y upwards. The embedding is interpolated between cells.
+    The positions are centres of `side`² cells. x and y run from -1 to 1, y upwards, and as in the released code a cell
+    has the x of its left edge and the y of its lower edge. The embedding is interpolated between cells.
     """
 
     def __init__(self, side: int):
@@ -135,8 +132,8 @@ class Block(nn.Module):
 class INRGANSynthesis(Synthesis):
     """Blocks on grids of 32×32, 64×64, … cells, each of which reads the nearest cells of the grid before.
 
-    The last grid is the image: it is computed at any positions. On the others, the cells that these read are computed.
-    Noise plays no role.
+    The last grid is the image, computed at any positions. On the others, only the cells that are read are computed.
+    Noise is ignored.
     """
 
     def __init__(self, config: INRGANConfig):
@@ -177,7 +174,7 @@ def grid_positions(t: Tensor, sides: list[int]) -> list[tuple[Tensor, Tensor | N
     Returns for each grid the positions to compute, and the index of the one before that each of them reads.
     """
     found = []
-    whole = t.shape[-1] >= sides[-1]  # most cells are read; not to look for the others spares waiting for the device
+    whole = t.shape[-1] >= sides[-1]  # most cells are read; finding the others would wait for the device
     for side in reversed(sides[:-1]):
         cells = (t * side).floor().clamp(0, side - 1)
         if whole:

@@ -42,6 +42,10 @@ class ImageConfig(Config):
             settings = {key: v for key, v in settings.items() if key != "img_resolution"} | {"img_shape": shape}
         return settings
 
+    def channels(self, k: int) -> int:
+        """Return the channels of block k = 4, 8, …, of a config that has channel_base and channel_max."""
+        return min(self.channel_base // k, self.channel_max)
+
 
 class Layer(nn.Module):
     """A module with several implementations, all with the same result: see `compute_with`."""
@@ -79,7 +83,7 @@ class EqualLinear(Layer):
         return bias_act(x, act=self.act, impl=self.impl)
 
     def folded(self, w: Tensor | None = None) -> Folded:
-        """Multiply the gains into weight [O,I] and bias. That of a leaky ReLU commutes with it. Styles play no role."""
+        """Fold the gains into weight [O,I] and bias; that of a leaky ReLU commutes with it. w is ignored."""
         slope, gain = ACTIVATIONS[self.act]
         return Folded(self.weight * (self.weight_gain * gain), self.bias * (self.bias_gain * gain), slope)
 
@@ -93,7 +97,7 @@ class Affine(EqualLinear):
         self.bias_gain = gain
 
     def forward(self, w: Tensor) -> Tensor:
-        with full_precision(w):  # the gain goes to w, which is smaller than the weight
+        with full_precision(w):  # scale w, which is smaller than the weight
             return F.linear(w * self.weight_gain, self.weight, self.bias * self.bias_gain)
 
 

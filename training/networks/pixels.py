@@ -65,7 +65,7 @@ class PixelSynthesis(Layer):
     """Lines of any window, w [N,w_dim] -> [N,img_channels,H,W]. Paper section 3.3.
 
     recompute "pixels" or "all": compute some rows of an image at a time, and again in the backward pass, which keeps
-    only the lines. Where fused_pixels has C++ code, it always works that way.
+    only the lines. The C++ of fused_pixels always works that way.
     """
 
     def __init__(self, num_fusions: int, channels: int, img_channels: int, w_dim: int, *, decoders: bool):

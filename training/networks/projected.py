@@ -1,7 +1,7 @@
 """The projected discriminator: heads on frozen features of a pretrained network, next to a residual one on pixels.
 
-Sauer et al., "Projected GANs Converge Faster" (NeurIPS 2021). The features hardly
-respond to colours and fine texture; the residual discriminator does.
+Sauer et al., "Projected GANs Converge Faster" (NeurIPS 2021). The features hardly respond to colours and fine texture;
+the residual discriminator does.
 
 Legend: N images, C channels. Features are [N,C,H,W].
 """
@@ -92,7 +92,7 @@ class HeadLayer(nn.Module):
         return F.leaky_relu(self.norm(x), ACTIVATIONS["lrelu"].slope)
 
 
-class Head(nn.Module):
+class FeatureHead(nn.Module):
     """[N,C,H,W] -> [N,outputs]: halve until a side has 4 pixels, at least once, then one linear layer."""
 
     def __init__(self, index: int, shape: tuple[int, int], outputs: int):
@@ -127,7 +127,7 @@ class ProjectedDiscriminator(nn.Module):
         height, width = config.feature_shape
         self.projection = Projection((height, width))
         outputs = LABEL if config.label_dim else 1
-        self.heads = nn.ModuleList(Head(i, (height >> i + 2, width >> i + 2), outputs) for i in range(4))
+        self.heads = nn.ModuleList(FeatureHead(i, (height >> i + 2, width >> i + 2), outputs) for i in range(4))
         self.mappings = nn.ModuleList(
             Mapping(0, config.label_dim, LABEL, config.mapping_layers) for _ in self.heads if config.label_dim
         )

@@ -35,8 +35,6 @@ MAKERS = {
     "D": discriminator_from_official,
     "G_ema": generator_from_official,
 }
-
-
 CIPS = {"G": "g", "D": "d", "G_ema": "g_ema"}  # the names in its training states; a file may also be a bare G_ema
 
 
@@ -171,7 +169,7 @@ class _View(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The index after the last element in the storage, if there is any."""
+        """Return the index after the last element in the storage, if there is any."""
         return self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True)) + 1
 
 

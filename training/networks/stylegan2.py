@@ -41,9 +41,12 @@ class StyleGAN2Config(SynthesisConfig):
         height, width = self.img_shape
         unit = 1 << self.num_blocks - 1
         if min(self.img_shape) < 8 or height % unit or width % unit:
-            raise ValueError(f"the sides of {width}x{height} must be multiples of {unit}, and at least 8")
+            raise ValueError(
+                f"the sides of {width}x{height} must be multiples of {unit}, and at least 8; make another archive with "
+                "dataset_tool.py"
+            )
         if self.widths[-1] < 1:
-            raise ValueError(f"channel_base={self.channel_base} leaves no channel in the last block")
+            raise ValueError(f"channel_base={self.channel_base} leaves no channel in the last block; use a larger one")
         return self
 
     @property
@@ -53,8 +56,8 @@ class StyleGAN2Config(SynthesisConfig):
 
     @property
     def widths(self) -> list[int]:
-        """Channels of blocks k = 4, 8, …"""
-        return [min(self.channel_base // (4 << i), self.channel_max) for i in range(self.num_blocks)]
+        """Return the channels of blocks k = 4, 8, …"""
+        return [self.channels(4 << i) for i in range(self.num_blocks)]
 
     @property
     def num_ws(self) -> int:
@@ -113,7 +116,7 @@ class Skip(Layer):
 
 
 class Block(nn.Module):
-    """Features of the block before, ws [N,3,w_dim], noise of each layer -> `features` [N,C,h,w] -> `colours` [N,·,h,w].
+    """[N,I,H,W], ws [N,3,w_dim], noise of each layer -> `features` [N,O,h,w], and of these `colours` [N,C,h,w].
 
     shape: (h, w). Without a head there are no colours.
     """
