@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dnnlib.console import UserError
+from dnnlib.console import UserError, brief
 from dnnlib.files import RemoteFile, sha256
 
 State = dict[str, Tensor]
@@ -39,8 +39,7 @@ class Weights:
                 raise ValueError("it is not a dictionary of tensors")
         # Broken bytes make zipfile, torch and its unpickler raise a dozen kinds of exception; all mean the same.
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path} holds no weights ({reason}); replace it with {source.url}") from error
+            raise UserError(f"{path} holds no weights ({brief(error)}); replace it with {source.url}") from error
         self.standard = source.digest is not None and self.digest.startswith(source.digest)
         self.name = published if self.standard else f"{kind}-custom-{self.digest[:8]}"
 

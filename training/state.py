@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dnnlib.console import UserError
+from dnnlib.console import UserError, brief
 from torch_utils import checkpoint
 from torch_utils.distributed import Processes
 from torch_utils.stats import Stats
@@ -58,8 +58,10 @@ class TrainState:
                 else:
                     setattr(self, name, value.to(procs.device) if isinstance(value, Tensor) else value)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise UserError(f"the training state does not fit the networks in options.yaml ({reason})") from error
+            raise UserError(
+                f"the training state does not fit the networks in options.yaml ({brief(error)}); restore the "
+                "options.yaml of its run"
+            ) from error
         if not procs.is_first:
             self._zero_sums()
 
