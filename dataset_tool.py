@@ -94,23 +94,9 @@ def open_source(
 @click.pass_context
 @command()
 def main(
-    context,
-    source,
-    dest,
-    resolution,
-    transform,
-    crops,
-    min_side,
-    characters,
-    drawings,
-    labels,
-    channels,
-    max_images,
-    bits,
-    format,
-    skip_bad,
-    seed,
-):
+    context, source, dest, resolution, transform, crops, min_side, characters, drawings, labels, channels, max_images,
+    bits, format, skip_bad, seed,
+):  # fmt: skip
     """Make a training dataset, in the format of StyleGAN, from a folder, ZIP or TAR of images.
 
     \b

@@ -147,11 +147,11 @@ def convert(
     if form == "jpg" and channels == 4:
         raise UserError("JPEG has no transparency; write PNGs, or 3 channels")
     names, native = source.names(), transform.kind == "native"
-    entries, numbers, sizes, used, skipped, small, enlarged, unchanged = [], [], [], 0, 0, 0, 0, 0
+    entries, numbers, sizes, outcomes = [], [], [], Counter()
     total = min(len(names), max_images or len(names))
     with new_archive(dest) as write, progress(None, desc="images", total=total) as bar:
         for number, name in enumerate(names):
-            if used == total:
+            if outcomes["used"] == total:
                 break
             try:
                 image = source.image(name, channels)
@@ -159,7 +159,7 @@ def convert(
                 if not skip_bad:
                     raise
                 bar.write(f"Skipped: {error}", file=sys.stderr)
-                skipped += 1
+                outcomes["skipped"] += 1
                 continue
             before = len(entries)
             for result, larger in transform(image, name):
@@ -171,19 +171,17 @@ def convert(
                         "sizes (transform native)"
                     )
                 data = source.unchanged(name, channels) if native else None
-                unchanged += data is not None
+                outcomes["unchanged"] += data is not None
                 target = f"{len(entries) // 1000:05d}/img{len(entries):08d}.{form if data is None else 'jpg'}"
                 write(target, encode(result, form) if data is None else data)
                 entries.append(target)
                 numbers.append(number)
-                enlarged += larger
-            if len(entries) == before:
-                small += 1
-            else:
-                used += 1
-                bar.update()
+                outcomes["enlarged"] += larger
+            is_used = len(entries) > before
+            outcomes["used" if is_used else "small"] += 1
+            bar.update(is_used)
         if not entries:
-            least = f" and has {transform.min_side} pixels per side" if small else ""
+            least = f" and has {transform.min_side} pixels per side" if outcomes["small"] else ""
             raise UserError(f"{source.path} holds no image that can be read{least}; nothing was written")
         content = {"labels": None}
         if labels:
@@ -193,18 +191,18 @@ def convert(
         content |= {"sizes": sizes} if native else {}
         write("dataset.json", json.dumps(content).encode())
     extent = " to ".join(dict.fromkeys(size_text(pick(sizes, key=sorted)) for pick in (min, max)))
-    text = f"Wrote {dest}: {count(len(entries), 'image')} of {extent}, {count(channels, 'channel')}, "
-    text += f"{labels.kind() if labels else 'no labels'}."
-    if unchanged:
-        text += f" Kept the files of {count(unchanged, 'JPEG')}."
-    if small:
-        text += f" Left out {count(small, 'image')} with fewer than {transform.min_side} pixels per side."
-    if skipped:
-        text += f" Skipped {count(skipped, 'unreadable file')}."
-    if enlarged:
-        text += f" {count(enlarged, 'image')} had to be enlarged: the source is smaller there."
+    kind = labels.kind() if labels else "no labels"
+    sentences = [f"Wrote {dest}: {count(len(entries), 'image')} of {extent}, {count(channels, 'channel')}, {kind}."]
+    if n := outcomes["unchanged"]:
+        sentences.append(f"Kept the files of {count(n, 'JPEG')}.")
+    if n := outcomes["small"]:
+        sentences.append(f"Left out {count(n, 'image')} with fewer than {transform.min_side} pixels per side.")
+    if n := outcomes["skipped"]:
+        sentences.append(f"Skipped {count(n, 'unreadable file')}.")
+    if n := outcomes["enlarged"]:
+        sentences.append(f"{count(n, 'image')} had to be enlarged: the source is smaller there.")
     notes = [f"labels: {labels.detail()}", *labels.notes, labels.lost] if labels else []
-    return "\n".join([text, *filter(None, notes), *source.notes(channels)])
+    return "\n".join([" ".join(sentences), *filter(None, notes), *source.notes(channels)])
 
 
 def check_dest(dest: Path, source: Path) -> None:
