@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ IMPOSTORS = {
 
 
 class Saved(Config):
-    """What is read of a header, with the kind that older files lack."""
+    """The config in a header, whose `kind` selects the class."""
 
     G: AnyGeneratorConfig = Field(discriminator="kind")
 
@@ -89,7 +88,7 @@ def save_generator(G: Generator, path: str | os.PathLike, **trained: float) -> N
 
 
 def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:
-    """Load the generator in `path`, or what else `find_network` takes, in eval mode and without gradients.
+    """Load the generator that `find_network` finds at `path`, in eval mode and without gradients.
 
     Reads files of `save_generator`, and the G_ema of a training state or of a file that authors released. Raises
     UserError when the file is missing, broken or something else, or holds numbers that are not finite.
@@ -103,7 +102,7 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
 
 
 def _load(path: Path) -> Generator:
-    settings, tensors = _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    settings, tensors = _read(path, tensors=True)
     for name in ("trained", "impl", "recompute"):  # the last two in older files
         settings.pop(name, None)
     names = settings.pop("class_names", [])
@@ -128,11 +127,11 @@ def _load(path: Path) -> Generator:
 
 def read_trained(path: Path) -> dict[str, float]:
     """Return the `step` and `kimg` of a snapshot, and {} of another file. Raises UserError as `load_generator`."""
-    return {} if is_released(path) else _read(path)[0].get("trained", {})
+    return {} if is_released(path) else _read(path, tensors=False)[0].get("trained", {})
 
 
-def _read(path: Path, tensors: Callable[[safe_open], dict] = lambda file: {}) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Return the header, and `tensors` of the open file; of a training state, the settings of G and the G_ema."""
+def _read(path: Path, tensors: bool) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Return the header and, with `tensors`, those of a file; of a training state, the settings of G and the G_ema."""
     if path.suffix == ".pt":
         state, options = checkpoint.load(path), path.parent / "options.yaml"
         settings = read_yaml(options).get("G") if options.is_file() else None
@@ -141,11 +140,12 @@ def _read(path: Path, tensors: Callable[[safe_open], dict] = lambda file: {}) ->
         return settings, state["G_ema"]
     try:
         with safe_open(path, "pt", device="cpu") as file:
-            metadata, found = file.metadata() or {}, tensors(file)
+            metadata = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not an intact safetensors file ({error}); copy or download it again") from error
     if FORMAT not in metadata:
-        raise UserError(f"{path} does not hold a CREPS generator (its header has no {FORMAT})")
+        raise UserError(f"{path} does not hold a CREPS generator (its header has no {FORMAT}); give another file")
     try:
         header = json.loads(metadata[FORMAT])
     except ValueError as error:
