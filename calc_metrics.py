@@ -30,7 +30,7 @@ from training.sources import ImageFiles
 
 @dataclass(frozen=True)
 class Options:
-    """The command line."""
+    """The options of the command."""
 
     network: str | None
     images: str | None
@@ -93,12 +93,12 @@ def measure(options: Options, procs: Processes) -> None:
     evaluation = Evaluation(metrics, settings, procs, subject.reals, subject.large, options.weights)
     records = [record | subject.source for record in evaluation(subject.images)]
     if procs.is_first:
-        click.echo(table(records))
+        click.echo(format_table(records))
         for record in records:
             if "caution" in record:
                 click.echo(f"{record['metric']}: {record['caution']}", err=True)
         if subject.folder:
-            add(records, subject.folder, subject.seen)
+            write_records(records, subject.folder, subject.seen)
 
 
 def from_network(options: Options, metrics: tuple[Metric, ...], procs: Processes) -> Subject:
@@ -190,7 +190,7 @@ def parse_scales(text: str | None) -> tuple[Size, ...]:
     return sizes
 
 
-def table(records: Iterable[dict]) -> str:
+def format_table(records: Iterable[dict]) -> str:
     """Format the results as lines with aligned columns."""
     rows = [("metric", "value", "± standard error", "images", "seconds")]
     for record in records:
@@ -206,7 +206,7 @@ def table(records: Iterable[dict]) -> str:
     return "\n".join(lines)
 
 
-def add(records: list[dict], folder: Path, seen: dict[str, float]) -> None:
+def write_records(records: list[dict], folder: Path, seen: dict[str, float]) -> None:
     """Add lines to metric-<name>.jsonl and, for a snapshot of a run, points to TensorBoard in the run directory."""
     for record in records:
         append_line(folder / f"metric-{record['metric']}.jsonl", to_json(record))

@@ -133,8 +133,7 @@ class Evaluation:
     def estimate(self, images: Generated | Given) -> tuple[float, float]:
         """Estimate the seconds for these images, and for the real images if their statistics are not cached.
 
-        The metrics get two batches of each kind, and the second one is timed. Raises the same errors as
-        measuring.
+        The metrics get two batches of each kind, and the second one is timed. Raises the same errors as measuring.
         """
         tasks = self.tasks(images)
 

@@ -53,10 +53,6 @@ class Generated:
     def styles(self, z: Tensor, c: Tensor) -> Tensor:
         return self.G.mapping(z, c, self.trunc)
 
-    def render(self, ws: Tensor, shot: Shot) -> Tensor:
-        """Render [N,C,H,W] about [-1,1]. Raises UserError for values that are not finite."""
-        return rendering.render(self.G, ws, shot)
-
     def batches(self, lists: Sequence[Sequence[int]]) -> Iterator["GeneratedBatch"]:
         return (GeneratedBatch(self, numbers) for numbers in lists)
 
@@ -71,27 +67,24 @@ class GeneratedBatch(Batch):
         self.ws = generated.styles(self.z, self.c)
 
     def colours(self, size: Size) -> Tensor:
-        return self.once(("colours", size), lambda: self.generated.render(self.ws, Shot(size)))
+        return self.once(("colours", size), lambda: rendering.render(self.generated.G, self.ws, Shot(size)))
 
     def images(self, size: Size | None = None) -> Tensor:
         size = size or self.generated.size
         return self.once(("images", size), lambda: to_uint8(self.colours(size)))
 
     def moved(self, index: int, matrix: Tensor | None) -> Tensor:
-        """Render image `index` of the batch, [1,C,H,W], as it is, or moved by float64 [3,3], in pixels about its
-        centre.
-        """
+        """Render image `index` of the batch, [1,C,H,W], moved by float64 [3,3], in pixels about its centre."""
         generated = self.generated
         if matrix is None:
             return self.colours(generated.size)[index : index + 1]
         height, width = generated.native
         view = View.of(generated.G.config, Shot(generated.size))
+        longer = view.cols if width >= height else view.rows
         sides = matrix.clone()
-        sides[:2, 2] *= (
-            view.cols if width >= height else view.rows
-        ).step  # from pixels to the longer side of the training size
+        sides[:2, 2] *= longer.step  # from pixels to the longer side of the training size
         shot = Shot(generated.size, transform=sides, exact=generated.points == "exact")
-        return generated.render(self.ws[index : index + 1], shot)
+        return rendering.render(generated.G, self.ws[index : index + 1], shot)
 
     def windows(self, kind: Windows) -> Tensor:
         """Render a window of each image: uint8 [N,C,H,W] of the training size."""
@@ -105,6 +98,6 @@ class GeneratedBatch(Batch):
         towards, _ = generated.latents(self.numbers.tolist(), "latents of path ends")
 
         def synthesis(ws: Tensor) -> Tensor:
-            return generated.render(ws, Shot(generated.size))
+            return rendering.render(generated.G, ws, Shot(generated.size))
 
         return path_lengths(generated.styles, synthesis, distance, self.z, towards, self.c)

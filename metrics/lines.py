@@ -57,7 +57,7 @@ def line_ratio(fake: Moments, real: Moments) -> dict[str, Estimate]:
     """
     shares = [Estimate(m.mean.item(), math.sqrt(m.covariance.item() / m.count)) for m in (fake, real)]
     if not shares[1].value:
-        raise UserError("lines: the real images have no fine detail, so there is nothing to compare with")
+        raise UserError("lines: the real images have no fine detail to compare with; leave this metric out")
     ratio = shares[0].value / shares[1].value
     # The relative variances of independent factors add up.
     errors = (s.standard_error / s.value if s.value else 0.0 for s in shares)

@@ -32,7 +32,7 @@ class Moments:
     def covariance(self) -> Tensor:
         """Return float64 [F,F], divided by N - 1. Raises UserError for fewer than two images."""
         if self.count < 2:
-            raise UserError(f"a covariance needs 2 images or more, and there are {self.count}")
+            raise UserError(f"a covariance needs 2 images or more, and there are {self.count}; give more")
         return self.scatter / (self.count - 1)
 
     @torch.no_grad()

@@ -36,7 +36,7 @@ class Inputs:
 
     @functools.cached_property
     def fitted(self) -> Fitted:
-        """The real images at the measured size."""
+        """Return the real images at the measured size."""
         return Fitted(self.reals, self.images.size, self.settings.filter or "lanczos", self.device)
 
 

@@ -120,15 +120,15 @@ class Given(Fitted):
     variant = ()
 
     def __init__(self, files: EqualFiles, device: torch.device):
-        super().__init__(files, files.size, "lanczos", device)  # the filter has nothing to do
+        super().__init__(files, files.size, "lanczos", device)  # of this size already: the filter is not used
         self.native, self.channels = files.size, files.channels
 
 
 class Windows(NamedTuple):
     """Random windows of the central squares of images, window i from image i mod the number of images.
 
-    A square counts as an image of at least `large` pixels per side. A window is 1/zoom of it, and is resized to
-    size × size. The zooms are log-uniform from 1 to large / size, or all equal to `zoom`.
+    The squares have at least `large` pixels per side. A window is 1/zoom of its square, resized to size × size. The
+    zooms are log-uniform from 1 to large / size, or all equal to `zoom`.
     """
 
     size: int
@@ -157,7 +157,7 @@ class Windows(NamedTuple):
 
 @dataclass(frozen=True)
 class Windowed:
-    """Windows of files, of several `kinds`, for all of which an image is decoded once. Equal sets are equal values."""
+    """Windows of files, of several `kinds`: all those of an image are cut from one decoding. Compared by value."""
 
     files: Files
     kinds: tuple[Windows, ...]  # of one size

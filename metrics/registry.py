@@ -36,7 +36,8 @@ MOST_FEATURES = 200_000  # real images whose features are kept for kid and pr: 1
 class Family(NamedTuple):
     """Metrics that differ only in their numbers."""
 
-    # A template of the name: # is the number of images, [_#] is dropped at the default, _? is _ unless it ends in k.
+    # A template of the name. #: the number of images; [_#]: the same, or nothing at the default; _?: an underscore, or
+    # nothing after a number that ends in k.
     pattern: str
     tasks: Callable[["Metric", Inputs], list[Task]]  # raises UserError for inputs that are insufficient or unfit
     tool: Callable | None = None  # (device, folder of weights) -> the network that looks at the images
@@ -56,7 +57,7 @@ class Metric:
 
     @property
     def name(self) -> str:
-        """The name in StyleGAN's notation, with thousands as k."""
+        """Return the name in StyleGAN's notation, with thousands as k."""
         number = str(self.num) if self.num % 1000 else f"{self.num // 1000}k"
         optional = "" if self.num == self.family.default else f"_{number}"
         name = self.family.pattern.replace("[_#]", optional).replace("#", number)
@@ -90,10 +91,13 @@ def task(
     for height, width in sizes or (images.size,):
         if min(height, width) < family.side:
             raise UserError(
-                f"{metric.name} needs images of {family.side}x{family.side} pixels or more, not {width}x{height}"
+                f"{metric.name} needs images of {family.side}x{family.side} pixels or more, not {width}x{height}; "
+                "choose a larger size"
             )
     if tool and images.channels not in (1, 3):
-        raise UserError(f"{metric.name} supports RGB and grey images, and these have {images.channels} channels")
+        raise UserError(
+            f"{metric.name} supports RGB and grey images, and these have {images.channels} channels; leave it out"
+        )
     known = {"num_fake": metric.num, "size": list(images.size), "seed": inputs.settings.seed}
     if not sizes and images.size != images.native:
         variant = (f"{images.size[1]}x{images.size[0]}", *variant)
@@ -165,7 +169,7 @@ def windows(kind: str, distance: Callable, by_scale: bool = False) -> Callable:
         images, tool = inputs.images, inputs.tools[metric.family.tool]
         (large, width), (size, other) = images.size, images.native
         if size != other:
-            raise UserError(f"{metric.name} needs a generator trained on squares, not on {other}x{size}")
+            raise UserError(f"{metric.name} needs a generator trained on squares, not on {other}x{size}; leave it out")
         if large != width or large <= size:
             raise UserError(
                 f"{metric.name} compares windows of {size}x{size} pixels in larger squares; give the size of the "
@@ -232,7 +236,8 @@ def consistency(distance_of: Callable[[object], Distance]) -> Callable:
         for other in others:
             if first[0] * other[1] != first[1] * other[0]:
                 raise UserError(
-                    f"scales {side(first)} and {side(other)} have different shapes, so they show different parts"
+                    f"scales {size_name(first)} and {size_name(other)} have different shapes, so they show different "
+                    "parts; choose scales of one shape"
                 )
             small, large = sorted((first, other))
 
@@ -240,7 +245,7 @@ def consistency(distance_of: Callable[[object], Distance]) -> Callable:
                 shrunk = batch.once((large, small), lambda: resize(batch.images(large), small, filter))
                 return distance(batch.images(small), shrunk)[:, None]
 
-            variant = () if (small, large) == doubled else (f"{side(small)}-{side(large)}",)
+            variant = () if (small, large) == doubled else (f"{size_name(small)}-{size_name(large)}",)
             variant += () if filter == "box" else (filter,)
             facts = {"scales": [list(first), list(other)], "filter": filter}
             need = Need((metric, small, large), "values", metric.num, 1, look)
@@ -255,7 +260,7 @@ def listed_mean(values: Tensor) -> Estimate:
     return mean(values.flatten())._replace(values=values.flatten().cpu())
 
 
-def side(size: Size) -> str:
+def size_name(size: Size) -> str:
     """Return "256" for a square, else "512x256", width first."""
     return str(size[0]) if size[0] == size[1] else f"{size[1]}x{size[0]}"
 

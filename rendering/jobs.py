@@ -1,6 +1,6 @@
 """Render into files: processes share the tiles or frames, and interrupted work can be resumed.
 
-Each finished file is a line `path<TAB>width x height<TAB>seconds`, or `kept` if it was finished before.
+Each finished file is reported as a line `path<TAB>width x height<TAB>seconds`, or `kept` if it was finished before.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from training.networks import Generator
 class Job:
     """What to render: `images`, seen by `camera`, with the size and options of `shot`.
 
-    network: a digest of G's file. `resume` compares it, like all other fields. dtype: a key of DTYPES. say: gets a line
-    for each finished file.
+    network: a digest of G's file. dtype: a key of DTYPES. resume: continue files of equal `settings`. say: reports a
+    finished file.
     """
 
     G: Generator

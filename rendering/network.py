@@ -20,7 +20,7 @@ class FoldedGenerator:
 
     dtype: of the matrix products in the layers; sums of lines, features and colours are at least float32.
     imap: maps a function over the layers to fold them (see engine.workers).
-    impl: as in rendering.pixel_path; by default, as in G.
+    impl: as in PixelPath; by default, as in G.
     """
 
     def __init__(self, G: Generator, w: Tensor, dtype: torch.dtype, imap: Callable = map, impl: str | None = None):
@@ -49,7 +49,7 @@ class FoldedGenerator:
 class DirectGenerator:
     """Render the image of w [num_ws,w_dim] by the synthesis itself, whatever its kind.
 
-    dtype: of the matrix products. Others are computed under autocast, at least in the dtype of G.
+    dtype: of the matrix products. Half types run under autocast; the others are that of G.
     """
 
     def __init__(self, G: Generator, w: Tensor, dtype: torch.dtype):

@@ -40,15 +40,16 @@ def choose_file(path: Path) -> tuple:
 
 
 def read_styles(path: Path, G: Generator) -> Tensor:
-    """Return w, float32 [N,num_ws,w_dim], of a file for G. [num_ws,w_dim] is one image, [N,1,w_dim] one style for all
-    layers. Raises UserError.
+    """Return w, float32 [N,num_ws,w_dim], of a file for G. Raises UserError.
+
+    The file may also hold [num_ws,w_dim], one image, or [N,1,w_dim], one style for all layers.
     """
     read, _ = choose_file(path)
     try:
         arrays = read(path)
     # numpy reports broken bytes by all of these
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError, SyntaxError) as error:
-        raise UserError(f"cannot read the styles in {path}: {brief(error)}") from error
+        raise UserError(f"cannot read the styles in {path}: {brief(error)}; give another file") from error
     if "w" not in arrays and len(arrays) != 1:
         raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}; the styles must have the name w")
     w = arrays["w"] if "w" in arrays else next(iter(arrays.values()))
@@ -56,7 +57,8 @@ def read_styles(path: Path, G: Generator) -> Tensor:
     w = w[None] if w.ndim == 2 else w
     if w.dtype.kind != "f" or w.ndim != 3 or not len(w) or w.shape[1] not in (1, count) or w.shape[2] != width:
         raise UserError(
-            f"{path} holds {w.dtype} {list(w.shape)}, and the styles of this network are floats [N,{count},{width}]"
+            f"{path} holds {w.dtype} {list(w.shape)}, and the styles of this network are floats [N,{count},{width}]; "
+            "give another file"
         )
     if not np.isfinite(w).all():
         raise UserError(f"{path} holds styles that are not finite; give another file")

@@ -319,7 +319,7 @@ def test_of_images_and_networks_in_models_results_are_kept_where_outdir_says(ben
 def test_an_interrupted_call_resumes_from_complete_statistics_found_by_content(bench, seen, monkeypatch):
     name = "fd_dinov2_6_full"
     with monkeypatch.context() as patch:
-        patch.setattr(generated.Generated, "render", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        patch.setattr(generated.rendering, "render", lambda *_, **__: signal.raise_signal(signal.SIGINT))
         result = bench.call(metrics=name)
     assert result.exit_code == 130
     assert result.output.count("\n") == 1
