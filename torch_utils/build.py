@@ -1,8 +1,8 @@
 """Compile C++ and CUDA sources on first use: C++ with the compiler of this machine, CUDA with PyTorch's own.
 
-A C++ library exports C functions, which are called through ctypes: it needs none of PyTorch's headers, which take
-minutes to compile. CUDA sources are compiled by NVRTC, a library that comes with PyTorch for GPUs, and started through
-the driver. So using a GPU takes no compiler on the machine.
+C++ sources export C functions, which are called through ctypes: PyTorch's headers would take minutes to compile. CUDA
+sources are compiled by NVRTC, a library that comes with PyTorch for GPUs, and launched through the driver, so a GPU
+needs no compiler on the machine.
 """
 
 import contextlib
@@ -47,15 +47,15 @@ def version(compiler: list[str]) -> str:
 def library(source: Path) -> ctypes.CDLL:
     """Build and load the library of a C++ `source`, optimised for this processor.
 
-    It is kept in the cache directory under a hash of the source, its own headers, the flags, the compiler, the
-    processor's features and the host. It is written atomically, so processes may build at once, or die while they
-    build. Raises UserError, with the reason and the fix, when there is no compiler or it fails.
+    It is kept in the cache directory under a hash of the source, its headers, the flags, the compiler, the processor's
+    features and the host. It is written atomically, so several processes may build at once, or die while building.
+    Raises UserError, with the reason and the fix, when there is no compiler or it fails.
     """
     command = [*cpp_compiler(), *FLAGS]
     fix = "set CXX to another compiler"
     # The predefined macros hold the compiler's version and the processor's features.
     identity = _run([*command, "-dM", "-E", "-x", "c++", os.devnull], fix)
-    # The host too: one that replaces a file which another has mapped over NFS would end the other's processes.
+    # The host too: replacing a library that another host has mapped over NFS would crash that host's processes.
     path = _cached(source, ".so", command, identity, platform.node())
     if not path.exists():
         with atomic_write(path) as temporary:
@@ -67,7 +67,7 @@ def library(source: Path) -> ctypes.CDLL:
 
 
 def _cached(source: Path, suffix: str, *identity: object) -> Path:
-    """Return where what is built from `source` is kept: under a hash of it, of its headers and of `identity`."""
+    """Return the path of a build in the cache, named by a hash of `source`, its headers and `identity`."""
     key = repr(identity).encode() + b"".join(_code(source))
     return cache_dir() / "libraries" / f"{source.stem}-{hashlib.sha256(key).hexdigest()[:16]}{suffix}"
 
@@ -119,7 +119,7 @@ def nvrtc_version() -> str:
 
 
 def cubin(source: Path, dtype: torch.dtype, capability: int) -> bytes:
-    """Compile a CUDA `source` for numbers of `dtype` and a compute capability (90 is 9.0); cached as `library`.
+    """Compile a CUDA `source` for numbers of `dtype` and a compute capability (90 is 9.0), cached like `library`.
 
     Raises UserError, with the reason and the fix.
     """
@@ -164,7 +164,7 @@ class Kernels(NamedTuple):
 
     functions: ctypes.CDLL
     device: torch.device
-    capability: int = 0
+    capability: int = 0  # of a CPU, unlike any of CudaKernels
 
     def constant(self, name: str) -> int:
         """Return a global int64_t of the source."""
@@ -188,7 +188,7 @@ def driver() -> ctypes.CDLL:
 
 
 class CudaKernels:
-    """The kernels of a CUDA source on one device, compiled for a type of numbers when they are first started with it.
+    """The kernels of a CUDA source on one device, compiled for each dtype when it is first used.
 
     Raises UserError or RuntimeError where the device cannot run them.
     """
@@ -196,7 +196,7 @@ class CudaKernels:
     def __init__(self, source: Path, device: torch.device):
         card = torch.cuda.get_device_properties(device)
         self.source, self.device, self.capability = source, device, 10 * card.major + card.minor
-        self.threads = card.multi_processor_count * card.max_threads_per_multi_processor  # that it holds at once
+        self.threads = card.multi_processor_count * card.max_threads_per_multi_processor  # resident at once
         self.modules: dict[torch.dtype, ctypes.c_void_p] = {}
         self.functions: dict[tuple[str, torch.dtype], ctypes.c_void_p] = {}
         self.driver = driver()
@@ -263,9 +263,8 @@ def _in_c(value: Argument, device: torch.device, real: type):
 def kernels(source: Path, device: torch.device, impl: str = "auto") -> tuple[Kernels | CudaKernels | None, str]:
     """Build the kernels of `source`, a .cu file, for `device`; return None and the reason if they are unavailable.
 
-    The reason is empty where "auto" expects no kernels.
-
-    On a CPU, impl "auto" and "cpp" build the .cpp file next to it, which has the same functions.
+    The reason is empty where "auto" expects no kernels. On a CPU, impl "auto" and "cpp" build the .cpp file next to
+    `source`, which has the same functions.
     """
     native = source.with_suffix(".cpp")
     if device.type == "cpu" and impl in ("auto", "cpp") and native.exists():

@@ -13,9 +13,9 @@ from dnnlib.console import MemoryFull
 from torch_utils.distributed import PeerLost, claim_report, is_first
 from torch_utils.errors import explain
 
-# Seconds in which a launcher ends this rank because another one has ended.
-WAIT = 20
-WAIT_LOST = 5  # that one has ended already; on another machine, its launcher cannot end this one
+# Seconds for the launcher to end this rank before it prints an error as well: while another rank reports the error, and
+# after another rank has ended. A launcher on another machine cannot end this rank.
+WAIT, WAIT_LOST = 20, 5
 
 
 @contextlib.contextmanager

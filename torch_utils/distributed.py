@@ -27,6 +27,7 @@ class PeerLost(UserError):
 
 @contextlib.contextmanager
 def _peers() -> Iterator[None]:
+    """Turn the failure of a collective into PeerLost."""
     try:
         yield
     except RuntimeError as error:
@@ -114,9 +115,9 @@ def launched() -> bool:
 
 
 def launch_name() -> str:
-    """Return a name of this launch, which processes share that are started again: --rdzv-id, if torchrun has one."""
+    """Return the name of this launch, which restarted processes share: torchrun's --rdzv-id, if it has one."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if name == "none":  # unique are only the folders of each torchrun: …/<unique>/attempt_<n>/<rank>/error.json
+    if name == "none":  # then only the log folder of a torchrun is unique: …/<unique>/attempt_<n>/<rank>/error.json
         error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         name = Path(error_file).parents[2].name if error_file else uuid.uuid4().hex
     return name
@@ -165,10 +166,10 @@ def check_capability(capability: tuple[int, int], built: list[str]) -> None:
 
 
 def _meet(rank: int, world: int) -> dist.Store:
-    """Return a store for these processes alone, once all of them are there. Raises UserError when some are missing.
+    """Return a store for these processes alone, once all have joined. Raises UserError when some are missing.
 
-    A torchrun that starts processes again keeps its store, and with it the keys of those that have ended. So every rank
-    but the first shows a token, and waits until the first one has answered it with the name of a prefix.
+    A torchrun that restarts processes keeps its store, with the keys of the processes that ended. So every other rank
+    posts a token, and waits for rank 0 to answer it with the prefix of a new store.
     """
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=JOIN))
     if rank:
@@ -193,9 +194,9 @@ def _meet(rank: int, world: int) -> dist.Store:
 
 
 def _notice_lost_machines() -> None:
-    """Have Linux close the connections of this process to a machine that is silent for 20 seconds.
+    """Make Linux close the connections of this process to a machine that has been silent for 20 seconds.
 
-    Without power or network, a machine closes none itself, and gloo would wait for it until the timeout.
+    A machine without power or network closes none itself, and gloo would wait for it until the timeout.
     """
     keep = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
     sockets = [path for path in Path("/proc/self/fd").glob("*") if path.is_socket()]

@@ -154,7 +154,7 @@ def triton() -> str:
 @click.command(cls=Command)
 @command()
 def main():
-    """One page on this machine and on which implementation of each operation works on it."""
+    """Show what this machine has, and which implementation of each operation works on it."""
     disable_tf32()
     facts = {
         "Python": [f"{platform.python_version()} ({sys.executable})"],

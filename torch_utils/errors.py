@@ -47,7 +47,7 @@ def explain(error: Exception, log: Path | None = None) -> UserError:
     if memory_full(error):
         on_gpu = isinstance(error, torch.OutOfMemoryError) or ON_GPU.search(str(error))
         return MemoryFull("the GPU's memory is full" if on_gpu else "the memory of this machine is full")
-    if isinstance(error, UnicodeEncodeError) and "surrogate" in error.reason:  # how Python reads other names
+    if isinstance(error, UnicodeEncodeError) and "surrogate" in error.reason:  # as Python decodes other names
         return UserError(f"{error.object!r:.200} holds a name that is not UTF-8; rename that file or folder")
     in_rust = re.search(r"\(os error (\d+)\)", str(error))
     number = int(in_rust[1]) if in_rust else getattr(error, "errno", None)

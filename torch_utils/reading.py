@@ -112,8 +112,8 @@ def _end(process: multiprocessing.Process, file: BinaryIO) -> None:
 
 
 def _serve(read: Callable[[list[int]], T], own: socket.socket, other: socket.socket) -> None:
-    """Answer requests at `own` until `other`, the end of the parent, is closed."""
-    other.close()  # here, where it was inherited
+    """Answer requests on `own` until the parent closes `other`, its end of the pair."""
+    other.close()  # the copy that this process inherited
     # Ctrl-C and a scheduler's signals reach the whole process group, and the training process saves its state first.
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
@@ -132,7 +132,7 @@ def _serve(read: Callable[[list[int]], T], own: socket.socket, other: socket.soc
 
 def _send(file: BinaryIO, value: object) -> None:
     pickler = pickle.Pickler(file, protocol=5)
-    # As arrays, which are written from where they are; torch would copy them several times.
+    # Tensors as NumPy arrays, which are written in place; torch would copy them several times.
     pickler.dispatch_table = copyreg.dispatch_table | {torch.Tensor: lambda x: (torch.from_numpy, (x.numpy(),))}
     pickler.dump(value)
     file.flush()

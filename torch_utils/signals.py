@@ -14,7 +14,7 @@ STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGU
 def note_signals() -> Iterator[list[tuple[int, float]]]:
     """Yield a list to which STOPS are added with their times; a later one ends the process at once.
 
-    Within a second it is the same one: Ctrl-C reaches every process of a terminal, and a launcher passes it on as well.
+    Signals within a second count as one: Ctrl-C reaches every process of a terminal, and a launcher forwards it too.
     """
     noted: list[tuple[int, float]] = []
 

@@ -1,4 +1,4 @@
-// Work for threads that end with it. Unlike OpenMP's, they never spin while another process has the processor.
+// Runs work on threads that end with it. Unlike OpenMP's, they never spin while another process has the processor.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 
 constexpr int64_t CHUNK = 1 << 18;  // elements per thread that justify its start, about 15 µs
 
-// f(i) for i in 0 … count - 1, in any order, on at most `threads` threads.
+// Calls f(i) for i in 0 … count - 1, in any order, on at most `threads` threads.
 template <typename F>
 void parallel(int64_t count, int64_t threads, F f) {
     std::atomic<int64_t> next{0};
