@@ -39,7 +39,7 @@ SYM6 = (
 )
 # The centre of the filter: its mean is at 5.098 taps, so the error is 0.05 pixels of the image.
 CENTRE = 5
-# Pixels that the filter reads beyond an edge; mirroring that many takes images of one more.
+# Pixels that the filter reads beyond an edge; mirroring them takes a side of at least one more.
 MARGIN = 3
 
 
@@ -249,8 +249,7 @@ def _move(images, geometry):
 def _double(images):
     """[N,C,H,W] -> [N,C,2H-1,2W-1]: a sample at each pixel and one halfway to the next.
 
-    The first and last samples are the outermost pixels, about which grid_sample mirrors. Where cuDNN runs float32
-    convolutions in TF32, they round to 2⁻¹¹: a sixteenth of an 8-bit level.
+    The first and last samples are the outermost pixels, about which grid_sample mirrors.
     """
     n, channels, height, width = images.shape
     taps = math.sqrt(2) * torch.tensor(SYM6, dtype=images.dtype, device=images.device)

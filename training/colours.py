@@ -37,7 +37,7 @@ TURNS = {  # of each EXIF orientation but 1
     2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_270,
     7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
 }  # fmt: skip
-SAME = 2  # levels of 255: a profile that moves no colour by more is sRGB
+SAME = 2  # levels of 255: a profile that moves no colour by more counts as sRGB
 DEPTHS = (8, 10, 12, 14, 16)  # of the values in files of 16 bits
 # Pillow warns above its limit and refuses twice that. 0.54 billion pixels are 1.6 GB in RGB.
 Image.MAX_IMAGE_PIXELS = 2**29
@@ -162,8 +162,8 @@ def deep_values(image: Image.Image, data: bytes) -> np.ndarray:
 def profile_of(image: Image.Image) -> tuple[str | None, ImageCms.ImageCmsTransform | None]:
     """Return the name of an image's ICC profile and the transform from it to sRGB; (None, None) if it is sRGB.
 
-    A profile that is damaged, or belongs to other colours than the image has, gets a name that says so. The header of
-    the image is enough.
+    A profile that is damaged, or of another colour space than the image, gets a name that says so. Reads the header
+    alone.
     """
     profile = image.info.get("icc_profile")
     if not profile:
@@ -238,7 +238,7 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def count_channels(image: Image.Image) -> int:
-    """Return 1 for grey, 4 with an alpha channel or a transparent colour, else 3. The header is enough."""
+    """Return 1 for grey, 4 with an alpha channel or a transparent colour, else 3. Reads the header alone."""
     if image.has_transparency_data:
         return 4
     return 1 if is_grey(image) or image.mode == "F" else 3

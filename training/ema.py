@@ -17,6 +17,6 @@ def decay(batch: int, images: int, kimg: float, rampup: float | None = 0.05) -> 
 
 @torch.no_grad()
 def track(average: nn.Module, model: nn.Module, keep: float) -> None:
-    """average ← keep · average + (1 − keep) · model for parameters; buffers are copied."""
+    """Update average ← keep · average + (1 − keep) · model for parameters; copy buffers."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
     torch._foreach_copy_(list(average.buffers()), list(model.buffers()))
