@@ -133,7 +133,7 @@ class RunConfig(Config):
         for name in ("img_shape", "img_channels", "c_dim"):
             g, d = getattr(self.G, name), getattr(self.D, name)
             if g != d:
-                raise ValueError(f"G.{name}={g} and D.{name}={d} must be equal")
+                raise ValueError(f"G.{name}={g} and D.{name}={d} must be equal; set one of them")
         if self.loss.style_mixing and self.G.num_ws < 2:
             raise ValueError(f"loss.style_mixing needs several styles, and G.kind={self.G.kind} has one; set it to 0")
         if self.scales.max > 1:
@@ -143,7 +143,7 @@ class RunConfig(Config):
                     "dataset_tool.py --transform=native, and set data.resolution to the training size"
                 )
             if not self.G.any_position:
-                raise ValueError(f"scales.max needs a G.kind that renders windows, and {self.G.kind} does not")
+                raise ValueError(f"scales.max needs a G.kind that renders windows, such as creps, not {self.G.kind}")
             if self.G.coords != "centers":
                 raise ValueError("scales.max needs G.coords=centers, so that a window is part of the whole picture")
         elif self.scales.consistency or self.scales.teacher or self.scales.larger > 1:
@@ -153,16 +153,17 @@ class RunConfig(Config):
         elif self.D.scale_aware and self.loss.pyramid == 1:
             raise ValueError("D.scale_aware needs several scales; set scales.max or loss.pyramid to more than 1")
         (height, width), larger = self.D.img_shape, self.scales.larger_shape(self.D.img_shape)
-        if self.scales.larger > 1 and (any(side % 2 for side in larger) or larger[0] * width != larger[1] * height):
-            raise ValueError(
-                f"scales.larger={self.scales.larger:g} makes images of {larger[1]}x{larger[0]}, whose sides must be "
-                f"even and in the proportions of {width}x{height}; choose another factor or another data.resolution"
-            )
-        if self.scales.larger > 1 and self.scales.teacher:
-            raise ValueError("scales.teacher compares images of the training size; set scales.larger to 1")
-        if self.scales.larger > 1 and self.augment.mode != "none":
-            raise ValueError("scales.larger is for images that are not augmented; set augment.mode to none")
-        if self.scales.pairs and self.scales.larger == 1:
+        if self.scales.larger > 1:
+            if any(side % 2 for side in larger) or larger[0] * width != larger[1] * height:
+                raise ValueError(
+                    f"scales.larger={self.scales.larger:g} makes images of {larger[1]}x{larger[0]}, whose sides must "
+                    f"be even and in the proportions of {width}x{height}; choose another factor or data.resolution"
+                )
+            if self.scales.teacher:
+                raise ValueError("scales.teacher compares images of the training size; set scales.larger to 1")
+            if self.augment.mode != "none":
+                raise ValueError("scales.larger is for images that are not augmented; set augment.mode to none")
+        elif self.scales.pairs:
             raise ValueError("scales.pairs needs images of two sizes; set scales.larger to more than 1")
         if any(side % 2 ** (self.loss.pyramid - 1) for side in (*self.D.img_shape, *larger)):
             raise ValueError(
@@ -227,7 +228,7 @@ def read_recipe(name: str, *over: Path) -> dict:
         hint = "" if is_file else f"; {nearest(name, sorted(p.stem for p in CONFIGS.glob('*.yaml')))}"
         raise UserError(f"{where}: {path} does not exist{hint}")
     if path in over:
-        raise UserError(f"{where}: a recipe cannot be its own base")
+        raise UserError(f"{where}: a recipe cannot be its own base; name another one")
     settings = {key: {} if value is None else value for key, value in read_yaml(path).items()}
     base = settings.pop("base", None)
     return merge(read_recipe(str(base), path, *over), settings) if base else settings
@@ -277,13 +278,17 @@ def resolve(settings: dict, images: ImageArchive, where: str) -> RunConfig:
             )
         found = {"img_shape": (height, width), "img_channels": channels, "c_dim": images.label_dim}
         settings[network] = found | settings[network]
-    several = (settings.get("scales", {}).get("max", 1), settings.get("loss", {}).get("pyramid", 1))
-    several = [isinstance(number, int | float) and number > 1 for number in several]  # build refuses a wrong one
-    settings = merge(nested("D.scale_aware", any(several)), settings)
-    if several[0]:  # windows
-        settings = merge(nested("G.coords", "centers"), settings)
-    batch = settings.get("train", {}).get("batch")
-    batch = batch if isinstance(batch, int | float) and batch >= 1 else 1  # build refuses a wrong one
-    settings = merge(nested("loss.r1_gamma", default_gamma(height * width, batch)), settings)
-    settings = merge(nested("train.ema_kimg", default_ema_kimg(batch)), settings)
+
+    def number(group: str, name: str) -> float:
+        value = settings.get(group, {}).get(name)
+        return value if isinstance(value, int | float) and value >= 1 else 1  # build refuses a wrong one
+
+    windows, batch = number("scales", "max") > 1, number("train", "batch")
+    defaults = {
+        "D.scale_aware": windows or number("loss", "pyramid") > 1,
+        "loss.r1_gamma": default_gamma(height * width, batch),
+        "train.ema_kimg": default_ema_kimg(batch),
+    } | ({"G.coords": "centers"} if windows else {})
+    for dotted, value in defaults.items():
+        settings = merge(nested(dotted, value), settings)
     return build(RunConfig, settings, where)
