@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnnlib.console import UserError
+from dnnlib.console import UserError, shortened
 from rendering.camera import parse_number
-from training.labels import listed
 from training.networks import Generator
 
 MOST = 10**6  # seeds
@@ -85,7 +84,7 @@ def parse_part(G: Generator, text: str, part: str) -> tuple[int, float | None]:
         return names.index(word), weight
     if re.fullmatch(r"[0-9]{1,9}", word) and int(word) < c_dim:
         return int(word), weight
-    known = f"it has classes 0 to {c_dim - 1}" + (f": {listed(names)}" if names else ", without names")
+    known = f"it has classes 0 to {c_dim - 1}" + (f": {shortened(names)}" if names else ", without names")
     near = difflib.get_close_matches(word, names, cutoff=0.5)
     raise UserError(f"class={text}: {known}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
 

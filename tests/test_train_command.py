@@ -222,7 +222,7 @@ def test_a_run_on_windows_begins_from_the_networks_of_a_run_at_one_size(tiny):
         taken, total = len(tensors) - len(fresh), len(tensors)
         line = f"{network}: {taken} of {total} tensors from {path}"
         if fresh:
-            line += f"; fresh: {', '.join(fresh[:3])} and {len(fresh) - 3} more"
+            line += f"; fresh: {', '.join(fresh[:3])}, and {len(fresh) - 3} more"
             line += "; not taken: epilogue.out.weight, epilogue.out.bias"
         assert line in result.output.splitlines()
 
@@ -236,7 +236,7 @@ def test_a_larger_network_takes_what_fits_and_says_what_does_not(tiny):
     report = re.search(r"^G: (\d+) of (\d+) tensors .*; fresh: (.*)$", result.output, re.MULTILINE)
     assert 0 < int(report[1]) < int(report[2])
     assert "synthesis.lines.blocks.2" in report[3]
-    assert re.search(r" and \d+ more", report[3])
+    assert re.search(r", and \d+ more", report[3])
     assert "synthesis.lines.blocks.1" not in report[3]
     assert re.search(r"^D: .*; fresh: .*blocks\.16", result.output, re.MULTILINE)
     # Of the same depth, G takes everything, as the published 1024² networks do from 512²: the lines are twice as long.

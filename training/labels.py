@@ -18,10 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dnnlib.console import UserError, count
+from dnnlib.console import UserError, count, shortened
 
 MAX_CLASSES = 100_000  # a one-hot vector of this length is 0.4 MB per image; more is a mistake in the labels
-SHOWN = 30  # classes in a line of text
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 ENDING = re.compile(r"\.[a-z][a-z0-9]{1,4}$", re.IGNORECASE)
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
@@ -68,9 +67,9 @@ class Labels:
         names = self.names or [str(number) for number in range(self.dim)]
         if self.values.ndim == 2:
             ranges = zip(names, self.values.min(0), self.values.max(0), strict=True)
-            return listed([f"{name} {least:g} to {most:g}" for name, least, most in ranges])
+            return shortened([f"{name} {least:g} to {most:g}" for name, least, most in ranges])
         found, times = np.unique(self.values, return_counts=True)
-        return listed([f"{names[number]} {n:,}" for number, n in zip(found, times, strict=True)])
+        return shortened([f"{names[number]} {n:,}" for number, n in zip(found, times, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Table:
             names = [str(header[c]) for c in chosen]
         notes = []
         if header:
-            taken = listed([str(header[c]) for c in chosen])
+            taken = shortened([str(header[c]) for c in chosen])
             notes.append(f"columns of {self.where}: file names in {header[column]}, labels in {taken}")
         i, row = rows[0]
         if clean(row[column]) != clean(images[i]):
@@ -291,11 +290,6 @@ def natural(name: str) -> tuple:
     """Return a key that sorts `class 2` before `class 10`."""
     pieces = re.split(r"([0-9]+)", name)
     return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name
-
-
-def listed(parts: list[str]) -> str:
-    more = f", and {len(parts) - SHOWN:,} more" if len(parts) > SHOWN else ""
-    return ", ".join(parts[:SHOWN]) + more
 
 
 # --- file names -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dnnlib.console import UserError, brief
+from dnnlib.console import UserError, brief, shortened
 from torch_utils import checkpoint
 from torch_utils.distributed import Processes
 from torch_utils.stats import Stats
@@ -146,8 +146,8 @@ def initialise(state: TrainState, path: Path) -> list[str]:
         taken += len(fits)
         report.append(
             f"{name}: {len(fits)} of {len(own)} tensors from {path}"
-            + (f"; fresh: {_named(fresh)}" if fresh else "")
-            + (f"; not taken: {_named(left)}" if left else "")
+            + (f"; fresh: {shortened(fresh, 3)}" if fresh else "")
+            + (f"; not taken: {shortened(left, 3)}" if left else "")
         )
         if name == "G_ema" and state.teacher:
             if fresh:
@@ -161,8 +161,3 @@ def initialise(state: TrainState, path: Path) -> list[str]:
     if "D" not in sources:
         report.append(f"D: starts from new weights, because {path} holds none")
     return report
-
-
-def _named(names: list[str]) -> str:
-    """Name the first three and count the others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
