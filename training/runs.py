@@ -219,12 +219,7 @@ def run(task: NewRun | ResumedRun, procs: Processes) -> int:
             if task.config.train.batch_gpu == "auto" and not fits:  # there are more processes than before
                 config = config.with_train(batch_gpu="auto")
     images = open_images(config.model_dump())
-    if config.train.precision == "auto":  # decided once, so that a resumed run computes the same
-        # Older runs that say auto computed in float32 on every CPU.
-        half = multiplies_bfloat16_fast(procs.device) and (isinstance(task, NewRun) or procs.device.type == "cuda")
-        config = config.with_train(precision="bfloat16" if half else "float32")
-    if config.train.batch_gpu == "auto":
-        config = config.with_train(batch_gpu=largest_micro_batch(config, images, procs))
+    config = decide(config, images, procs, resumed=isinstance(task, ResumedRun))
     state = new_state(config, procs.device)
     state.G_ema.class_names = images.class_names
     evaluate = snapshot_evaluation(config, images, state, procs, say)
@@ -251,6 +246,17 @@ def run(task: NewRun | ResumedRun, procs: Processes) -> int:
     if ours:
         record_launch(folder, ours, procs)
     return Loop(config, folder, state, images, procs, evaluate).run()
+
+
+def decide(config: RunConfig, images: ImageArchive, procs: Processes, *, resumed: bool) -> RunConfig:
+    """Decide what is "auto", once: a resumed run computes the same. Every rank calls it."""
+    if config.train.precision == "auto":
+        # Older runs that say auto computed in float32 on every CPU.
+        half = multiplies_bfloat16_fast(procs.device) and not (resumed and procs.device.type == "cpu")
+        config = config.with_train(precision="bfloat16" if half else "float32")
+    if config.train.batch_gpu == "auto":
+        config = config.with_train(batch_gpu=largest_micro_batch(config, images, procs))
+    return config
 
 
 def snapshot_evaluation(
