@@ -59,13 +59,25 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(height or width), int(width)
 
 
+class _Once(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key, _ in node.value if keys.count(key.value) > 1]:
+            raise yaml.constructor.ConstructorError(
+                problem=f"{twice[-1].value} is given twice", problem_mark=twice[-1].start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict:
     """Read the mapping in a YAML file; an empty file is an empty mapping. Raises UserError."""
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _Once) or {}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold settings like `train: {{batch: 32}}`, not {type(settings).__name__}")

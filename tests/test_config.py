@@ -237,6 +237,8 @@ def test_a_config_cannot_be_changed():
     [
         (b"- a\n", "not list"),
         (b"a: [", "not valid YAML"),
+        (b"a: {b: 1}\na: {c: 2}\n", "a is given twice .* line 2"),
+        (b"a: " + b"[" * 9999, "not valid YAML"),
         (b"a: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
