@@ -478,6 +478,7 @@ MISTAKES = {
     "no labels": (extra("--cond"), "holds no labels"),
     "labels for half": (lambda tiny: tiny.new("--cond", data=labels_for_half(tiny)), "dataset.json"),
     "images of two sizes": (data(mixed_sizes), r"005\.png is 16x16, but the first image is 8x8 .1 of 24 images"),
+    "fixed augmentation without strength": (extra("--aug", "fixed"), "augment.p, which is 0"),
     # directories
     "runs among the images": (
         lambda tiny: tiny.new("--outdir", tiny.archive / "runs"),

@@ -136,6 +136,10 @@ class RunConfig(Config):
                 raise ValueError(f"G.{name}={g} and D.{name}={d} must be equal; set one of them")
         if self.loss.style_mixing and self.G.num_ws < 2:
             raise ValueError(f"loss.style_mixing needs several styles, and G.kind={self.G.kind} has one; set it to 0")
+        if self.augment.mode == "fixed" and not self.augment.p:
+            raise ValueError(
+                "augment.mode=fixed augments with strength augment.p, which is 0; set it, for example to 0.2"
+            )
         if self.scales.max > 1:
             if self.data.resolution is None:
                 raise ValueError(
