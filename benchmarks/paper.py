@@ -610,7 +610,7 @@ def main(sizes, batches, large, turns, seconds, networks, num, runs, device, out
     measure_processes(results, [Process(ENGINE, side) for side in large], 1, device, seconds)
     results.add(results.found, "bi-line", lambda: draw(images / "paper-bi-line.png", draw_bilines))
     for name, G in generators.items():
-        group, ws = results.found["networks"].setdefault(name, {"kind": G.config.kind}), Styles(0.8).map(G, [8])
+        group, ws = results.found["networks"].setdefault(name, {"kind": G.config.kind}), Styles(0.8).map(G, [2])
         for what, make in FIGURES.items():
             path = images / f"paper-{name.split()[0]}-{what}.png"
             results.add(group, what, lambda p=path, m=make, G=G, ws=ws: draw(p, lambda: m(G, ws)), f"{name}, ")
