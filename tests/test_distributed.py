@@ -206,12 +206,12 @@ def test_without_a_launcher_there_is_one_process(monkeypatch, value):
     assert not torch.distributed.is_initialized()
 
 
-def test_a_group_without_an_address_is_a_sentence(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize(("rank", "words"), [("0", "MASTER_ADDR"), ("2", "RANK=2 is not one of 2 processes")])
+def test_a_group_that_cannot_meet_is_a_sentence(monkeypatch, rank, words):
+    for name, value in {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match="MASTER_ADDR"), processes():
+    with pytest.raises(UserError, match=words), processes():
         pass
 
 

@@ -217,6 +217,8 @@ def processes() -> Iterator[Processes]:
     rank, world, local_rank = (
         (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if launched() else (0, 1, 0)
     )
+    if rank >= world:  # the others would wait for it
+        raise UserError(f"RANK={rank} is not one of {world} processes; set it from 0 to WORLD_SIZE - 1")
     gpus = count_gpus()
     alone = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # each process may see another GPU, as cuda:0
     if gpus and local_rank >= gpus and not alone:
