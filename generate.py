@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dnnlib.config import parse_size
-from dnnlib.console import UserError, shortened
+from dnnlib.console import UserError, shorten
 from dnnlib.files import sha256
 from rendering.camera import Camera
 from rendering.engine import DTYPES
@@ -160,7 +160,7 @@ def main(
         file = group.broadcast(find_network(network) if group.is_first else None)
         G = load_generator(file, group.device)
         if G.config.c_dim and not (classes or saved):
-            known = f": {shortened(G.class_names)}" if G.class_names else ""
+            known = f": {shorten(G.class_names)}" if G.class_names else ""
             say(f"{network} is conditional: seed i gets class i mod {G.config.c_dim}; choose with --class{known}")
         if dtype == "fp16" and group.device.type == "cpu":
             raise UserError("--dtype=fp16 is for GPUs; use bf16 or fp32 on a CPU")

@@ -32,7 +32,7 @@ def progress(iterable, *, desc: str, total: int | None = None, unit: str = "img"
     return tqdm(iterable, desc=desc, total=total, unit=unit, unit_scale=scale, dynamic_ncols=True, disable=None)
 
 
-def shortened(parts: list[str], shown: int = 30) -> str:
+def shorten(parts: list[str], shown: int = 30) -> str:
     """List the first `shown` parts, and say how many more there are."""
     return ", ".join(parts[:shown]) + (f", and {len(parts) - shown:,} more" if len(parts) > shown else "")
 

@@ -189,6 +189,8 @@ def main(folder, name, trunc, scale, by, processor, **words):
     """
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"--name={name}: choose letters, digits and hyphens, for example emoji-people")
+    if not 0 < scale <= 64:
+        raise UserError(f"--scale={scale}: give a number up to 64, for example 2")
     if not math.isfinite(trunc):
         raise UserError(f"--trunc={trunc}: give a finite number, for example 0.7")
     network, card = snapshot.MODELS / f"{name}.safetensors", snapshot.MODELS / f"{name}.md"

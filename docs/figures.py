@@ -98,9 +98,8 @@ def main(networks, figure, seed, kind, trunc, out):
     Several networks, for example before and after training on windows, are drawn one below the other.
     """
     styles = Styles(trunc, classes=[kind] if kind else [])
-    pages = []
-    for G in map(load_generator, networks):
-        pages.append(FIGURES[figure](G, styles.map(G, list(range(seed, seed + 4)))))
+    seeds = list(range(seed, seed + 4))
+    pages = [FIGURES[figure](G, styles.map(G, seeds)) for G in map(load_generator, networks)]
     whole = Image.new("RGB", (max(page.width for page in pages), sum(page.height for page in pages)), "white")
     top = 0
     for page in pages:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnnlib.console import UserError, shortened
+from dnnlib.console import UserError, shorten
 from rendering.camera import parse_number
 from training.networks import Generator
 
@@ -84,7 +84,7 @@ def parse_part(G: Generator, text: str, part: str) -> tuple[int, float | None]:
         return names.index(word), weight
     if re.fullmatch(r"[0-9]{1,9}", word) and int(word) < c_dim:
         return int(word), weight
-    known = f"it has classes 0 to {c_dim - 1}" + (f": {shortened(names)}" if names else ", without names")
+    known = f"it has classes 0 to {c_dim - 1}" + (f": {shorten(names)}" if names else ", without names")
     near = difflib.get_close_matches(word, names, cutoff=0.5)
     raise UserError(f"class={text}: {known}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
 

@@ -150,6 +150,7 @@ def test_walks_lead_from_seed_to_seed_one_network_below_the_other(models, tmp_pa
         ([], "a new card needs --data, --licence, --weaknesses"),
         ([*WORDS, "--name=../noise"], "--name=../noise"),
         ([*WORDS, "--trunc=nan"], "--trunc=nan"),
+        ([*WORDS, "--scale=nan"], "--scale=nan"),
         ([*WORDS, "--by=is1k"], "not a distance"),
         ([*WORDS, "--by=kid1k_full"], "no snapshot with kid1k_full"),
         ([*WORDS, "--run=none"], "none/options.yaml"),

@@ -164,7 +164,7 @@ class Kernels(NamedTuple):
 
     functions: ctypes.CDLL
     device: torch.device
-    capability: int = 0  # of a CPU, unlike any of CudaKernels
+    capability: int = 0  # on a CPU
 
     def constant(self, name: str) -> int:
         """Return a global int64_t of the source."""

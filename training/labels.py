@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dnnlib.console import UserError, count, shortened
+from dnnlib.console import UserError, count, shorten
 
 MAX_CLASSES = 100_000  # a one-hot vector of this length is 0.4 MB per image; more is a mistake in the labels
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
@@ -67,9 +67,9 @@ class Labels:
         names = self.names or [str(number) for number in range(self.dim)]
         if self.values.ndim == 2:
             ranges = zip(names, self.values.min(0), self.values.max(0), strict=True)
-            return shortened([f"{name} {least:g} to {most:g}" for name, least, most in ranges])
+            return shorten([f"{name} {least:g} to {most:g}" for name, least, most in ranges])
         found, times = np.unique(self.values, return_counts=True)
-        return shortened([f"{names[number]} {n:,}" for number, n in zip(found, times, strict=True)])
+        return shorten([f"{names[number]} {n:,}" for number, n in zip(found, times, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Table:
             names = [str(header[c]) for c in chosen]
         notes = []
         if header:
-            taken = shortened([str(header[c]) for c in chosen])
+            taken = shorten([str(header[c]) for c in chosen])
             notes.append(f"columns of {self.where}: file names in {header[column]}, labels in {taken}")
         i, row = rows[0]
         if clean(row[column]) != clean(images[i]):

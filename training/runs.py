@@ -104,9 +104,17 @@ def read_config(folder: Path, changes: dict) -> RunConfig:
             f"{after.data.path} is not the archive that {folder} was trained on: it holds {contents}, and that one "
             f"{before.data.contents}; give that one, or start a new run from these weights"
         )
-    for path in snapshots(folder)[-1:] if images.class_names else []:
-        check_class_names(load_generator(path).class_names, images.class_names, after.data.path)
+    if images.class_names:
+        check_class_names(read_class_names(folder), images.class_names, after.data.path)
     return after.model_copy(update={"data": after.data.model_copy(update={"contents": contents})})
+
+
+def read_class_names(folder: Path) -> list[str]:
+    """Return the names of classes in the newest intact snapshot of a run, or []."""
+    for path in reversed(snapshots(folder)):
+        with contextlib.suppress(UserError):
+            return load_generator(path).class_names
+    return []
 
 
 def refused_changes(before: RunConfig, after: RunConfig) -> list[str]:
@@ -219,7 +227,7 @@ def run(task: NewRun | ResumedRun, procs: Processes) -> int:
             if task.config.train.batch_gpu == "auto" and not fits:  # there are more processes than before
                 config = config.with_train(batch_gpu="auto")
     images = open_images(config.model_dump())
-    config = decide(config, images, procs, resumed=isinstance(task, ResumedRun))
+    config = resolve_auto(config, images, procs, resumed=isinstance(task, ResumedRun))
     state = new_state(config, procs.device)
     state.G_ema.class_names = images.class_names
     evaluate = snapshot_evaluation(config, images, state, procs, say)
@@ -248,7 +256,7 @@ def run(task: NewRun | ResumedRun, procs: Processes) -> int:
     return Loop(config, folder, state, images, procs, evaluate).run()
 
 
-def decide(config: RunConfig, images: ImageArchive, procs: Processes, *, resumed: bool) -> RunConfig:
+def resolve_auto(config: RunConfig, images: ImageArchive, procs: Processes, *, resumed: bool) -> RunConfig:
     """Decide what is "auto", once: a resumed run computes the same. Every rank calls it."""
     if config.train.precision == "auto":
         # Older runs that say auto computed in float32 on every CPU.

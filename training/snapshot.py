@@ -19,7 +19,7 @@ from training.networks.released import is_released, load_released
 FORMAT = "creps-generator-1"
 MODELS = Path(__file__).parents[1] / "models"  # NAME.safetensors of each included network, with its card NAME.md
 # How files begin that a failed download leaves in place of a network, and what they are.
-IMPOSTORS = {
+WRONG_DOWNLOADS = {
     b"version https://git-lfs": "a pointer of git-lfs; get the file itself with: git lfs pull",
     b"<!doctype": "a web page; download the file itself",
     b"<html": "a web page; download the file itself",
@@ -48,7 +48,7 @@ def find_network(network: str | os.PathLike) -> Path:
     if os.path.isfile(path):
         with open(path, "rb") as file:
             start = file.read(64).lstrip().lower()
-        for known, what in IMPOSTORS.items():
+        for known, what in WRONG_DOWNLOADS.items():
             if start.startswith(known):
                 raise UserError(f"{path} is {what}")
         return path

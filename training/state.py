@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dnnlib.console import UserError, brief, shortened
+from dnnlib.console import UserError, brief, shorten
 from torch_utils import checkpoint
 from torch_utils.distributed import Processes
 from torch_utils.stats import Stats
@@ -146,8 +146,8 @@ def initialise(state: TrainState, path: Path) -> list[str]:
         taken += len(fits)
         report.append(
             f"{name}: {len(fits)} of {len(own)} tensors from {path}"
-            + (f"; fresh: {shortened(fresh, 3)}" if fresh else "")
-            + (f"; not taken: {shortened(left, 3)}" if left else "")
+            + (f"; fresh: {shorten(fresh, 3)}" if fresh else "")
+            + (f"; not taken: {shorten(left, 3)}" if left else "")
         )
         if name == "G_ema" and state.teacher:
             if fresh:
