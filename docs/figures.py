@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 import rendering
@@ -13,11 +14,15 @@ from rendering import Shot
 from rendering.styles import Styles
 from torch_utils.command import command
 from torch_utils.images import to_uint8
+from training.letters import Letters
 from training.networks import Generator
 from training.snapshot import load_generator
 
 GAP = 8
 CAPTION = 20
+SIDES = (64, 256, 1024, 4096)  # pixels of the whole image, in the figure of sizes
+PANEL = 256  # pixels of each part of that
+DRAWINGS = 210  # of a letter, among which the one nearest to a generated image is chosen
 
 
 def render(G: Generator, ws: Tensor, shot: Shot | None = None) -> Image.Image:
@@ -81,7 +86,60 @@ def walks(G: Generator, ws: Tensor) -> Image.Image:
     return sheet([{f"{t:.2f}": render(G, torch.lerp(a, b, t)[None]) for t in steps} for a, b in pairs])
 
 
-FIGURES = {"scales": scales, "views": views, "zoom": zoom, "walks": walks}
+def sizes(G: Generator, ws: Tensor) -> Image.Image:
+    """Show the first style at SIDES, from 1024 on its sharpest edge alone, above a Lanczos enlargement of ×1."""
+    whole, small = render(G, ws[:1], Shot((PANEL, PANEL))), render(G, ws[:1])
+    rows = [{}, {}]
+    for side, window in edges(whole):
+        pixels = min(side, PANEL)
+        rows[0][f"{side}x{side}"] = magnified(render(G, ws[:1], Shot((pixels, pixels), window=window)))
+        box = tuple(at * small.width for at in window)
+        rows[1][f"x1 enlarged to {side}"] = magnified(small.resize((pixels, pixels), Image.Resampling.LANCZOS, box))
+    return sheet(rows)
+
+
+def outlines(image: Image.Image, character: str) -> Image.Image:
+    """Show the outline nearest to a generated image of this character, at SIDES, on its sharpest edge from 1024 on."""
+    drawings = Letters(character, (PANEL, PANEL), DRAWINGS)
+    near = min(drawings.names(), key=lambda name: distance(drawings.image(name, 3), image))
+    row = {}
+    for side, (left, top, right, bottom) in edges(drawings.image(near, 3)):
+        drawn = Letters(character, (side, side), DRAWINGS).image(near, 3)
+        row[f"outline at {side}x{side}"] = magnified(
+            drawn.crop([round(at * side) for at in (left, top, right, bottom)])
+        )
+    return sheet([row])
+
+
+def edges(image: Image.Image) -> list[tuple[int, tuple[float, float, float, float]]]:
+    """Return each of SIDES with a window in fractions, at most PANEL pixels wide, around the sharpest edge."""
+    strength = np.asarray(image.convert("L").filter(ImageFilter.GaussianBlur(2)), float)
+    slope = np.hypot(*np.gradient(strength))
+    row, column = np.unravel_index(slope.argmax(), slope.shape)
+    windows = []
+    for side in SIDES:
+        span = min(1, PANEL / side)
+        left, top = (min(max(at / PANEL - span / 2, 0), 1 - span) for at in (column, row))
+        windows.append((side, (left, top, left + span, top + span)))
+    return windows
+
+
+def magnified(image: Image.Image) -> Image.Image:
+    return image.resize((PANEL, PANEL), Image.Resampling.NEAREST)
+
+
+def distance(image: Image.Image, other: Image.Image) -> float:
+    """Compute the root mean square difference of two images' shapes, whatever their colours and contrast."""
+    first, second = (standardized(each) for each in (image, other))
+    return min(float(np.square(first - sign * second).mean()) for sign in (1, -1)) ** 0.5
+
+
+def standardized(image: Image.Image) -> np.ndarray:
+    values = np.asarray(image.convert("L"), float)
+    return (values - values.mean()) / values.std()
+
+
+FIGURES = {"scales": scales, "views": views, "zoom": zoom, "walks": walks, "sizes": sizes}
 
 
 @click.command()
@@ -90,16 +148,23 @@ FIGURES = {"scales": scales, "views": views, "zoom": zoom, "walks": walks}
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--class", "kind", metavar="C", help="[default: seed mod number of classes]")
 @click.option("--trunc", type=float, default=1, show_default=True)
+@click.option(
+    "--outline", metavar="CHARACTER", help="Add the outline of a font that is nearest to the first network's."
+)
 @click.option("--out", metavar="PNG", required=True)
 @command()
-def main(networks, figure, seed, kind, trunc, out):
+def main(networks, figure, seed, kind, trunc, outline, out):
     """Draw one seed of a network at several scales or in several views, or walks between it and the next three.
 
     Several networks, for example before and after training on windows, are drawn one below the other.
     """
     styles = Styles(trunc, classes=[kind] if kind else [])
     seeds = list(range(seed, seed + 4))
-    pages = [FIGURES[figure](G, styles.map(G, seeds)) for G in map(load_generator, networks)]
+    generators = [load_generator(network) for network in networks]
+    pages = [FIGURES[figure](G, styles.map(G, seeds)) for G in generators]
+    if outline:
+        image = render(generators[0], styles.map(generators[0], seeds[:1]), Shot((PANEL, PANEL)))
+        pages.append(outlines(image, outline))
     whole = Image.new("RGB", (max(page.width for page in pages), sum(page.height for page in pages)), "white")
     top = 0
     for page in pages:
