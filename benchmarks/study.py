@@ -27,7 +27,7 @@ from torch_utils.command import command
 from training.snapshot import load_generator, read_trained, snapshots
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-METRICS = "fd_lite0_1k_full,lines1k_full"
+MEASURE = "--metrics=fd_lite0_1k_full,lines1k_full"
 CONSISTENCY = ",scale_psnr_100"  # of generators that render other sizes
 KIMG = 0.5  # between snapshots; the last one within the time is measured
 
@@ -57,11 +57,11 @@ def train(data: Path, options: str, seed: int, minutes: float, folder: Path) -> 
     return found[-1], {"kimg": kimg, "images/s": images, "peak GiB": last["Resources/peak_mem_gib"]}
 
 
-def measure(data: Path, network: Path) -> dict[str, float]:
-    """Measure a snapshot in its run's directory; return each metric."""
-    run, metrics = network.parent, METRICS + CONSISTENCY * load_generator(network).config.any_position
-    command = [sys.executable, "calc_metrics.py", f"--network={network}", f"--data={data}", f"--metrics={metrics}"]
-    command += [f"--outdir={run}"]
+def measure(data: Path, options: str | None, network: Path) -> dict[str, float]:
+    """Measure a snapshot in its run's directory, with options of calc_metrics.py; return each metric."""
+    run, options = network.parent, options or MEASURE + CONSISTENCY * load_generator(network).config.any_position
+    command = [sys.executable, "calc_metrics.py", f"--network={network}", f"--data={data}", f"--outdir={run}"]
+    command += shlex.split(options)
     ran = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
     if ran.returncode:
         raise UserError(f"calc_metrics.py could not measure {network}: {ran.stderr[-1000:]}")
@@ -104,14 +104,26 @@ def show(runs: list[dict]) -> str:
     metavar="NAME OPTIONS",
     help="A name and the options of train.py, quoted; may be repeated.",
 )
+@click.option(
+    "--measure",
+    "options",
+    metavar="OPTIONS",
+    help=f"Options of calc_metrics.py, quoted.  [default: {MEASURE}, with {CONSISTENCY[1:]} if G renders other sizes]",
+)
 @command()
-def main(data, minutes, seeds, folder, out, recipes):
+def main(data, minutes, seeds, folder, out, recipes, options):
     """Train recipes for the same time and measure them."""
     result = {"machine": describe(), "data": data.name, "minutes": minutes, "recipes": dict(recipes), "runs": []}
     for seed in range(seeds):
         for name, options in recipes:
             network, trained = train(data, options, seed, minutes, folder / f"{name}-{seed}")
-            found = {"recipe": name, "seed": seed, **trained, **measure(data, network), "network": str(network)}
+            found = {
+                "recipe": name,
+                "seed": seed,
+                **trained,
+                **measure(data, options, network),
+                "network": str(network),
+            }
             click.echo(json.dumps(found))
             result["runs"].append(found)
             with atomic_write(out) as temporary:
