@@ -43,6 +43,7 @@ class Options:
     filter: str | None
     mirror: bool | None
     trunc: float
+    supersample: int
     seed: int
     batch: int | None
     weights: str | None
@@ -124,7 +125,8 @@ def from_network(options: Options, metrics: tuple[Metric, ...], procs: Processes
     if options.scale:
         size = tuple(max(1, round(side * options.scale)) for side in G.config.img_shape)
     labelled = archive if archive and archive.label_dim else None
-    images = Generated(G, size, seed=options.seed, trunc=options.trunc, labelled=labelled)
+    settings = {"seed": options.seed, "trunc": options.trunc, "supersample": options.supersample}
+    images = Generated(G, size, **settings, labelled=labelled)
     seen = read_trained(file)
     name = file if options.network.startswith("http") else Path(options.network)
     source = {"network": name.name} | ({"kimg": seen["kimg"]} if seen else {})
@@ -146,8 +148,9 @@ def from_files(options: Options, metrics: tuple[Metric, ...], procs: Processes) 
         if metric.family.renders:
             raise UserError(f"{metric.name} needs a generator, not --images; give --network")
     given = [name for name in ("size", "scale", "scales") if getattr(options, name)]
-    if given or options.trunc != 1:
-        raise UserError(f"--{(given or ['trunc'])[0]} is for networks; --images are measured as they are")
+    given += [name for name in ("trunc", "supersample") if getattr(options, name) != 1]
+    if given:
+        raise UserError(f"--{given[0]} is for networks; --images are measured as they are")
     mirror, reals = bool(options.mirror), None
     if options.data:
         reals = EqualFiles(ImageArchive(options.data, mirror=mirror, channels=3), mirror)
@@ -252,6 +255,9 @@ def write_records(records: list[dict], folder: Path, seen: dict[str, float]) -> 
     help="Also use the real images mirrored.  [default: as in training]",
 )
 @click.option("--trunc", type=float, default=1, show_default=True, help="Truncation ψ of the generated images.")
+@click.option(
+    "--supersample", type=click.IntRange(1, 64), default=1, show_default=True, help="Average K² samples per pixel."
+)
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of latents, labels, windows."
 )

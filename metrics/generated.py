@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +23,30 @@ class Generated:
 
     size      the measured size
     native    the training size
+    shot      how the whole image is rendered at that size
     variant   deviations from the defaults, for the names of results
     points    how rotated images are computed: "exact", or "interpolated" between samples of lines
     """
 
-    def __init__(self, G: nn.Module, size: Size | None = None, *, seed: int = 0, trunc: float = 1, labelled=None):
-        """labelled: a training.data.ImageArchive from which the labels of a conditional generator are sampled;
-        without it, classes take turns.
+    def __init__(
+        self,
+        G: nn.Module,
+        size: Size | None = None,
+        *,
+        seed: int = 0,
+        trunc: float = 1,
+        supersample: int = 1,
+        labelled=None,
+    ):
+        """supersample: of rendering.Shot, for all images. labelled: a training.data.ImageArchive from which the labels
+        of a conditional generator are sampled; without it, classes take turns.
         """
         self.G, self.seed, self.trunc, self.labelled = G, seed, trunc, labelled
         self.native, self.channels = G.config.img_shape, G.config.img_channels
         self.size = size or self.native
+        self.shot = Shot(self.size, supersample=supersample)
         self.variant = () if trunc == 1 else (f"trunc{trunc:g}",)
+        self.variant += () if supersample == 1 else (f"supersample{supersample}",)
         self.points = "exact" if math.prod(self.size) <= EXACT else "interpolated"
         self.weight = next(G.parameters())  # for its dtype and device
 
@@ -67,7 +80,8 @@ class GeneratedBatch(Batch):
         self.ws = generated.styles(self.z, self.c)
 
     def colours(self, size: Size) -> Tensor:
-        return self.once(("colours", size), lambda: rendering.render(self.generated.G, self.ws, Shot(size)))
+        shot = replace(self.generated.shot, size=size)
+        return self.once(("colours", size), lambda: rendering.render(self.generated.G, self.ws, shot))
 
     def images(self, size: Size | None = None) -> Tensor:
         size = size or self.generated.size
@@ -83,13 +97,13 @@ class GeneratedBatch(Batch):
         longer = view.cols if width >= height else view.rows
         sides = matrix.clone()
         sides[:2, 2] *= longer.step  # from pixels to the longer side of the training size
-        shot = Shot(generated.size, transform=sides, exact=generated.points == "exact")
+        shot = replace(generated.shot, transform=sides, exact=generated.points == "exact")
         return rendering.render(generated.G, self.ws[index : index + 1], shot)
 
     def windows(self, kind: Windows) -> Tensor:
         """Render a window of each image: uint8 [N,C,H,W] of the training size."""
         boxes = [kind.box("fake", number) for number in self.numbers.tolist()]
-        shots = [Shot(self.generated.native, window=box) for box in boxes]
+        shots = [replace(self.generated.shot, size=self.generated.native, window=box) for box in boxes]
         return to_uint8(rendering.render_each(self.generated.G, self.ws, shots))
 
     def path_lengths(self, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -98,6 +112,6 @@ class GeneratedBatch(Batch):
         towards, _ = generated.latents(self.numbers.tolist(), "latents of path ends")
 
         def synthesis(ws: Tensor) -> Tensor:
-            return rendering.render(generated.G, ws, Shot(generated.size))
+            return rendering.render(generated.G, ws, generated.shot)
 
         return path_lengths(generated.styles, synthesis, distance, self.z, towards, self.c)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rendering.engine import Tiling, check_finite, render_points, render_tiles
@@ -52,15 +53,16 @@ def render_each(G: Generator, ws: Tensor, shots: Sequence[Shot]) -> Tensor:
     """Render image i of ws [N,num_ws,w_dim] by shots[i]; the shots differ in `window` alone. Returns [N,C,H,W].
 
     Equal to `render` of each, to rounding, and faster for small images: the synthesis gets several at once, whole. G is
-    of a kind with positions, and the shots have no transform or supersampling. Errors as in `tiles`.
+    of a kind with positions, and the shots have no transform. Errors as in `tiles`.
     """
     views = [Tiling.of(G, shot).view for shot in shots]
     axes = [
         torch.stack([axis.positions(0, axis.count, ws.device) for axis in same])
         for same in zip(*((view.rows, view.cols) for view in views), strict=True)
     ]
-    images = max(1, TOGETHER // math.prod(views[0].size))
+    samples = views[0].rows.samples
+    images = max(1, TOGETHER // (math.prod(views[0].size) * samples**2))
     parts = zip(*(x.split(images) for x in (ws, *axes)), strict=True)
-    colours = torch.cat([G.synthesis(*part) for part in parts])
+    colours = torch.cat([F.avg_pool2d(G.synthesis(*part), samples) for part in parts])
     check_finite(colours)
     return colours

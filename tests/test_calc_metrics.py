@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from click.testing import CliRunner
 from conftest import ROOT, run_ranks
@@ -427,6 +428,20 @@ def test_labels_are_distributed_as_those_of_the_real_images_or_take_turns(bench)
     G.class_names = ["ant", "cat", "bee"]
     save_generator(G, network)
     assert "bee instead of cat" in bench.refused(metrics="fd_dinov2_4_full", network=network)
+
+
+def test_supersampled_images_are_measured_as_averages_of_larger_ones(bench):
+    network = bench.save("centers.safetensors", coords="centers")
+    G = load_generator(network)
+    ((averaged, larger),) = zip(
+        generated.Generated(G, supersample=2).batches([range(3)]),
+        generated.Generated(G).batches([range(3)]),
+        strict=True,
+    )
+    height, width = G.config.img_shape
+    expected = F.avg_pool2d(larger.colours((2 * height, 2 * width)), 2)
+    assert (averaged.colours((height, width)) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert list(bench.measure(metrics="scale_psnr_3", network=network, supersample=2)) == ["scale_psnr_3@supersample2"]
 
 
 def test_truncation_and_other_sizes_are_in_the_name(bench):

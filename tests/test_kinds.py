@@ -97,10 +97,11 @@ def test_rendering_equals_the_synthesis(config):
 
 
 @pytest.mark.parametrize("config", [GeneratorConfig(**TINY), KINDS["cips, oblong, grey, conditional"]], ids=str)
-def test_windows_rendered_at_once_are_those_rendered_alone(config, monkeypatch):
+@pytest.mark.parametrize("supersample", [1, 3])
+def test_windows_rendered_at_once_are_those_rendered_alone(config, supersample, monkeypatch):
     G, ws = fresh(config)
     G.requires_grad_(False)
-    shots = [Shot((12, 8), window=(x, 0.1, x + 0.4, 0.6)) for x in (0.0, 0.3, 0.6)]
+    shots = [Shot((12, 8), window=(x, 0.1, x + 0.4, 0.6), supersample=supersample) for x in (0.0, 0.3, 0.6)]
     alone = torch.cat([rendering.render(G, w, shot) for w, shot in zip(ws.split(1), shots, strict=True)])
     for together in (1, 2 * 12 * 8, 4 * 12 * 8):
         monkeypatch.setattr(rendering, "TOGETHER", together)
