@@ -57,9 +57,9 @@ def train(data: Path, options: str, seed: int, minutes: float, folder: Path) -> 
     return found[-1], {"kimg": kimg, "images/s": images, "peak GiB": last["Resources/peak_mem_gib"]}
 
 
-def measure(data: Path, options: str | None, network: Path) -> dict[str, float]:
+def measure(data: Path, asked: str | None, network: Path) -> dict[str, float]:
     """Measure a snapshot in its run's directory, with options of calc_metrics.py; return each metric."""
-    run, options = network.parent, options or MEASURE + CONSISTENCY * load_generator(network).config.any_position
+    run, options = network.parent, asked or MEASURE + CONSISTENCY * load_generator(network).config.any_position
     command = [sys.executable, "calc_metrics.py", f"--network={network}", f"--data={data}", f"--outdir={run}"]
     command += shlex.split(options)
     ran = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
@@ -106,12 +106,12 @@ def show(runs: list[dict]) -> str:
 )
 @click.option(
     "--measure",
-    "options",
+    "asked",
     metavar="OPTIONS",
     help=f"Options of calc_metrics.py, quoted.  [default: {MEASURE}, with {CONSISTENCY[1:]} if G renders other sizes]",
 )
 @command()
-def main(data, minutes, seeds, folder, out, recipes, options):
+def main(data, minutes, seeds, folder, out, recipes, asked):
     """Train recipes for the same time and measure them."""
     result = {"machine": describe(), "data": data.name, "minutes": minutes, "recipes": dict(recipes), "runs": []}
     for seed in range(seeds):
@@ -121,7 +121,7 @@ def main(data, minutes, seeds, folder, out, recipes, options):
                 "recipe": name,
                 "seed": seed,
                 **trained,
-                **measure(data, options, network),
+                **measure(data, asked, network),
                 "network": str(network),
             }
             click.echo(json.dumps(found))
