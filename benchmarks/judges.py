@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from benchmarks.machine import describe
 from dnnlib.console import UserError, progress
 from dnnlib.files import atomic_write, check_writable
-from metrics.cache import Statistics, cache_key, cached, content_digest
+from metrics import cache
 from metrics.distances import frechet_distance
 from metrics.features import Detector
 from metrics.generated import Generated
@@ -176,12 +176,12 @@ def read_batches(images: ImageArchive) -> Iterator[tuple[Tensor, Tensor]]:
 
 def lite0_of(images: ImageArchive, detector: Detector) -> Tensor:
     """Return Lite0's features of the archive, [N,496], from the cache if present."""
-    key = cache_key(content_digest(images.contents()), detector=detector.digest, shape=images.shape)
-
-    def compute(missing: list[Statistics]) -> list[Tensor]:
-        return [torch.cat([detector(batch).features.cpu() for batch, _ in read_batches(images)])]
-
-    (features,) = cached([Statistics("features", key, detector.num_features)], compute)
+    content = cache.content_digest(images.contents())
+    key = cache.cache_key(content, detector=detector.digest, shape=images.shape)
+    features = cache.read("features", key, detector.num_features)
+    if features is None:
+        features = torch.cat([detector(batch).features.cpu() for batch, _ in read_batches(images)])
+        cache.write("features", key, features)
     return features
 
 

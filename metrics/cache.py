@@ -1,19 +1,18 @@
 """Keep statistics of real images on disk, under the digest of everything that they depend on, never under a path.
 
-content = content_digest(archive bytes or pixels, in order)
+content = content_digest(bytes of the files, in order)
 key = cache_key(content, detector=detector.digest, size=[256, 256], filter="lanczos3")
-(moments,) = cached([Statistics("moments", key, detector.num_features)], compute)
+moments = read("moments", key, detector.num_features)
 
-A file is whole or absent, and used only if its checksum is right; otherwise its content is computed again.
+A file is whole or absent, and used only if its checksum is right.
 """
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,11 +22,8 @@ from torch import Tensor
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write, cache_dir
 from metrics.moments import Moments
-from torch_utils.distributed import Processes
 
 FORMAT = "creps-statistics-1"  # part of every key: a new number invalidates all older files
-ALONE = Processes(0, 1, torch.device("cpu"))
-
 Value = Moments | Tensor
 
 
@@ -55,41 +51,6 @@ def cache_key(content: str, **facts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Statistics(NamedTuple):
-    """The name of the "moments" (a Moments, on the CPU) or the "features" (float32 [N,F]) of some images."""
-
-    kind: str
-    key: str  # a cache_key
-    num_features: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}-{self.key}"
-
-
-def cached(
-    wanted: Sequence[Statistics],
-    compute: Callable[[list[Statistics]], Sequence[Value]],
-    procs: Processes = ALONE,
-) -> list[Value]:
-    """Return the statistics on disk, and compute and keep the missing ones.
-
-    `compute` is called by all processes or by none, and returns the same in all. Files that are damaged, or do not hold
-    finite statistics of the right form, count as missing.
-    """
-    folder = cache_dir() / "statistics"
-    found = {one: _read(folder / f"{one.name}.safetensors", one) for one in wanted}
-    missing = [one for one in wanted if procs.any(found[one] is None)]
-    if missing:
-        for one, value in zip(missing, compute(missing), strict=True):
-            tensors = {"features": value} if isinstance(value, Tensor) else value.tensors()
-            tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-            found[one] = PARSE[one.kind](tensors, one.num_features)
-            if procs.is_first:
-                _write(folder / f"{one.name}.safetensors", one.name, tensors)
-    return [found[one] for one in wanted]
-
-
 def parse_features(tensors: dict[str, Tensor], num_features: int) -> Tensor:
     features = tensors["features"]
     if features.dtype != torch.float32 or features.ndim != 2 or features.shape[1] != num_features:
@@ -103,30 +64,41 @@ def parse_features(tensors: dict[str, Tensor], num_features: int) -> Tensor:
 PARSE = {"moments": Moments.from_tensors, "features": parse_features}
 
 
+def _path(kind: str, key: str) -> Path:
+    return cache_dir() / "statistics" / f"{kind}-{key}.safetensors"
+
+
 def _header(name: str, tensors: dict[str, Tensor]) -> str:
     return json.dumps({"name": name, "sha256": content_digest(tensors[key] for key in sorted(tensors))})
 
 
-def _read(path: Path, wanted: Statistics) -> Value | None:
-    """Return the contents of the file; None if there is none, or, with a note, if it is damaged."""
+def read(kind: str, key: str, num_features: int) -> Value | None:
+    """Return the "moments" (a Moments, on the CPU) or the "features" (float32 [N,F]) under a cache_key.
+
+    None if there are none, or, with a note, if the file is damaged or holds others than finite ones of this form.
+    """
+    path = _path(kind, key)
     if not os.path.exists(path):
         return None
     try:
         with safe_open(path, "pt", device="cpu") as file:
             header = (file.metadata() or {})[FORMAT]
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        if header != _header(wanted.name, tensors):
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if header != _header(path.stem, tensors):
             raise ValueError("its checksum is wrong")
-        return PARSE[wanted.kind](tensors, wanted.num_features)
+        return PARSE[kind](tensors, num_features)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         print(f"{path} is damaged ({error}); its statistics are computed again", file=sys.stderr, flush=True)
         return None
 
 
-def _write(path: Path, name: str, tensors: dict[str, Tensor]) -> None:
-    """Write the tensors; a failure prints a note only, because the results matter more than the next call."""
+def write(kind: str, key: str, value: Value) -> None:
+    """Keep statistics; a failure prints a note only, because the results matter more than the next call."""
+    path = _path(kind, key)
+    tensors = {"features": value} if isinstance(value, Tensor) else value.tensors()
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         with atomic_write(path) as temporary:
-            save_file(tensors, temporary, {FORMAT: _header(name, tensors)})
+            save_file(tensors, temporary, {FORMAT: _header(path.stem, tensors)})
     except (UserError, SafetensorError, OSError) as error:
         print(f"the statistics are not kept for later calls: {error}", file=sys.stderr, flush=True)

@@ -118,15 +118,16 @@ class Evaluation:
         found = {}
         for images, needs in by_set(tasks).items():
             content = self.procs.broadcast(images.files.digest if self.procs.is_first else None)
-            keys = [cache.cache_key(content, detector=need.key, **images.facts(need.limit)) for need in needs]
-            wanted = {cache.Statistics(need.kind, key, need.width): need for need, key in zip(needs, keys, strict=True)}
-
-            def compute(missing: list[cache.Statistics], images=images, wanted=wanted) -> list:
-                needs = [wanted[one] for one in missing]
-                lists = images.cut([need.limit for need in needs], self.batch)
-                return list(self.collect(images.batches, lists, needs, "real images", stop).values())
-
-            found |= zip(needs, cache.cached(list(wanted), compute, self.procs), strict=True)
+            keys = {need: cache.cache_key(content, detector=need.key, **images.facts(need.limit)) for need in needs}
+            kept = {need: cache.read(need.kind, key, need.width) for need, key in keys.items()}
+            missing = [need for need in needs if self.procs.any(kept[need] is None)]
+            if missing:
+                lists = images.cut([need.limit for need in missing], self.batch)
+                computed = self.collect(images.batches, lists, missing, "real images", stop)
+                for need, statistics in computed.items() if self.procs.is_first else ():
+                    cache.write(need.kind, keys[need], statistics)
+                kept |= computed
+            found |= kept
         return found
 
     @torch.no_grad()
