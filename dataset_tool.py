@@ -8,14 +8,14 @@ import click
 from dnnlib.config import parse_size
 from dnnlib.console import UserError
 from torch_utils.command import Group, command
-from training.archives import TRANSFORMS, Size, Transform, convert, examine, read_labels
-from training.sources import BadImage, ImageFiles, Source
+from training.archives import TRANSFORMS, Transform, convert, examine, read_labels
+from training.sources import BadImage, ImageFiles, PillowSize, Source
 
 MAX_SIDE = 16384  # 16384² RGB pixels are 0.8 GB while one image is made
 DRAWINGS = 176  # per character, eight or nine in each of matplotlib's 21 text fonts; from A to Z that makes 4,576
 
 
-def parse_resolution(text: str) -> Size:
+def parse_resolution(text: str) -> PillowSize:
     """Return (width, height). Raises UserError."""
     height, width = parse_size(text)
     if max(height, width) > MAX_SIDE:
@@ -25,7 +25,7 @@ def parse_resolution(text: str) -> Size:
 
 def open_source(
     name: str,
-    resolution: Size | None,
+    resolution: PillowSize | None,
     transform: str | None,
     characters: str | None,
     drawings: int | None,

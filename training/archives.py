@@ -17,12 +17,12 @@ from PIL import Image
 
 from dnnlib.console import UserError, count, progress
 from dnnlib.files import atomic_folder, atomic_write
-from training.colours import count_channels, to_channels
+from training.colours import count_channels
 from training.config import gather, resolve
 from training.data import ImageArchive
 from training.labels import Labels, label_by_folder, parse_csv, parse_json
 from training.native import NativeArchive
-from training.sources import BadImage, ImageFiles, Size, Source, size_text
+from training.sources import BadImage, ImageFiles, PillowSize, Source, size_text
 
 TRANSFORMS = ("center-crop", "center-crop-wide", "random-crops", "native")
 SQUARES = tuple(2**n for n in range(5, 15))  # sides of training images
@@ -40,7 +40,7 @@ class Transform:
     Of kind "native", images keep sizes of their own, and those whose shorter side is below `min_side` are left out.
     """
 
-    resolution: Size | None = None  # None: sizes stay
+    resolution: PillowSize | None = None  # None: sizes stay
     kind: str | None = None
     crops: int | None = None  # per image
     seed: int = 0
@@ -75,7 +75,7 @@ class Transform:
                 result = square
             yield result, crop.width < width or crop.height < height
 
-    def _boxes(self, size: Size, name: str) -> Iterator[Box]:
+    def _boxes(self, size: PillowSize, name: str) -> Iterator[Box]:
         if self.kind is None:
             yield 0, 0, *size
             return
@@ -90,7 +90,7 @@ class Transform:
             yield place_box(size, self.resolution, scale, rng.random(), rng.random())
 
 
-def place_box(size: Size, target: Size, scale: float, across: float, down: float) -> Box:
+def place_box(size: PillowSize, target: PillowSize, scale: float, across: float, down: float) -> Box:
     """Return a box of `scale` times the target's size in an image of `size`; `across` and `down` in 0..1 place it."""
     width = min(max(round(target[0] * scale), 1), size[0])
     height = min(max(round(target[1] * scale), 1), size[1])
@@ -263,42 +263,42 @@ def encode(image: Image.Image, form: str) -> bytes:
 
 def examine(files: ImageFiles) -> tuple[list[str], list[str]]:
     """Return lines of text on (what an archive holds, what is wrong with it). Reads the images one at a time."""
-    sizes, channels, example, problems, listed = Counter(), Counter(), {}, [], None
-    try:
-        listed = files.native_sizes
-    except UserError as error:
-        problems.append(str(error))
-    for number, name in enumerate(progress(files.names(), desc="images")):
+    problems = []
+
+    @contextlib.contextmanager
+    def collect() -> Iterator[None]:
+        """Add the UserError of a block to the problems."""
         try:
-            image = files.image(name)
-            holds = count_channels(image)
-            to_channels(image, holds)
-        except BadImage as error:
+            yield
+        except UserError as error:
             problems.append(str(error))
-        except ValueError as error:
-            problems.append(f"{files.path / name}: {error}")
-        else:
+
+    listed, sizes, channels, example = None, Counter(), Counter(), {}
+    with collect():
+        listed = files.native_sizes
+    for number, name in enumerate(progress(files.names(), desc="images")):
+        with collect():
+            image = files.image(name)
             sizes[image.size] += 1
-            channels[holds] += 1
+            channels[count_channels(image)] += 1
             example.setdefault(image.size, name)
             if listed is not None and image.size != tuple(listed[number]):
-                problems.append(
+                raise UserError(
                     f"{files.path / name} is {size_text(image.size)}, but is listed as {size_text(listed[number])}; "
                     "make the archive again"
                 )
     if not sizes:
         return [], problems
-    (common, times), *others = sizes.most_common()
-    if others and listed is None:
-        other = others[0][0]
+    if listed is None and len(sizes) > 1:
+        (common, times), (other, _), *_ = sizes.most_common()
         problems.append(
-            f"{count(sizes.total() - times, 'image')} not of the most frequent size {size_text(common)}, "
-            f"e.g. {example[other]} of {size_text(other)}; convert all to one "
-            "resolution, or keep their sizes (transform native)"
+            f"{count(sizes.total() - times, 'image')} not of the most frequent size {size_text(common)}, e.g. "
+            f"{example[other]} of {size_text(other)}; convert all to one resolution, or keep their sizes (transform "
+            "native)"
         )
-    notes = files.notes(channels.most_common(1)[0][0])
+    notes, held = files.notes(channels.most_common(1)[0][0]), "unusable"
     if not problems:
-        try:  # as train.py will
+        with collect():  # as train.py will
             if listed is None:
                 archive = ImageArchive(files.path)
             else:
@@ -306,17 +306,11 @@ def examine(files: ImageFiles) -> tuple[list[str], list[str]]:
                 archive = NativeArchive(files.path, (side, side))
             notes = archive.notes()
             resolve(gather("auto", {"data": {"path": str(files.path)}}), archive, str(files.path))
-        except UserError as error:
-            problems.append(str(error))
-    held = "none"
-    try:
-        if labels := read_labels(None, files):
-            held = f"{labels.kind()}: {labels.detail()}"
-            notes = [*labels.notes, *notes]
-            problems += [f"{labels.lost}; restore them"] if labels.lost else []
-    except UserError as error:
-        held = "unusable"
-        problems.append(str(error))
+    with collect():
+        labels = read_labels(None, files)
+        held = f"{labels.kind()}: {labels.detail()}" if labels else "none"
+        notes = [*labels.notes, *notes] if labels else notes
+        problems += [f"{labels.lost}; restore them"] if labels and labels.lost else []
     report = [
         f"images    {len(files):,}",
         *(describe_equal(sizes) if listed is None else describe_native(sizes)),
@@ -327,12 +321,12 @@ def examine(files: ImageFiles) -> tuple[list[str], list[str]]:
     return report, problems
 
 
-def describe_equal(sizes: Counter[Size]) -> list[str]:
+def describe_equal(sizes: Counter[PillowSize]) -> list[str]:
     more = f", and {count(len(sizes) - 5, 'size')} more" if len(sizes) > 5 else ""
     return [f"size      {', '.join(f'{size_text(size)} ({n:,})' for size, n in sizes.most_common(5))}{more}"]
 
 
-def describe_native(sizes: Counter[Size]) -> list[str]:
+def describe_native(sizes: Counter[PillowSize]) -> list[str]:
     """Return lines on sizes, by shorter sides, and on the square training images that the archive can serve."""
     ordered = sorted(sizes.elements(), key=sorted)
     least, median, largest = ordered[0], ordered[len(ordered) // 2], ordered[-1]

@@ -18,7 +18,7 @@ from PIL import Image
 from dnnlib.console import UserError
 from training.colours import to_channels
 from training.labels import Table
-from training.sources import Size
+from training.sources import PillowSize
 
 EXTENT = (0.65, 0.85)  # the longer side of a letter's box, in shorter sides of the image
 MARGIN = 0.06  # the least distance of that box, made square, from the edge, in the same unit
@@ -41,7 +41,7 @@ class Letters:
     Raises UserError when there are no characters, one is repeated, or no font has all of them.
     """
 
-    def __init__(self, characters: str, size: Size, drawings: int, seed: int = 0):
+    def __init__(self, characters: str, size: PillowSize, drawings: int, seed: int = 0):
         self.path = Path(matplotlib.get_data_path(), "fonts", "ttf")
         self._size, self._drawings, self._seed = size, drawings, seed
         self._characters = unicodedata.normalize("NFC", characters)
@@ -130,7 +130,7 @@ def curves(face: Path, character: str) -> Outline:
     return Outline(*font.get_path())
 
 
-def coverage(shape: Outline, size: Size, rng: random.Random) -> Image.Image:
+def coverage(shape: Outline, size: PillowSize, rng: random.Random) -> Image.Image:
     """Rotate, scale and place an outline at random; return how much of each pixel it covers, 0..255.
 
     Agg integrates the polygon's area in each pixel, so a drawing equals the box-filtered drawing of a larger size.

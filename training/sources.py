@@ -39,7 +39,7 @@ from training.labels import Table, common_folder, load_json, parse_json
 
 WRITTEN = re.compile(r"\d{5}/img\d{8}\.(png|jpg)")  # the names in archives of StyleGAN and of dataset_tool.py
 SAMPLE = 64  # files that decide how many bits the values in 16-bit files have
-Size = tuple[int, int]  # width, height
+PillowSize = tuple[int, int]  # width, height, as of Pillow's images; other sizes are (height, width), as of tensors
 
 
 class BadImage(UserError):
@@ -80,7 +80,7 @@ class ImageFiles:
     Raises UserError when `path` is not a folder or a readable container, or holds no images.
     """
 
-    def __init__(self, path: str | os.PathLike, bits: int | None = None, cover: Size | None = None):
+    def __init__(self, path: str | os.PathLike, bits: int | None = None, cover: PillowSize | None = None):
         self.path = Path(path)
         self._files, names = open_container(self.path)
         resolved = self.path.resolve()
@@ -112,10 +112,9 @@ class ImageFiles:
         if self.drawings:
             import_vips()  # so that its absence is told at once, and not of each file
         self.written = all(WRITTEN.fullmatch(name) for name in found)
-        if bits is not None:
-            self.bits = bits
+        self._bits = bits  # None: not decided yet
         # Of the headers if they were all read, else of the images read so far.
-        self._channels, self._profiles = Counter(), Counter()
+        self._channels, self._profiles, self._surveyed = Counter(), Counter(), False
 
     def __len__(self) -> int:
         return len(self._names)
@@ -126,30 +125,34 @@ class ImageFiles:
     def names(self) -> list[str]:
         return [os.fsdecode(name) for name in self._names]
 
-    @functools.cached_property
+    def _sample(self) -> list[str]:
+        return self.names()[:: -(-len(self) // SAMPLE)]
+
     def bits(self) -> int:
         """Return the fewest bits that hold the values of a sample, of the 16-bit files that do not say how many."""
-        largest = 0
-        for name in [] if self.written else self.names()[:: -(-len(self) // SAMPLE)]:
-            with contextlib.suppress(Exception):  # reading it properly will name what is wrong
-                data = self._read(name)
-                image = open_image(io.BytesIO(data))
-                if is_deep(image) and not known_depth(image):
-                    largest = max(largest, int(deep_values(image, data).max()))
-        return depth_of(largest) if largest else 16
+        if self._bits is None:
+            largest = 0
+            for name in [] if self.written else self._sample():
+                with contextlib.suppress(Exception):  # reading it properly will name what is wrong
+                    data = self._read(name)
+                    image = open_image(io.BytesIO(data))
+                    if is_deep(image) and not known_depth(image):
+                        largest = max(largest, int(deep_values(image, data).max()))
+            self._bits = depth_of(largest) if largest else 16
+        return self._bits
 
     def image(self, name: str, channels: int | None = None, reduce: int = 1) -> Image.Image:
-        """Decode an image by colours.decode, in sRGB. With `channels`, convert it by to_channels.
+        """Decode an image by colours.decode, in sRGB, with `channels`, by default the fewest that hold it.
 
         Raises BadImage when the file is empty, truncated, too large, or not an image.
         """
         with self._name_errors(name):
             data = self._read(name)
-            image = draw(data, self._cover) if is_drawing(name) else decode(data, lambda: self.bits, reduce)
-            if "_survey" not in self.__dict__:
+            image = draw(data, self._cover) if is_drawing(name) else decode(data, self.bits, reduce)
+            if not self._surveyed:
                 self._note(image)
             image = image if self.written else to_srgb(image)
-            return image if channels is None else to_channels(image, channels)
+            return to_channels(image, channels or count_channels(image))
 
     def unchanged(self, name: str, channels: int) -> bytes | None:
         """Return the bytes of a JPEG whose pixels image(name, channels) returns as they are in the file, else None."""
@@ -170,8 +173,7 @@ class ImageFiles:
             return count_channels(self.image(self.filename(0)))
         self._survey  # noqa: B018 (counts channels)
         if set(self._channels) == {4}:
-            sample = self.names()[:: -(-len(self) // SAMPLE)]
-            alphas = (self.image(name, 4).getchannel("A").getextrema()[0] for name in sample)
+            alphas = (self.image(name, 4).getchannel("A").getextrema()[0] for name in self._sample())
             return 4 if any(least < 255 for least in alphas) else 3
         return 1 if set(self._channels) == {1} else 3
 
@@ -211,6 +213,7 @@ class ImageFiles:
         for number, name in enumerate(progress(self.names(), desc="headers")):
             with contextlib.suppress(BadImage):
                 sizes[number] = upright_size(self._header(name))
+        self._surveyed = True
         return sizes
 
     def _header(self, name: str) -> Image.Image:
@@ -218,7 +221,7 @@ class ImageFiles:
             image = open_image(file)
             self._note(image)
             if is_deep(image) and not known_depth(image):
-                self.bits  # noqa: B018 (decides, so that notes name it)
+                self.bits()  # decided now, so that notes name it
             return image
 
     def _note(self, image: Image.Image) -> None:
@@ -232,8 +235,8 @@ class ImageFiles:
         kinds = {1: "grey", 3: "in colour", 4: "with an alpha channel" + ("" if channels == 4 else ", put on white")}
         others = [f"{n:,} {kinds[kind]}" for kind, n in sorted(self._channels.items()) if kind != channels]
         lines = [f"channels: {MODES[channels]} ({', '.join(others)}, of {total:,}; converted)"] if others else []
-        if "bits" in self.__dict__:
-            lines.append(f"16-bit files: read as {self.bits} bits, 0 to {(1 << self.bits) - 1}, scaled to 0 to 255")
+        if self._bits is not None:
+            lines.append(f"16-bit files: read as {self._bits} bits, 0 to {(1 << self._bits) - 1}, scaled to 0 to 255")
         if self._unread:
             lines.append(f"labels: {self._unread[0]} is not above all images, so it was not read")
         if self._profiles:
@@ -242,7 +245,7 @@ class ImageFiles:
 
     def facts(self) -> dict:
         """Return what affects the pixels, besides the files and the channels."""
-        return {} if self.written else {"colours": "srgb", "bits": self.bits}
+        return {} if self.written else {"colours": "srgb", "bits": self.bits()}
 
     def _left_out_text(self) -> str:
         endings = Counter({f".{e}" if e else "without an ending": n for e, n in self._left_out.items()})
@@ -309,5 +312,5 @@ def tally(counts: Counter) -> str:
     return ", ".join(f"{number:,} {what}" for what, number in sorted(counts.items(), key=lambda item: (-item[1], item)))
 
 
-def size_text(size: Size) -> str:
+def size_text(size: PillowSize) -> str:
     return f"{size[0]}x{size[1]}"
