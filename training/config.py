@@ -12,7 +12,7 @@ from training.augment import AugmentConfig
 from training.data import ImageArchive
 from training.diffaug import Policy
 from training.networks import AnyDiscriminatorConfig, AnyGeneratorConfig
-from training.scales import ScalesConfig
+from training.scales import ScalesConfig, check_scales
 
 
 class DataConfig(Config):
@@ -140,40 +140,13 @@ class RunConfig(Config):
             raise ValueError(
                 "augment.mode=fixed augments with strength augment.p, which is 0; set it, for example to 0.2"
             )
-        if self.scales.max > 1:
-            if self.data.resolution is None:
-                raise ValueError(
-                    "scales.max needs images that are larger than the training size; make an archive with "
-                    "dataset_tool.py --transform=native, and set data.resolution to the training size"
-                )
-            if not self.G.any_position:
-                raise ValueError(f"scales.max needs a G.kind that renders windows, such as creps, not {self.G.kind}")
-            if self.G.coords != "centers":
-                raise ValueError("scales.max needs G.coords=centers, so that a window is part of the whole picture")
-        elif self.scales.consistency or self.scales.teacher or self.scales.larger > 1:
-            raise ValueError(
-                "scales.consistency, scales.teacher and scales.larger need windows; set scales.max to more than 1"
-            )
-        elif self.D.scale_aware and self.loss.pyramid == 1:
-            raise ValueError("D.scale_aware needs several scales; set scales.max or loss.pyramid to more than 1")
-        (height, width), larger = self.D.img_shape, self.scales.larger_shape(self.D.img_shape)
-        if self.scales.larger > 1:
-            if any(side % 2 for side in larger) or larger[0] * width != larger[1] * height:
-                raise ValueError(
-                    f"scales.larger={self.scales.larger:g} makes images of {larger[1]}x{larger[0]}, whose sides must "
-                    f"be even and in the proportions of {width}x{height}; choose another factor or data.resolution"
-                )
-            if self.scales.teacher:
-                raise ValueError("scales.teacher compares images of the training size; set scales.larger to 1")
-            if self.augment.mode != "none":
-                raise ValueError("scales.larger is for images that are not augmented; set augment.mode to none")
-        elif self.scales.pairs:
-            raise ValueError("scales.pairs needs images of two sizes; set scales.larger to more than 1")
-        if any(side % 2 ** (self.loss.pyramid - 1) for side in (*self.D.img_shape, *larger)):
+        check_scales(self)
+        height, width = self.D.img_shape
+        parts = 2 ** (self.loss.pyramid - 1)
+        if any(side % parts for side in (height, width, *self.scales.larger_shape((height, width)))):
             raise ValueError(
                 f"loss.pyramid={self.loss.pyramid} halves images {self.loss.pyramid - 1} times, and the sides of "
-                f"{width}x{height}, or of larger images, do not divide by {2 ** (self.loss.pyramid - 1)}; use fewer "
-                "levels or another size"
+                f"{width}x{height}, or of larger images, do not divide by {parts}; use fewer levels or another size"
             )
         return self
 

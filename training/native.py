@@ -16,7 +16,7 @@ class NativeArchive(ImageArchive):
     """The images of a folder or ZIP, of any sizes and shapes, seen through windows of the training size.
 
     The frame of an image is its largest centred box of the training images' proportions. At zoom 1 a window is the
-    frame; at zoom z it is 1/z of the frame's height and width, as many pixels from as much less of the photograph.
+    frame; at zoom z it is 1/z of the frame's height and width, as many pixels from as much less of the image.
 
     side  height and width of the training images; every image must hold a box of that many pixels
 

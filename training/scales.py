@@ -1,7 +1,7 @@
-"""Windows of pictures, so that a generator learns the detail of large photographs at a fixed number of pixels.
+"""Windows of images, so that a generator learns the detail of large images at a fixed number of pixels.
 
-A window (zoom, y, x) shows the frame of a picture, resampled to zoom·H × zoom·W pixels, from (y, x) on, in fractions of
-the frame's height and width: its H×W pixels are at y + (i + ½) / (zoom·H) and x + (j + ½) / (zoom·W). The whole picture
+A window (zoom, y, x) shows the frame of an image, resampled to zoom·H × zoom·W pixels, from (y, x) on, in fractions of
+the frame's height and width: its H×W pixels are at y + (i + ½) / (zoom·H) and x + (j + ½) / (zoom·W). The whole image
 is (1, 0, 0). Legend: N images, H×W the training size.
 """
 
@@ -17,14 +17,14 @@ from torch_utils.randomness import make_rng
 
 
 class ScalesConfig(Config):
-    """What part of a picture is trained on. By default whole pictures only."""
+    """What part of an image is trained on. By default whole images only."""
 
     max: float = setting(
         1.0,
         ge=1,
         le=4096,
         flag="max-scale",
-        description="windows from pictures of up to this many times data.resolution",
+        description="windows from images of up to this many times data.resolution",
     )
     windows: float = setting(0.5, ge=0, le=1, description="share of the images that are windows; others are whole")
     sampling: Literal["log-uniform", "uniform"] = setting("log-uniform", description="distribution of the zooms")
@@ -45,6 +45,40 @@ class ScalesConfig(Config):
         """Return (height, width) of the larger images."""
         height, width = (round(side * self.larger) for side in shape)
         return height, width
+
+
+def check_scales(run) -> None:
+    """Raise ValueError unless `scales` and the other settings of `run`, a training.config.RunConfig, go together."""
+    scales, shape = run.scales, run.D.img_shape
+    if scales.max > 1:
+        if run.data.resolution is None:
+            raise ValueError(
+                "scales.max needs images that are larger than the training size; make an archive with "
+                "dataset_tool.py --transform=native, and set data.resolution to the training size"
+            )
+        if not run.G.any_position:
+            raise ValueError(f"scales.max needs a G.kind that renders windows, such as creps, not {run.G.kind}")
+        if run.G.coords != "centers":
+            raise ValueError("scales.max needs G.coords=centers, so that a window is part of the whole image")
+    elif scales.consistency or scales.teacher or scales.larger > 1:
+        raise ValueError(
+            "scales.consistency, scales.teacher and scales.larger need windows; set scales.max to more than 1"
+        )
+    elif run.D.scale_aware and run.loss.pyramid == 1:
+        raise ValueError("D.scale_aware needs several scales; set scales.max or loss.pyramid to more than 1")
+    if scales.larger > 1:
+        height, width = scales.larger_shape(shape)
+        if height % 2 or width % 2 or height * shape[1] != width * shape[0]:
+            raise ValueError(
+                f"scales.larger={scales.larger:g} makes images of {width}x{height}, whose sides must be even and in "
+                f"the proportions of {shape[1]}x{shape[0]}; choose another factor or data.resolution"
+            )
+        if scales.teacher:
+            raise ValueError("scales.teacher compares images of the training size; set scales.larger to 1")
+        if run.augment.mode != "none":
+            raise ValueError("scales.larger is for images that are not augmented; set augment.mode to none")
+    elif scales.pairs:
+        raise ValueError("scales.pairs needs images of two sizes; set scales.larger to more than 1")
 
 
 def sample_window(scales: ScalesConfig, largest: float, seed: int, position: int) -> tuple[float, float, float]:
@@ -68,9 +102,9 @@ def positions(windows: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def parts(windows: Tensor, shape: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield, for rows and for columns, how windows [N,3] of H×W pixels show the whole picture of H×W pixels.
+    """Yield, for rows and for columns, how windows [N,3] of H×W pixels show the whole image of H×W pixels.
 
-    Across such a window the picture has q = round(H / zoom) pixels, at least one: positions [N,H] of these, of which
+    Across such a window the image has q = round(H / zoom) pixels, at least one: positions [N,H] of these, of which
     only the first q count, and weights [N,H,H] that average pixels of the window over the area of each, 0 beyond q.
     """
     zoom = windows[:, :1]
