@@ -162,7 +162,7 @@ def test_the_doctor_finds_every_kernel_working(device):
 
 def test_the_doctor_reports_wrong_results_and_crashes():
     def wrong(impl, device, dtype):
-        return torch.ones(3, dtype=dtype), torch.zeros(3)
+        return torch.full([3], 1.0 if impl == "cuda" else 2.0, dtype=dtype)
 
     def crashing(impl, device, dtype):
         raise RuntimeError("the CUDA function f failed: out of memory")

@@ -29,47 +29,43 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def fused_bias_act(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    x, bias = noise(3, 40, 32), noise(32)
-    got = bias_act.bias_act(x.to(device, dtype), bias.to(device), act="lrelu", clamp=1.0, impl=impl)
-    return got, bias_act.bias_act(x, bias, act="lrelu", clamp=1.0, impl="reference")
+# Examples of the operations: (implementation, device, type of the input) -> result.
 
 
-def fused_modulated_linear(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    x, *rest = noise(2, 200, 40), noise(72, 40), noise(2, 40), noise(72)
-    got = modulated_linear.modulated_linear(x.to(device, dtype), *(t.to(device) for t in rest), impl=impl)
-    return got, modulated_linear.modulated_linear(x, *rest, impl="reference")
+def fused_bias_act(impl: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    x, bias = noise(3, 40, 32).to(device, dtype), noise(32).to(device)
+    return bias_act.bias_act(x, bias, act="lrelu", clamp=1.0, impl=impl)
 
 
-def native_chain(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    x, layer = noise(40, 200), Folded(noise(32, 40), noise(32), branch=True)
-    got = Chain([layer.to(device, dtype)], impl=impl)(x.to(device, dtype))
-    return got, Chain([layer], impl="reference")(x)
+def fused_modulated_linear(impl: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    x, *rest = noise(2, 200, 40).to(dtype), noise(72, 40), noise(2, 40), noise(72)
+    return modulated_linear.modulated_linear(*(t.to(device) for t in (x, *rest)), impl=impl)
 
 
-def gradient_of_fused_pixels(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    layer, lines = Folded(noise(3, 16), noise(3), branch=True), (noise(1, 2, 8, 4, 16), noise(1, 2, 20, 4, 16))
-    made = []
-    for name, kind in ((impl, dtype), ("reference", torch.float64)):
-        rows, cols = (line.to(device, kind).requires_grad_() for line in lines)
-        image = fused_pixels(rows, cols, [layer.to(device, kind)], impl=name)
-        made += torch.autograd.grad(image.square().sum(), rows)
-    return made[0], made[1]
+def native_chain(impl: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    layer = Folded(noise(32, 40), noise(32), branch=True).to(device, dtype)
+    return Chain([layer], impl=impl)(noise(40, 200).to(device, dtype))
 
 
-def whole_pixel_path(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def gradient_of_fused_pixels(impl: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    layer = Folded(noise(3, 16), noise(3), branch=True).to(device, dtype)
+    rows, cols = noise(1, 2, 8, 4, 16).to(device, dtype).requires_grad_(), noise(1, 2, 20, 4, 16).to(device, dtype)
+    return torch.autograd.grad(fused_pixels(rows, cols, [layer], impl=impl).square().sum(), rows)[0]
+
+
+def whole_pixel_path(impl: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Run two decoders and a refinement, on 16 channels."""
     decoder = [(32, 16), (64, 32), (32, 64), (16, 32)]
     shapes = [*decoder, *decoder, (3, 16), (64, 16), (64, 64), (3, 64), (32, 64), (32, 32), (3, 32)]
     slope = bias_act.ACTIVATIONS["lrelu"].slope
     layers = [Folded(noise(o, i) / i**0.5, noise(o), 1 if o == 3 else slope, branch=o == 3) for o, i in shapes]
     layers[3] = layers[3]._replace(term=True)
-    lines = noise(2, 16, 4, 20) / 2, noise(2, 16, 4, 30)
-    got = PixelPath([m.to(device, dtype) for m in layers], impl=impl)(*(line.float().to(device) for line in lines))
-    return got, PixelPath(layers, impl="reference")(*lines)
+    wide = torch.promote_types(dtype, torch.float32)
+    lines = (noise(2, 16, 4, length).to(device, wide) for length in (20, 30))
+    return PixelPath([layer.to(device, dtype) for layer in layers], impl=impl)(*(line / 2 for line in lines))
 
 
-# Operation, implementation, its device and types, and a function that returns (result, truth) of an example.
+# Operation, implementation, its device and types, and an example.
 CHECKS: list[tuple[str, str, str, tuple[torch.dtype, ...], Callable]] = [
     ("bias_act", "reference", "cpu", (torch.float32,), fused_bias_act),
     ("bias_act", "cpp", "cpu", (torch.float32, torch.bfloat16), fused_bias_act),
@@ -94,7 +90,8 @@ def verdict(impl: str, kind: str, dtypes: tuple[torch.dtype, ...], example: Call
     device, names = torch.device(kind, 0 if kind == "cuda" else None), []
     for dtype in dtypes:
         try:
-            got, truth = example(impl, device, dtype)
+            got = example(impl, device, dtype)
+            truth = example("reference", torch.device("cpu"), torch.float64)
             error = ((got.cpu().double() - truth).norm() / truth.norm()).item()
         except UserError as problem:
             return f"no: {problem}"
@@ -107,18 +104,16 @@ def verdict(impl: str, kind: str, dtypes: tuple[torch.dtype, ...], example: Call
 
 
 def cpp_compiler() -> str:
-    """Return the C++ compiler's version line and path, or why there is none."""
-    try:
-        command = build.cpp_compiler()
-        lines = build.version(command).splitlines()
-    except UserError as problem:
-        return f"none: {problem}"
+    """Return the C++ compiler's version line and path. Raises UserError."""
+    command = build.cpp_compiler()
+    lines = build.version(command).splitlines()
     return f"{lines[0] if lines else 'unknown version'} ({command[0]})"
 
 
-def nvrtc() -> str:
+def found(describe: Callable[[], str]) -> str:
+    """Return describe(), or why there is none."""
     try:
-        return f"NVRTC {build.nvrtc_version()}"
+        return describe()
     except UserError as problem:
         return f"none: {problem}"
 
@@ -160,8 +155,8 @@ def main():
         "Python": [f"{platform.python_version()} ({sys.executable})"],
         "PyTorch": [f"{torch.__version__}, for CUDA {torch.version.cuda or '(none)'}"],
         "devices": list(devices()),
-        "CUDA compiler": [nvrtc()],
-        "C++ compiler": [cpp_compiler()],
+        "CUDA compiler": [found(lambda: f"NVRTC {build.nvrtc_version()}")],
+        "C++ compiler": [found(cpp_compiler)],
         "Triton": [triton()],
         "image files": [", ".join(ENDINGS), *(f".{e}: {what}" for e, what in HINTS.items() if e not in ENDINGS)],
         "libraries": [f"are built on first use and kept in {cache_dir() / 'libraries'}"],
