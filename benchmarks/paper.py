@@ -188,7 +188,7 @@ def measure_network(G: Generator, num: int) -> Iterator[tuple[str, Callable[[], 
     settings = Settings(scales=(small, tuple(2 * side for side in small)))
     sizes = " against ".join(f"{width}×{height}" for height, width in settings.scales)
     for family in CONSISTENCY:
-        if family != "scale_lpips" or (cache_dir() / BACKBONES["alex"].weights.name).is_file():
+        if family != "scale_lpips" or (cache_dir() / BACKBONES["alex"].name).is_file():
             yield family, lambda family=family: {"sizes": sizes} | evaluate(G, f"{family}_{num}", settings)
     for name in ("eqt{}_frac", "eqr{}"):
         yield name.format(""), lambda name=name: evaluate(G, name.format(num))

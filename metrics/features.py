@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from dnnlib.config import nearest
 from dnnlib.console import UserError
 from dnnlib.files import RemoteFile, locate
 from metrics.images import Activations
@@ -40,8 +39,6 @@ class Detector:
         """Build DETECTORS[kind]: find its weights in the cache or in `weights_dir`, or download them; the weights of
         "lite0" are in its package. Raises UserError.
         """
-        if kind not in DETECTORS:
-            raise UserError(f"there is no detector {kind!r}; {nearest(kind, DETECTORS)}")
         entry = DETECTORS[kind]
         weights = Weights(entry.find(entry.weights, weights_dir), entry.weights, kind, entry.published)
         self.name, self.digest, self.standard = weights.name, weights.digest, weights.standard

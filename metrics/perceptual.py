@@ -6,7 +6,6 @@ files that torchvision publishes.
 
 import os
 import warnings
-from typing import NamedTuple
 
 import lpips
 import torch
@@ -16,21 +15,10 @@ from dnnlib.files import RemoteFile, locate
 from metrics.weights import State, Weights
 from torch_utils.precision import full_precision
 
-
-class Backbone(NamedTuple):
-    least: int  # minimum pixels per side for the last layer
-    weights: RemoteFile
-
-
 BACKBONES = {
-    "vgg": Backbone(
-        16, RemoteFile("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
-    ),
-    "alex": Backbone(
-        31,
-        RemoteFile(
-            "alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79"
-        ),
+    "vgg": RemoteFile("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
+    "alex": RemoteFile(
+        "alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79"
     ),
 }
 
@@ -38,25 +26,20 @@ BACKBONES = {
 class LPIPS(nn.Module):
     """Images a and b, [N,3,H,W] or [N,1,H,W] in [-1,1] -> [N], 0 for equal images and larger for others.
 
-    net: "vgg" (as in path lengths) or "alex" (which its authors recommend for comparing images).
+    net: "vgg" (as in path lengths) or "alex" (which its authors recommend for comparing images). Their last layers need
+        16 and 31 pixels per side.
     `name`, `digest` and `standard` as in metrics.weights.Weights.
     """
 
     def __init__(self, net: str, weights_dir: str | os.PathLike | None = None):
         """Find the backbone's weights in the cache or in `weights_dir`, or download them. Raises UserError."""
         super().__init__()
-        self.least, source = BACKBONES[net]
+        source = BACKBONES[net]
         weights = Weights(locate(source, weights_dir), source, f"lpips-{net}", f"lpips-{net}")
         self.name, self.digest, self.standard = weights.name, weights.digest, weights.standard
         self.module = weights.build(lambda state: build(net, state)).eval().requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return [N]. Raises ValueError for other shapes, and for less than 16 (vgg) or 31 (alex) pixels per side."""
-        if a.shape != b.shape or a.ndim != 4 or a.shape[1] not in (1, 3) or min(a.shape[-2:]) < self.least:
-            raise ValueError(
-                f"LPIPS compares [N,3,H,W] or [N,1,H,W] of one shape and at least {self.least} pixels per side; "
-                f"got {list(a.shape)} and {list(b.shape)}"
-            )
         # float32, not TF32: its 10 bits would hide the steps of 1e-4 that path lengths consist of.
         with full_precision(a), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self.module(a, b).flatten()

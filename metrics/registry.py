@@ -22,7 +22,7 @@ from metrics.distances import frechet_distance, inception_score, kernel_distance
 from metrics.equivariance import decibels, eqr, eqt_frac, eqt_int, errors
 from metrics.estimate import Estimate, mean
 from metrics.generated import GeneratedBatch
-from metrics.images import Batch, Size
+from metrics.images import Size
 from metrics.lines import LineShare, line_ratio
 from metrics.needs import Inputs, Need, Task
 from metrics.path_length import trimmed
@@ -108,12 +108,6 @@ def task(
     return Task(metric.name, need, real, compute, variant, known | (facts or {}))
 
 
-def features(tool, kind: str, limit: int) -> Need:
-    """Return the need of the "moments" or the "features" that a detector computes from the measured images."""
-    key = tool.digest or tool.name
-    return Need(key, kind, limit, tool.num_features, lambda batch: batch.activations(tool).features)
-
-
 def compare(kind: str, distance: Callable) -> Callable:
     """Compare the "moments" or the "features" of generated images with those of real ones."""
 
@@ -126,7 +120,8 @@ def compare(kind: str, distance: Callable) -> Callable:
             limit = min(limit, MOST_FEATURES)
         if limit < metric.family.least:
             raise UserError(f"{metric.name} needs {metric.family.least} real images or more, and data has {limit}")
-        need = features(tool, kind, metric.num)
+        key = tool.digest or tool.name
+        need = Need(key, kind, metric.num, tool.num_features, lambda batch: batch.activations(tool).features)
         real = replace(need, limit=limit, images=inputs.fitted)
         filter = inputs.fitted.filter
         resized = None if files.size == inputs.images.size else f"centre crop, {filter}"
@@ -152,11 +147,8 @@ def caution(num: int, num_real: int, num_features: int) -> dict[str, str]:
 
 def inception_scores(metric: Metric, inputs: Inputs) -> list[Task]:
     tool = inputs.tools[metric.family.tool]
-
-    def look(batch: Batch) -> Tensor:
-        return batch.activations(tool).logits
-
-    return [task(metric, inputs, inception_score, Need(metric, "features", metric.num, tool.num_classes, look))]
+    need = Need(metric, "features", metric.num, tool.num_classes, lambda batch: batch.activations(tool).logits)
+    return [task(metric, inputs, inception_score, need)]
 
 
 def windows(kind: str, distance: Callable, by_scale: bool = False) -> Callable:

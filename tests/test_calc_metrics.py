@@ -225,7 +225,7 @@ def test_the_inception_family_and_windows(bench, inception_file):
     with torch.device("meta"):
         state = {f"features.{name}": t.shape for name, t in alexnet().features.state_dict().items()}
     state = {name: 0.1 * torch.randn(shape) for name, shape in state.items()}
-    torch.save(state | {"classifier.6.bias": torch.zeros(1000)}, inception_file.parent / BACKBONES["alex"].weights.name)
+    torch.save(state | {"classifier.6.bias": torch.zeros(1000)}, inception_file.parent / BACKBONES["alex"].name)
     few = save_images(bench.folder / "few", crops("coffee", 4, (SIDE, SIDE)))
     large = save_images(bench.folder / "large", crops("astronaut", 3, (70, 90)))
     save_images(bench.folder / "large" / "small", crops("coffee", 2, (40, 50)))

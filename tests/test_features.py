@@ -343,11 +343,6 @@ def test_a_file_without_the_weights_is_a_sentence(tmp_path, kind, content):
     assert "\n" not in str(caught.value)
 
 
-def test_a_misspelt_detector_is_a_sentence():
-    with pytest.raises(UserError, match="did you mean inception"):
-        Detector("inceptoin")
-
-
 # --- cached statistics -----------------------------------------------------------------------------------------------
 
 FEATURES = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
