@@ -14,7 +14,7 @@ import posixpath
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -79,12 +79,12 @@ class Table:
     A cell is a text, a number, a vector, or empty (None, ""). The first row may be a header.
 
     where        names the file in errors
-    class_names  of class 0, 1, …; by default, names in the labels are numbered in natural order
+    class_names  of class 0, 1, …; if none are given, names in the labels are numbered in natural order
     """
 
     where: str | os.PathLike
     rows: list[list]
-    class_names: list[str] | None = None
+    class_names: list[str] = field(default_factory=list)
 
     def match(self, images: list[str]) -> Labels:
         """Return the labels of `images`, which are names with forward slashes.
@@ -183,28 +183,33 @@ class Table:
 
     def _values(self, cells: list, images: list[str]) -> tuple[np.ndarray, list[str]]:
         """Return the values of complete labels, and their names."""
+        names, what = self.class_names, ("class", "classes")
         if all(isinstance(cell, list) for cell in cells):
-            values = self._vectors(cells, images)
-            self._check_names(values.shape[1], "number", "numbers")
-            return values, self.class_names or []
-        if all(is_number(cell) for cell in cells):
+            values, what = self._vectors(cells, images), ("number", "numbers")
+            dim = values.shape[1]
+        elif all(map(is_number, cells)):
             values = self._class_numbers(np.array(cells, dtype=np.float64), images)
-            self._check_names(int(values.max()) + 1)
-            return values, self.class_names or []
-        if not all(isinstance(cell, str) for cell in cells):
+            dim = int(values.max()) + 1
+        elif all(isinstance(cell, str) for cell in cells):
+            names = names or sorted(set(cells), key=natural)
+            dim, number = len(names), {name: i for i, name in enumerate(names)}
+            if unknown := sorted(set(cells) - number.keys()):
+                raise UserError(f"{self.where} uses the class {unknown[0]}, which its class_names lack; add it there")
+            if dim > MAX_CLASSES:
+                raise UserError(f"{self.where} has {dim:,} names of classes; at most {MAX_CLASSES:,} are possible")
+            values = np.array([number[cell] for cell in cells])
+        else:
             kinds = {kind_of(cell): f"{name} {cell}" for name, cell in zip(images, cells, strict=True)}
             raise UserError(
                 f"{self.where} has {' and '.join(sorted(kinds))} ({'; '.join(kinds.values())}); labels must be class "
                 "numbers, names, or vectors of one length, the same for all images"
             )
-        names = self.class_names or sorted(set(cells), key=natural)
-        number = {name: i for i, name in enumerate(names)}
-        if unknown := sorted(set(cells) - number.keys()):
-            raise UserError(f"{self.where} uses the class {unknown[0]}, which its class_names lack; add it there")
-        if len(names) > MAX_CLASSES:
-            raise UserError(f"{self.where} has {len(names):,} names of classes; at most {MAX_CLASSES:,} are possible")
-        self._check_names(len(names))
-        return np.array([number[cell] for cell in cells]), names
+        if names and (len(names) < dim or (values.ndim == 2 and len(names) > dim)):
+            raise UserError(f"{self.where} names {count(len(names), *what)} and uses {dim}; name each, or none")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{self.where} names two classes {twice}; give each a name of its own")
+        return values, names
 
     def _vectors(self, cells: list[list], images: list[str]) -> np.ndarray:
         first = cells[0]
@@ -228,15 +233,6 @@ class Table:
                 f"{MAX_CLASSES - 1}, or names; other numbers make vectors of one length, such as [0.5]"
             )
         return numbers.astype(np.int64)
-
-    def _check_names(self, dim: int, *what: str) -> None:
-        names = self.class_names or []
-        if names and (len(names) < dim or (what and len(names) > dim)):
-            what = what or ("class", "classes")
-            raise UserError(f"{self.where} names {count(len(names), *what)} and uses {dim}; name each, or none")
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{self.where} names two classes {twice}; give each a name of its own")
 
 
 def check_class_names(of_network: list[str], found: list[str], where: str | os.PathLike) -> None:
@@ -338,11 +334,11 @@ def parse_json(data: bytes, where: str | os.PathLike) -> Table | None:
     """
     try:
         content = load_json(data, object_pairs_hook=unique)
-        labels, names = content, None
+        labels, names = content, []
         if content in ([], {}):
             raise ValueError("it is empty")
         if isinstance(content, dict):
-            names = content.pop("class_names", None)
+            names = content.pop("class_names", None) or []
             labels = content.get("labels", content)
         if labels is None:
             return None
@@ -355,15 +351,13 @@ def parse_json(data: bytes, where: str | os.PathLike) -> Table | None:
             raise ValueError("labels are neither a list of pairs nor a mapping")
         if labels and {len(row) for row in labels} != {max(2, len(labels[0]))}:
             raise ValueError("its rows are of several lengths")
-        if names is not None:
-            if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-                raise ValueError("class_names is not a list of texts")
-            names = [unicodedata.normalize("NFC", name) for name in names]
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError("class_names is not a list of texts")
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{where} is not of the form {FORM} ({error}); fix it, or remove it to work without labels"
         ) from error
-    return Table(where, labels, names)
+    return Table(where, labels, [unicodedata.normalize("NFC", name) for name in names])
 
 
 def load_json(text: str | bytes, **options) -> object:
