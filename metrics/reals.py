@@ -40,9 +40,6 @@ class Files:
         """Return the metrics.cache.content_digest of the files."""
         return content_digest(progress(self.contents(), desc="digest of the real images"))
 
-    def read_list(self, indices: list[int]) -> list[Tensor]:
-        return [self.read(index) for index in indices]
-
 
 def read_lists(read: Callable[[list[int]], T], lists: Sequence[Sequence[int]]) -> Iterator[T]:
     """Yield read(numbers) for each of `lists`; several processes read ahead if that is worth it."""
@@ -109,9 +106,12 @@ class Fitted:
         return cut(limits, batch)
 
     def batches(self, lists: Sequence[Sequence[int]]) -> Iterator[Batch]:
-        read = read_lists(self.files.read_list, [self.order[list(numbers)].tolist() for numbers in lists])
-        for numbers, images in zip(lists, read, strict=True):
-            yield Batch(numbers, fit(torch.stack(images).to(self.device), self.size, self.filter))
+        for numbers, images in zip(lists, read_lists(self.read, lists), strict=True):
+            yield Batch(numbers, fit(images.to(self.device), self.size, self.filter))
+
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        """Return uint8 [N,C,H,W], of the files' size."""
+        return torch.stack([self.files.read(int(self.order[number])) for number in numbers])
 
 
 class Given(Fitted):
