@@ -30,6 +30,15 @@ from training.trainer import CHECK_INTERVAL, Trainer
 from training.writer import TakenOver, Writer
 
 T = TypeVar("T")
+LINE = {  # what the lines of log.txt show: name -> (key in stats.jsonl, how to write it)
+    "kimg": ("Progress/kimg", "{:.3f}".format),
+    "time": ("Timing/total_sec", duration),
+    "s/kimg": ("Timing/sec_per_kimg", "{:.2f}".format),
+    "data wait": ("Timing/data_wait_share", "{:.1%}".format),
+    "memory": ("Resources/peak_mem_gib", "{:.2f}".format),
+    "spread": ("Spread/ratio", "{:.3f}".format),
+    "augment": ("Progress/augment", "{:.3f}".format),
+}
 
 
 @dataclass
@@ -206,24 +215,15 @@ class Loop:
         }
         if self.procs.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.procs.device)
-        words = {
-            "kimg": f"{self.kimg:.3f}",
-            "time": duration(s.seconds["total"]),
-            "s/kimg": f"{now['Timing/sec_per_kimg']:.2f}",
-            "data wait": f"{now['Timing/data_wait_share']:.1%}",
-            "memory": f"{now['Resources/peak_mem_gib']:.2f}",
-        }
         if "Spread/fake" in summary:  # only two images at a time show how much they differ
             variances = summary["Spread/fake"]["mean"], summary["Spread/real"]["mean"]
             now["Spread/ratio"] = math.sqrt(variances[0] / max(variances[1], 1e-8))
-            words["spread"] = f"{now['Spread/ratio']:.3f}"
-        words["augment"] = f"{s.augment_p:.3f}"
+        self.log.stats(summary | now | {"timestamp": time.time()}, s.step)
+        words = [f"{name} {write(now[key]):<8}" for name, (key, write) in LINE.items() if key in now]
         # Every rank reports every update.
         bad = sum(m["mean"] * m["num"] for name, m in summary.items() if "bad_gradients" in name) / self.procs.world
-        if bad:
-            words["gradients not finite, updates skipped"] = f"{bad:.0f}"
-        self.log.stats(summary | now | {"timestamp": time.time()}, s.step)
-        self.log.print(" ".join(f"{name} {value:<8}" for name, value in words.items()).rstrip())
+        words += [f"gradients not finite, updates skipped {bad:.0f}"] if bad else []
+        self.log.print(" ".join(words).rstrip())
         s.seconds.update(tick=0.0, data=0.0, at_kimg=self.kimg)
 
     def snapshot(self) -> None:

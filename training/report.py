@@ -41,11 +41,11 @@ class RunLog:
 
     def print(self, line: str) -> None:
         print(line, flush=True)
-        self._append("log.txt", line)
+        append_line(self.folder / "log.txt", line)
 
     def stats(self, record: dict, step: int) -> None:
         """Add a report, {name: number or {"mean": number, …}}, to stats.jsonl and TensorBoard."""
-        self._append("stats.jsonl", to_json(record))
+        append_line(self.folder / "stats.jsonl", to_json(record))
         for name, value in record.items():
             self.events.add_scalar(name, value["mean"] if isinstance(value, dict) else value, step)
         self.events.flush()
@@ -57,7 +57,7 @@ class RunLog:
         """
         for name, value in record["results"].items():
             print(f"{name} {value:.4f}", flush=True)
-        self._append(f"metric-{record['metric']}.jsonl", to_json(record))
+        append_line(self.folder / f"metric-{record['metric']}.jsonl", to_json(record))
         add_scalars(self.events, record, step)
 
     def image(self, name: str, grid: np.ndarray, step: int) -> None:
@@ -72,9 +72,6 @@ class RunLog:
 
     def close(self) -> None:
         self.events.close()
-
-    def _append(self, name: str, line: str) -> None:
-        append_line(self.folder / name, line)
 
 
 def add_scalars(events, record: dict, step: int) -> None:
