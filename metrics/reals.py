@@ -102,8 +102,7 @@ class Fitted:
         """Return everything that affects the first `limit` images, besides the files."""
         return {**self.files.facts, "size": self.size, "filter": self.filter, "limit": limit}
 
-    def cut(self, limits: Iterable[int], batch: int) -> list[range]:
-        return cut(limits, batch)
+    cut = staticmethod(cut)
 
     def batches(self, lists: Sequence[Sequence[int]]) -> Iterator[Batch]:
         for numbers, images in zip(lists, read_lists(self.read, lists), strict=True):

@@ -7,6 +7,7 @@ metric.of(1000).name  # "fid1k_full"
 A new metric is one entry in FAMILIES. Legend: N images, F numbers per image. Sizes are (H, W).
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -260,26 +261,21 @@ def size_name(size: Size) -> str:
 # --- the networks that look at images --------------------------------------------------------------------------------
 
 
-def detector(kind: str) -> Callable:
-    def load(device, weights_dir):
-        from metrics.features import Detector  # importing torch-fidelity takes seconds
+def load_detector(kind: str, device: torch.device, weights_dir: str | os.PathLike | None):
+    from metrics.features import Detector  # importing torch-fidelity takes seconds
 
-        return Detector(kind, weights_dir, device)
-
-    return load
+    return Detector(kind, weights_dir, device)
 
 
-def lpips(net: str) -> Callable:
-    def load(device, weights_dir):
-        from metrics.perceptual import LPIPS
+def load_lpips(net: str, device: torch.device, weights_dir: str | os.PathLike | None):
+    from metrics.perceptual import LPIPS
 
-        return LPIPS(net, weights_dir).to(device)
-
-    return load
+    return LPIPS(net, weights_dir).to(device)
 
 
 # Metrics that share a network name the same loader: it is loaded once, and runs once per image.
-INCEPTION, DINOV2, LITE0 = map(detector, ("inception", "dinov2", "lite0"))
+INCEPTION, DINOV2, LITE0 = (partial(load_detector, kind) for kind in ("inception", "dinov2", "lite0"))
+VGG, ALEX = (partial(load_lpips, net) for net in ("vgg", "alex"))
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -296,13 +292,13 @@ FAMILIES = [
     Family("fid_scales#", windows("moments", frechet_distance, True), INCEPTION, windows=True, renders=True),
     Family("kid_scales#", windows("features", kernel_distance, True), INCEPTION, windows=True, renders=True),
     Family("fd_lite0_scales_#", windows("moments", frechet_distance, True), LITE0, windows=True, renders=True),
-    Family("ppl2_wend[_#]", path_length, lpips("vgg"), renders=True, side=16),
+    Family("ppl2_wend[_#]", path_length, VGG, renders=True, side=16),
     Family("eqt#_int", equivariance(eqt_int), renders=True, side=32),
     Family("eqt#_frac", equivariance(eqt_frac), renders=True, side=32),
     Family("eqr#", equivariance(eqr), renders=True, side=32),
     Family("scale_psnr[_#]", consistency(lambda tool: psnr), renders=True, default=1000),
     Family("scale_ssim[_#]", consistency(lambda tool: ssim), renders=True, side=11, default=1000),
-    Family("scale_lpips[_#]", consistency(on_uint8), lpips("alex"), renders=True, side=31, default=1000),
+    Family("scale_lpips[_#]", consistency(on_uint8), ALEX, renders=True, side=31, default=1000),
 ]
 
 
