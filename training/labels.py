@@ -118,18 +118,18 @@ class Table:
             )
         values, names = self._values(cells, images)
         if values.ndim == 2 and not names and header and len(chosen) > 1:
-            names = [str(header[c]) for c in chosen]
+            names = [header[c] for c in chosen]
         notes = []
         if header:
-            taken = shorten([str(header[c]) for c in chosen])
+            taken = shorten([header[c] for c in chosen])
             notes.append(f"columns of {self.where}: file names in {header[column]}, labels in {taken}")
         i, row = rows[0]
         if clean(row[column]) != clean(images[i]):
             notes.append(f"names in {self.where}: {row[column]} is taken for {images[i]}, and so on")
-        are = "is" if len(absent) == 1 else "are"
-        lost = (
-            f"{self.where} labels {count(len(absent), 'file')} that {are} not there, e.g. {absent[0]}" if absent else ""
-        )
+        lost = ""
+        if absent:
+            files = count(len(absent), "file that is", "files that are")
+            lost = f"{self.where} labels {files} not there, e.g. {absent[0]}"
         return Labels(values, names, notes, lost)
 
     def _match_names(self, images: list[str]) -> tuple[int, Callable[[str], str], dict[str, int]]:
