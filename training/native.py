@@ -24,17 +24,9 @@ class NativeArchive(ImageArchive):
     The other attributes, arguments and methods are those of ImageArchive; images[i] is the frame of image i.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        side: tuple[int, int],
-        *,
-        use_labels: bool = False,
-        mirror: bool = False,
-        channels: int | None = None,
-    ):
+    def __init__(self, path: str | os.PathLike, side: tuple[int, int], **options: object):
         self._window_side = side
-        super().__init__(path, use_labels=use_labels, mirror=mirror, channels=channels)
+        super().__init__(path, **options)
 
     def _side(self, channels: int) -> tuple[int, int]:
         height, width = self._window_side

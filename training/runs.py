@@ -70,9 +70,10 @@ def open_images(settings: dict) -> ImageArchive:
     """Open the archive of nested settings, of which only `data` need be complete. Raises UserError."""
     data = build(DataConfig, settings["data"], "data")
     channels = settings.get("G", {}).get("img_channels")
+    options = {"use_labels": data.cond, "mirror": data.mirror, "channels": channels}
     if data.resolution is None:
-        return ImageArchive(data.path, use_labels=data.cond, mirror=data.mirror, channels=channels)
-    return NativeArchive(data.path, data.resolution, use_labels=data.cond, mirror=data.mirror, channels=channels)
+        return ImageArchive(data.path, **options)
+    return NativeArchive(data.path, data.resolution, **options)
 
 
 def read_config(folder: Path, changes: dict) -> RunConfig:
