@@ -87,8 +87,8 @@ class Loop:
             raise self.explain(error) from error
 
     def train(self, stream: Iterator[Batch]) -> int:
-        s, t = self.state, self.config.train
-        last = self.last
+        """Train to the last step, a signal or an error, save the state, and return the exit code."""
+        s, t, last = self.state, self.config.train, self.last
         tick = max(1, round(t.tick * 1000 / t.batch))  # steps between reports
         # Several GPUs agree on a stop by waiting for each other, so they do it where a step waits anyway.
         listen = CHECK_INTERVAL if self.procs.world > 1 and self.procs.device.type == "cuda" else 1
@@ -156,24 +156,23 @@ class Loop:
 
     def read(self, stream: Iterator[Batch], count: int) -> list[Batch]:
         """Read the batches of `count` steps."""
-        began = time.perf_counter()
-        ahead = list(itertools.islice(stream, count))
-        waited = time.perf_counter() - began
-        self.add_seconds(waited, waited)
-        return ahead
+        with self.clock("total", "tick", "data"):
+            return list(itertools.islice(stream, count))
 
     def step(self, batch: Batch) -> None:
-        began = time.perf_counter()
-        self.trainer.step(batch)
-        self.add_seconds(time.perf_counter() - began)
+        with self.clock("total", "tick"):
+            self.trainer.step(batch)
         if self.state.step == 1:  # all phases were due
             self.log.print(f"memory {peak_bytes(self.procs.device) / GIB:.2f} GiB per process in the first step")
 
-    def add_seconds(self, seconds: float, waited: float = 0.0) -> None:
-        clock = self.state.seconds
-        clock["total"] += seconds
-        clock["tick"] += seconds
-        clock["data"] += waited
+    @contextlib.contextmanager
+    def clock(self, *names: str) -> Iterator[None]:
+        """Add the seconds of a block to these entries of state.seconds."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        for name in names:
+            self.state.seconds[name] += seconds
 
     def introduce(self) -> None:
         """Log what is trained on what, and the first grids."""
@@ -200,9 +199,8 @@ class Loop:
 
     def report(self) -> None:
         s = self.state
-        began = time.perf_counter()
-        summary = s.stats.collect(self.procs)  # waits for the steps that are queued on the device
-        self.add_seconds(time.perf_counter() - began)
+        with self.clock("total", "tick"):
+            summary = s.stats.collect(self.procs)  # waits for the steps that are queued on the device
         if self.writer:
             self.writer.check()  # after what all ranks do together
         now = {
