@@ -178,7 +178,7 @@ def lite0_of(images: ImageArchive, detector: Detector) -> Tensor:
     """Return Lite0's features of the archive, [N,496], from the cache if present."""
     content = cache.content_digest(images.contents())
     key = cache.cache_key(content, detector=detector.digest, shape=images.shape)
-    features = cache.read("features", key, detector.num_features)
+    features = cache.read("features", key)
     if features is None:
         features = torch.cat([detector(batch).features.cpu() for batch, _ in read_batches(images)])
         cache.write("features", key, features)

@@ -2,7 +2,7 @@
 
 content = content_digest(bytes of the files, in order)
 key = cache_key(content, detector=detector.digest, size=[256, 256], filter="lanczos3")
-moments = read("moments", key, detector.num_features)
+moments = read("moments", key)
 
 A file is whole or absent, and used only if its checksum is right.
 """
@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -51,19 +50,6 @@ def cache_key(content: str, **facts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def parse_features(tensors: dict[str, Tensor], num_features: int) -> Tensor:
-    features = tensors["features"]
-    if features.dtype != torch.float32 or features.ndim != 2 or features.shape[1] != num_features:
-        raise ValueError(f"not float32 [N,{num_features}]")
-    if not features.isfinite().all():
-        raise ValueError("not finite")
-    return features
-
-
-# kind -> function(tensors of a file, F) -> value; raises ValueError or KeyError for other tensors
-PARSE = {"moments": Moments.from_tensors, "features": parse_features}
-
-
 def _path(kind: str, key: str) -> Path:
     return cache_dir() / "statistics" / f"{kind}-{key}.safetensors"
 
@@ -72,10 +58,10 @@ def _header(name: str, tensors: dict[str, Tensor]) -> str:
     return json.dumps({"name": name, "sha256": content_digest(tensors[key] for key in sorted(tensors))})
 
 
-def read(kind: str, key: str, num_features: int) -> Value | None:
+def read(kind: str, key: str) -> Value | None:
     """Return the "moments" (a Moments, on the CPU) or the "features" (float32 [N,F]) under a cache_key.
 
-    None if there are none, or, with a note, if the file is damaged or holds others than finite ones of this form.
+    None if there are none or, with a note, if the file is damaged.
     """
     path = _path(kind, key)
     if not os.path.exists(path):
@@ -86,7 +72,7 @@ def read(kind: str, key: str, num_features: int) -> Value | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if header != _header(path.stem, tensors):
             raise ValueError("its checksum is wrong")
-        return PARSE[kind](tensors, num_features)
+        return tensors["features"] if kind == "features" else Moments.from_tensors(tensors)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         print(f"{path} is damaged ({error}); its statistics are computed again", file=sys.stderr, flush=True)
         return None

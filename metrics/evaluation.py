@@ -119,7 +119,7 @@ class Evaluation:
         for images, needs in by_set(tasks).items():
             content = self.procs.broadcast(images.files.digest if self.procs.is_first else None)
             keys = {need: cache.cache_key(content, detector=need.key, **images.facts(need.limit)) for need in needs}
-            kept = {need: cache.read(need.kind, key, need.width) for need, key in keys.items()}
+            kept = {need: cache.read(need.kind, key) for need, key in keys.items()}
             missing = [need for need in needs if self.procs.any(kept[need] is None)]
             if missing:
                 lists = images.cut([need.limit for need in missing], self.batch)

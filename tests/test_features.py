@@ -351,10 +351,10 @@ KEY = cache_key("content", detector="detector")
 
 def cached_one(kind, value, key=KEY):
     """The statistics that the next call reads, and whether `value` had to be written first."""
-    missing = statistics.read(kind, key, 3) is None
+    missing = statistics.read(kind, key) is None
     if missing:
         statistics.write(kind, key, value)
-    return statistics.read(kind, key, 3), missing
+    return statistics.read(kind, key), missing
 
 
 def test_statistics_are_computed_once(cache):
@@ -393,10 +393,6 @@ def put_another(path):
     shutil.move(path.with_name(f"features-{other}.safetensors"), path)
 
 
-def put_tensors(tensors):
-    return lambda path: save_file(tensors, path, {statistics.FORMAT: statistics._header(path.stem, tensors)})
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -405,12 +401,8 @@ def put_tensors(tensors):
         put_another,
         lambda path: path.write_bytes(b"nonsense" * 100),
         lambda path: save_file({"features": FEATURES}, path),
-        put_tensors({"features": FEATURES * torch.nan}),
-        put_tensors({"features": FEATURES[:, :2].contiguous()}),
-        put_tensors({"features": FEATURES.double()}),
-        put_tensors({"other": FEATURES}),
     ],
-    ids=["cut", "bit", "another", "nonsense", "no header", "nan", "shape", "type", "name"],
+    ids=["cut", "bit", "another", "nonsense", "no header"],
 )
 def test_a_damaged_cache_is_computed_again_and_replaced(cache, capsys, damage):
     cached_one("features", FEATURES)
