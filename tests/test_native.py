@@ -102,7 +102,6 @@ def test_a_window_is_the_part_of_the_largest_centred_box_that_it_names(tmp_path,
     images = NativeArchive(folder(tmp_path, image), SIDE)
     largest = min(height / 8, width / 12)
     assert images.largest(0) == largest
-    assert images.frame(0) == pytest.approx((8 * largest, 12 * largest))
     top, left = int((height - 8 * largest) / 2), int((width - 12 * largest) / 2)
     for zoom, y, x in [(1, 0, 0), (largest, 0.3 - 0.3 / largest, 0), (1.7, 0.1, 0.41), (5, 0.8, 0.8)]:
         got = images.window(0, zoom, y, x)
@@ -176,7 +175,7 @@ def test_sizes_are_those_of_upright_images(tmp_path, form):
     options = {"lossless": True} if form == "webp" else {"quality": 95, "subsampling": 0} if form == "jpeg" else {}
     write_folder(tmp_path, {f"a.{form}": encode(upright.rotate(90, expand=True), form, exif=exif, **options)})
     images = NativeArchive(tmp_path, (10, 8))
-    assert images.frame(0) == (40, 32)
+    assert images.largest(0) == 4
     expected = resample(np.asarray(upright), 10, 0, 40, 32, (10, 8)).clip(0, 255)
     assert np.abs(images.window(0, 1, 0, 0).numpy() - expected).mean() < 1
 

@@ -46,12 +46,6 @@ class NativeArchive(ImageArchive):
         width, height = self._sizes[self._locate(index)[0]].tolist()
         return min(height / self.shape[1], width / self.shape[2])
 
-    def frame(self, index: int) -> tuple[float, float]:
-        """Return height and width of the frame of image number `index`, in pixels of the file."""
-        width, height = self._sizes[self._locate(index)[0]].tolist()
-        largest = self.largest(index)
-        return min(largest * self.shape[1], height), min(largest * self.shape[2], width)
-
     def window(self, index: int, zoom: float, y: float, x: float, shape: tuple[int, int] | None = None) -> torch.Tensor:
         """Return R_h × R_w pixels of the frame resampled to zoom·R_h × zoom·R_w pixels: uint8 [C,R_h,R_w].
 
@@ -69,9 +63,12 @@ class NativeArchive(ImageArchive):
         number, mirrored = self._locate(index)
         shape = shape or self.shape[1:]
         larger = shape[0] / self.shape[1]
-        height, width = self.frame(index)
         size = tuple(self._sizes[number].tolist())
-        reduce = next(n for n in (8, 4, 2, 1) if n == 1 or self.largest(index) >= MARGIN * n * zoom * larger)
+        largest = self.largest(index)
+        height, width = (
+            min(largest * n, most) for n, most in zip(self.shape[1:], size[::-1], strict=True)
+        )  # the frame
+        reduce = next(n for n in (8, 4, 2, 1) if n == 1 or largest >= MARGIN * n * zoom * larger)
         name = self._files.filename(number)
         image = self._files.image(name, self.shape[0], reduce)
         if image.size == size:
