@@ -236,19 +236,18 @@ def run(task: NewRun | ResumedRun, procs: Processes) -> int:
     path = procs.broadcast(path)
     if path:
         state.load_state_dict(saved or checkpoint.load(path), procs)
-        lines = [f"resume {folder} at {state.step * config.train.batch / 1000:g} kimg, from {path.name}"]
+        say(f"resume {folder} at {state.step * config.train.batch / 1000:g} kimg, from {path.name}")
     elif isinstance(task, ResumedRun):
         raise UserError(f"{folder} holds no training-state-*.pt to resume from; give the directory of a run")
     else:
         report = initialise(state, task.init_from) if task.init_from else []
         folder = procs.broadcast((folder or new_folder(task, images)) if procs.is_first else None)
-        lines = [f"run directory {folder}", f"precision: {config.train.precision}", *report]
+        for line in (f"run directory {folder}", f"precision: {config.train.precision}", *report):
+            say(line)
     if task.config.train.batch_gpu == "auto":
-        lines.append(f"micro-batch: {config.train.batch_gpu} images per process, the most that fit into memory")
+        say(f"micro-batch: {config.train.batch_gpu} images per process, the most that fit into memory")
     if images.has_labels and not config.data.cond:
-        lines.append(f"note: {config.data.path} has labels, and this run ignores them; set data.cond to train on them")
-    for line in lines:
-        say(line)
+        say(f"note: {config.data.path} has labels, and this run ignores them; set data.cond to train on them")
     if procs.is_first:
         with atomic_write(folder / "options.yaml") as temporary:
             temporary.write_text(to_yaml(config) + "\n", encoding="utf-8")
