@@ -303,3 +303,5 @@ def test_all_files_decide_the_channels_not_the_first_one(tmp_path, modes, expect
     assert {image.shape for image, _ in images} == {(expected, 8, 8)}
     assert ("grey" in " ".join(images.notes())) == (modes.count("L") == 1 and expected == 3)
     assert ImageArchive(tmp_path, channels=3).shape == (3, 8, 8)
+    files = ImageFiles(tmp_path)
+    assert {files.image(name).mode for name in files.names()} <= {"L", "RGB", "RGBA"}
