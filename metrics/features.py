@@ -21,17 +21,12 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from dnnlib.console import UserError
 from dnnlib.files import RemoteFile, locate
 from metrics.images import Activations
-from metrics.weights import State, Weights
+from metrics.weights import PublishedNetwork, State
 from torch_utils import lite0
 
 
-class Detector:
-    """A network with its weights, on one device, in eval mode.
-
-    name, digest, standard  as in metrics.weights.Weights
-    num_features            F
-    num_classes             K, or 0
-    """
+class Detector(PublishedNetwork):
+    """A network that gives F = num_features features, and logits of K = num_classes classes, if any."""
 
     batch = 64  # images processed at once
 
@@ -40,10 +35,8 @@ class Detector:
         "lite0" are in its package. Raises UserError.
         """
         entry = DETECTORS[kind]
-        weights = Weights(entry.find(entry.weights, weights_dir), entry.weights, kind, entry.published)
-        self.name, self.digest, self.standard = weights.name, weights.digest, weights.standard
-        self.device = torch.device(device)
-        self.module = weights.build(entry.build).eval().requires_grad_(False).to(self.device)
+        path = entry.find(entry.weights, weights_dir)
+        super().__init__(path, entry.weights, kind, entry.published, entry.build, device)
         self.num_features, self.num_classes = self.module.num_features, self.module.num_classes
 
     @torch.no_grad()

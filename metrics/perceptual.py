@@ -4,15 +4,16 @@ The package `lpips` computes it (version 0.1, with its heads); the weights of th
 files that torchvision publishes.
 """
 
+import functools
 import os
 import warnings
 
 import lpips
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dnnlib.files import RemoteFile, locate
-from metrics.weights import State, Weights
+from metrics.weights import PublishedNetwork, State
 from torch_utils.precision import full_precision
 
 BACKBONES = {
@@ -23,23 +24,19 @@ BACKBONES = {
 }
 
 
-class LPIPS(nn.Module):
+class LPIPS(PublishedNetwork):
     """Images a and b, [N,3,H,W] or [N,1,H,W] in [-1,1] -> [N], 0 for equal images and larger for others.
 
     net: "vgg" (as in path lengths) or "alex" (which its authors recommend for comparing images). Their last layers need
         16 and 31 pixels per side.
-    `name`, `digest` and `standard` as in metrics.weights.Weights.
     """
 
-    def __init__(self, net: str, weights_dir: str | os.PathLike | None = None):
+    def __init__(self, net: str, weights_dir: str | os.PathLike | None = None, device: str | torch.device = "cpu"):
         """Find the backbone's weights in the cache or in `weights_dir`, or download them. Raises UserError."""
-        super().__init__()
-        source = BACKBONES[net]
-        weights = Weights(locate(source, weights_dir), source, f"lpips-{net}", f"lpips-{net}")
-        self.name, self.digest, self.standard = weights.name, weights.digest, weights.standard
-        self.module = weights.build(lambda state: build(net, state)).eval().requires_grad_(False)
+        source, kind = BACKBONES[net], f"lpips-{net}"
+        super().__init__(locate(source, weights_dir), source, kind, kind, functools.partial(build, net), device)
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         # float32, not TF32: its 10 bits would hide the steps of 1e-4 that path lengths consist of.
         with full_precision(a), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self.module(a, b).flatten()

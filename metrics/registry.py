@@ -270,7 +270,7 @@ def load_detector(kind: str, device: torch.device, weights_dir: str | os.PathLik
 def load_lpips(net: str, device: torch.device, weights_dir: str | os.PathLike | None):
     from metrics.perceptual import LPIPS
 
-    return LPIPS(net, weights_dir).to(device)
+    return LPIPS(net, weights_dir, device)
 
 
 # Metrics that share a network name the same loader: it is loaded once, and runs once per image.
