@@ -40,6 +40,7 @@ Render = Callable[[Tensor | None], Tensor]
 FARTHEST = 0.125  # of a side: translations are within ± this
 WIDTH = 3  # a, half the width of the Lanczos kernels
 UP = 4  # samples per pixel of images to be rotated
+REACH = 64  # pixels to each side in which the oriented filter is computed, before it is cut
 
 
 def shifted_whole(images: Tensor, x: int, y: int) -> tuple[Tensor, tuple[slice, slice]]:
@@ -79,14 +80,13 @@ def shifted(images: Tensor, x: float, y: float, a: int = WIDTH) -> tuple[Tensor,
     return moved.mT, (rows, cols)
 
 
-def oriented_filter(matrix: Tensor, a: int, up: int, device: torch.device | None = None) -> Tensor:
-    """Return float64 [2p+1,2p+1], p = 2a·up − 1: the band limits of pixels both before and after `matrix`.
+def oriented_filter(matrix: Tensor, up: int, device: torch.device) -> Tensor:
+    """Return float64 [2p+1,2p+1], p = 2·WIDTH·up − 1: the band limits of pixels both before and after `matrix`.
 
     It is the convolution of two square sincs, one rotated by `matrix`, under the convolution of two Lanczos windows
     rotated alike, sampled at 1/up pixels; each of its up² phases sums to 1 (appendix E.3, and the extents of its code).
     """
-    reach = max(64, 4 * a)
-    taps = torch.arange(1 - reach * up, reach * up, dtype=torch.float64, device=device) / up
+    taps = torch.arange(1 - REACH * up, REACH * up, dtype=torch.float64, device=device) / up
     y, x = torch.meshgrid(taps, taps, indexing="ij")
     x_after, y_after = (matrix[i, 0] * x + matrix[i, 1] * y for i in (0, 1))
 
@@ -96,8 +96,8 @@ def oriented_filter(matrix: Tensor, a: int, up: int, device: torch.device | None
         )
         return torch.fft.fftshift(torch.fft.ifft2(before * after).real)
 
-    kernel = convolved(torch.sinc) * convolved(lambda t: torch.where(t.abs() < a, torch.sinc(t / a), 0))
-    cut, size = (reach - 2 * a) * up, 4 * a * up
+    kernel = convolved(torch.sinc) * convolved(lambda t: torch.where(t.abs() < WIDTH, torch.sinc(t / WIDTH), 0))
+    cut, size = (REACH - 2 * WIDTH) * up, 4 * WIDTH * up
     kernel = F.pad(kernel[cut:-cut, cut:-cut], (0, 1, 0, 1)).view(size // up, up, size // up, up)
     return (kernel / kernel.sum((0, 2), keepdim=True)).view(size, size)[:-1, :-1]
 
@@ -108,14 +108,14 @@ def convolve(images: Tensor, kernel: Tensor) -> Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(images, s=size) * torch.fft.rfft2(kernel, s=size), s=size)
 
 
-def rotated(images: Tensor, degrees: float, a: int = WIDTH) -> tuple[Tensor, Tensor]:
+def rotated(images: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
     """Rotate float64 [N,C,H,W] about its centre: return the same shape, and a mask bool [H,W] of the known pixels.
 
     The filtered image has UP samples per pixel and is interpolated linearly between them, which loses up to
     (2πf / UP)² / 8 of a wave with f cycles per pixel: −46 dB at 1/8, −70 dB at 1/32.
     """
     matrix = rotation(degrees)
-    kernel = oriented_filter(matrix, a, UP, images.device)
+    kernel = oriented_filter(matrix, UP, images.device)
     height, width = images.shape[-2:]
     dense = images.new_zeros(*images.shape[:2], (height - 1) * UP + 1, (width - 1) * UP + 1)
     dense[..., ::UP, ::UP] = images
@@ -130,9 +130,9 @@ def rotated(images: Tensor, degrees: float, a: int = WIDTH) -> tuple[Tensor, Ten
     return F.grid_sample(dense, grid, mode="bilinear", align_corners=True), known
 
 
-def band_limited(images: Tensor, degrees: float, a: int = WIDTH) -> tuple[Tensor, Tensor]:
+def band_limited(images: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
     """Filter float64 [N,C,H,W] of a rotated scene as `rotated` does: return the same shape and the mask."""
-    kernel = oriented_filter(rotation(-degrees), a, 1, images.device)
+    kernel = oriented_filter(rotation(-degrees), 1, images.device)
     margin = kernel.shape[-1] // 2
     known = torch.zeros(images.shape[-2:], dtype=torch.bool, device=images.device)
     known[margin:-margin, margin:-margin] = True
@@ -161,10 +161,10 @@ def eqt_frac(render: Render, images: Tensor, rng: torch.Generator, a: int = WIDT
     return render(translation(x, y)).double()[..., rows, cols], expected
 
 
-def eqr(render: Render, images: Tensor, rng: torch.Generator, a: int = WIDTH) -> tuple[Tensor, Tensor]:
+def eqr(render: Render, images: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     degrees = (2 * torch.rand([], dtype=torch.float64, generator=rng) - 1).item() * 180
-    expected, known = rotated(images, degrees, a)
-    moved, known_too = band_limited(render(rotation(degrees)).double(), degrees, a)
+    expected, known = rotated(images, degrees)
+    moved, known_too = band_limited(render(rotation(degrees)).double(), degrees)
     known &= known_too
     return moved[..., known], expected[..., known]
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+EPSILON = 1e-4  # ε, in W
+
 
 def path_lengths(
     mapping: Callable[[Tensor, Tensor], Tensor],
@@ -22,7 +24,6 @@ def path_lengths(
     z: Tensor,
     z_towards: Tensor,
     c: Tensor,
-    epsilon: float = 1e-4,
 ) -> Tensor:
     """Return float64 [N], on the CPU, for latents z [N,z_dim], z_towards [N,z_dim] and labels c [N,c_dim].
 
@@ -30,11 +31,11 @@ def path_lengths(
     distance: of two such batches -> [N].
     """
     start, end = mapping(torch.cat([z, z_towards]), torch.cat([c, c])).chunk(2)
-    images = synthesis(torch.cat([start, start.lerp(end, epsilon)]))
+    images = synthesis(torch.cat([start, start.lerp(end, EPSILON)]))
     factor = min(images.shape[-2:]) // 256
     if factor > 1:
         images = F.avg_pool2d(images, factor)
-    return distance(*images.chunk(2)).double().cpu() / epsilon**2
+    return distance(*images.chunk(2)).double().cpu() / EPSILON**2
 
 
 def trimmed(lengths: Tensor) -> Tensor:
