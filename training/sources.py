@@ -113,8 +113,9 @@ class ImageFiles:
             import_vips()  # so that its absence is told at once, and not of each file
         self.written = all(WRITTEN.fullmatch(name) for name in found)
         self._bits = bits  # None: not decided yet
+        self._header_sizes = None  # until _read_headers
         # Of the headers if they were all read, else of the images read so far.
-        self._channels, self._profiles, self._surveyed = Counter(), Counter(), False
+        self._channels, self._profiles = Counter(), Counter()
 
     def __len__(self) -> int:
         return len(self._names)
@@ -149,7 +150,7 @@ class ImageFiles:
         with self._name_errors(name):
             data = self._read(name)
             image = draw(data, self._cover) if is_drawing(name) else decode(data, self.bits, reduce)
-            if not self._surveyed:
+            if self._header_sizes is None:
                 self._note(image)
             image = image if self.written else to_srgb(image)
             return to_channels(image, channels or count_channels(image))
@@ -171,7 +172,7 @@ class ImageFiles:
         """
         if self.written:
             return count_channels(self.image(self.filename(0)))
-        self._survey  # noqa: B018 (counts channels)
+        self._read_headers()  # counts channels
         if set(self._channels) == {4}:
             alphas = (self.image(name, 4).getchannel("A").getextrema()[0] for name in self._sample())
             return 4 if any(least < 255 for least in alphas) else 3
@@ -182,7 +183,7 @@ class ImageFiles:
 
         Raises BadImage for a header that cannot be read.
         """
-        sizes = self._survey if self.native_sizes is None else self.native_sizes
+        sizes = self._read_headers() if self.native_sizes is None else self.native_sizes
         for number in np.flatnonzero(sizes[:, 0] == 0)[:1]:
             self._header(self.filename(number))  # raises, with the reason
         return sizes
@@ -206,15 +207,15 @@ class ImageFiles:
             ) from error
         return sizes.astype(np.int32)
 
-    @functools.cached_property
-    def _survey(self) -> np.ndarray:
-        """Read all headers. Return width and height as sizes() does, but 0 where a header cannot be read."""
-        sizes = np.zeros((len(self), 2), np.int32)
-        for number, name in enumerate(progress(self.names(), desc="headers")):
-            with contextlib.suppress(BadImage):
-                sizes[number] = upright_size(self._header(name))
-        self._surveyed = True
-        return sizes
+    def _read_headers(self) -> np.ndarray:
+        """Read all headers, once. Return width and height as sizes() does, but 0 where a header cannot be read."""
+        if self._header_sizes is None:
+            sizes = np.zeros((len(self), 2), np.int32)
+            for number, name in enumerate(progress(self.names(), desc="headers")):
+                with contextlib.suppress(BadImage):
+                    sizes[number] = upright_size(self._header(name))
+            self._header_sizes = sizes
+        return self._header_sizes
 
     def _header(self, name: str) -> Image.Image:
         with self._name_errors(name), self._files.open(name) as file:
