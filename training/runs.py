@@ -87,10 +87,9 @@ def read_config(folder: Path, changes: dict) -> RunConfig:
     before = build(RunConfig, settings, str(saved))
     after = build(RunConfig, merge(settings, changes), str(folder))
     if refused := refused_changes(before, after):
-        listed = ", ".join(refused)
         raise UserError(
-            f"{folder} is resumed with its own settings, but {listed}; leave that out, or start a new run from its "
-            "weights"
+            f"{folder} is resumed with its own settings, but {', '.join(refused)}; leave that out, or start a new run "
+            "from its weights"
         )
     if not os.path.exists(after.data.path):
         raise UserError(
