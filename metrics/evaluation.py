@@ -8,7 +8,6 @@ batches that the processes share; every metric keeps what it needs from a batch,
 activations of a detector) are computed once. At the end, rank 0 computes the results.
 """
 
-import itertools
 import os
 import re
 import time
@@ -23,7 +22,7 @@ from dnnlib.console import progress
 from metrics import cache
 from metrics.estimate import Estimate
 from metrics.generated import Generated
-from metrics.images import Batch, cut
+from metrics.images import Batch, cut, segments, split
 from metrics.moments import Moments, Table
 from metrics.needs import EMPTY, Inputs, Need, Settings, Task
 from metrics.reals import Files, Fitted, Given, Windowed
@@ -148,10 +147,8 @@ class Evaluation:
             return taken * sum(map(len, lists)) / self.procs.world
 
         kept = self.empty(task.need for task in tasks)
-        edges = sorted({0, *(need.limit for need in kept)})
-        lists = cut(edges, self.batch)
-        parts = [[x for x in lists if begin <= x[0] < end] for begin, end in itertools.pairwise(edges)]
-        generated = sum(seconds(images.batches, part, kept) for part in parts)
+        parts = segments(need.limit for need in kept)
+        generated = sum(seconds(images.batches, split(part, self.batch), kept) for part in parts)
         reals = 0.0
         for real_images, needs in by_set(tasks).items():
             lists = real_images.cut([need.limit for need in needs], self.batch)

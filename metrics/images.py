@@ -39,11 +39,15 @@ class Batch:
         return self.once(detector, lambda: detector(self.images()))
 
 
+def segments(limits: Iterable[int]) -> list[range]:
+    """Split the numbers below the largest limit at every limit."""
+    return [range(*ends) for ends in itertools.pairwise(sorted({0, *limits}))]
+
+
+def split(numbers: Sequence[int], batch: int) -> list[Sequence[int]]:
+    return [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
+
+
 def cut(limits: Iterable[int], batch: int) -> list[range]:
     """Split the numbers below the largest limit into batches, none of which crosses a limit."""
-    edges = sorted({0, *limits})
-    return [
-        range(start, min(start + batch, end))
-        for begin, end in itertools.pairwise(edges)
-        for start in range(begin, end, batch)
-    ]
+    return [numbers for segment in segments(limits) for numbers in split(segment, batch)]

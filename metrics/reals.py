@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dnnlib.console import UserError, progress
 from metrics.cache import content_digest
-from metrics.images import Batch, Size, cut
+from metrics.images import Batch, Size, cut, segments, split
 from metrics.resize import fit, resize
 from torch_utils.randomness import make_rng
 from torch_utils.reading import cores, read_ahead
@@ -172,9 +172,8 @@ class Windowed:
 
     def cut(self, limits: Iterable[int], batch: int) -> list[list[int]]:
         """Split as metrics.images.cut, with the windows of an image one after another."""
-        edges = sorted({0, *limits})
-        parts = [sorted(range(*ends), key=self.image_of) for ends in itertools.pairwise(edges)]
-        return [part[i : i + batch] for part in parts for i in range(0, len(part), batch)]
+        ordered = (sorted(segment, key=self.image_of) for segment in segments(limits))
+        return [numbers for segment in ordered for numbers in split(segment, batch)]
 
     def batches(self, lists: Sequence[Sequence[int]]) -> Iterator["WindowBatch"]:
         for numbers, crops in zip(lists, read_lists(self.read, lists), strict=True):
