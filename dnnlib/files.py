@@ -20,19 +20,29 @@ BLOCK = 2**20  # bytes read at once
 TIMEOUT = 30  # seconds without a byte until a download fails
 
 
+def follow(path: Path) -> Path:
+    """Return the file that is written for `path`: that which it links to, if it is a link.
+
+    Raises UserError when it is a directory, a pipe or a device.
+    """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if os.path.exists(path) and not os.path.isfile(path):
+        what = "a directory" if os.path.isdir(path) else "a pipe or device"
+        raise UserError(f"cannot write {path}: {what} has this name; choose another one, or remove it")
+    return path
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; after the block, flush it to disk and rename it to `path`.
+    """Yield a temporary path of the same ending; after the block, flush it to disk and rename it to `path`.
 
     `path` keeps its former content when the block raises or the process dies. If it is a link, it stays one.
-    Raises UserError when the directory cannot be made or written, or `path` is a directory.
+    Raises UserError when the directory cannot be made or written, or `path` cannot be a file.
     """
-    path = Path(os.path.realpath(path))
-    if os.path.isdir(path):
-        raise UserError(f"cannot write {path}: a directory has this name; choose another one, or remove it")
+    ending, path = Path(path).suffix, follow(Path(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=f".tmp{path.suffix}")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=f".tmp{ending}")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose a directory that you may write to") from error
     os.close(handle)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dnnlib.console import UserError
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, follow
 
 
 class Unfinished(ABC):
@@ -29,8 +29,12 @@ class Unfinished(ABC):
     """
 
     def __init__(self, path: Path, job: dict):
-        """Describe the file `path`, touching nothing. job: plain JSON values, everything that its bytes depend on."""
-        self.path, self.job = path, job
+        """Describe the file `path`, touching nothing. job: plain JSON values, everything that its bytes depend on.
+
+        Raises UserError when `path` cannot be a file.
+        """
+        self.path = path = follow(path)
+        self.job = job
         self.folder = path.with_name(path.name + ".part")
         self.record = path.parent / ".jobs" / f"{path.name}.json"
 
@@ -90,10 +94,6 @@ class Unfinished(ABC):
     def create(self) -> None:
         """Create the directory if there is none. Raises UserError."""
         with self.creating():
-            if self.path.is_dir():
-                raise UserError(
-                    f"cannot write {self.path}: a directory has this name; choose another one, or remove it"
-                )
             self.folder.mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager

@@ -180,7 +180,7 @@ class Canvas(Unfinished):
             os.close(self._marks)
 
     def encode(self, folder: Path) -> Path:
-        target, vips = folder / f"image{self.path.suffix}", import_vips()
+        target, vips = folder / f"image{self.format.suffix}", import_vips()
         # libvips reads a TIFF strip by strip, but maps files without a header whole: 0.8 GB of memory at 16384².
         image = vips.Image.tiffload(str(self.pixels), access="sequential", fail_on="truncated")
         # 300 dots per inch, as printers expect; libvips would write 25.4.
@@ -209,7 +209,7 @@ class Canvas(Unfinished):
         return target
 
     def publish(self, encoded: Path) -> None:
-        if self.path.suffix == ".dzi":  # swap the tiles; the old ones are removed with the directory
+        if self.format.suffix == ".dzi":  # swap the tiles; the old ones are removed with the directory
             tiles = self.path.with_name(f"{self.path.stem}_files")
             with contextlib.suppress(AttributeError):  # Windows has no sync
                 os.sync()  # thousands of small files

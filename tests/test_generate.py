@@ -559,6 +559,24 @@ def test_numbers_that_are_not_finite_are_a_sentence_and_no_file(tmp_path, breaki
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.parametrize("former", [b"former", None])
+@pytest.mark.parametrize("out", ["grid=a.png", "grid=a.dzi", "video=a.mp4 --w-frames=1", "save-w=a.npz"])
+def test_a_link_stays_and_its_target_is_written(networks, tmp_path, monkeypatch, out, former):
+    monkeypatch.chdir(tmp_path)
+    call = ("--network", networks / "plain.safetensors", "--seeds=0-1", *f"--{out}".split())
+    path, target = Path(out.split("=")[1].split()[0]), Path("elsewhere") / "target"
+    path.symlink_to(target)
+    if former:
+        target.parent.mkdir()
+        target.write_bytes(former)
+    result = run(*call)
+    assert result.exit_code == 0, result.output
+    assert path.readlink() == target
+    path.unlink()
+    assert run(*call).exit_code == 0
+    assert target.read_bytes() == path.read_bytes() != former
+
+
 def test_a_folder_that_cannot_be_made_is_a_sentence(networks, tmp_path):
     (tmp_path / "file").write_text("")
     result = run("--network", networks / "plain.safetensors", "--seeds", "0", "--outdir", tmp_path / "file")

@@ -550,11 +550,19 @@ def test_without_pyvips_a_sentence_comes_before_the_work(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("file/a.png", "directory that you may"), ("dir.png", "a directory has this name"), ("b.png", r"b\.png\.part")],
+    [
+        ("file/a.png", "directory that you may"),
+        ("dir.png", "a directory has this name"),
+        ("pipe.png", "a pipe or device has this name"),
+        ("null.png", "/dev/null: a pipe or device has this name"),
+        ("b.png", r"b\.png\.part"),
+    ],
 )
 def test_names_that_cannot_be_written_are_sentences(tmp_path, name, words):
     (tmp_path / "file").write_text("")
     (tmp_path / "dir.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "null.png").symlink_to(os.devnull)
     (tmp_path / "b.png.part").write_text("mine")
     with pytest.raises(UserError, match=rf"cannot write.*{words}"):
         canvas(tmp_path / name, image(8, 8)).start(False)
