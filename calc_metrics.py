@@ -80,6 +80,8 @@ def measure(options: Options, procs: Processes) -> None:
     for metric in metrics:
         if (metric.family.reals and not subject.reals) or (metric.family.windows and not subject.large):
             raise UserError(f"{metric.name} compares with real images; give them with --data")
+    if settings.scales and not any(metric.family.pattern.startswith("scale_") for metric in metrics):
+        raise UserError("--scales belongs to the metrics scale_*; add one, or leave --scales out")
     if options.images:
         metrics = tuple(metric.of(min(metric.num, subject.images.files.num)) for metric in metrics)
     if procs.is_first:

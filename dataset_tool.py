@@ -7,7 +7,7 @@ import click
 
 from dnnlib.config import parse_size
 from dnnlib.console import UserError
-from torch_utils.command import Group, command
+from torch_utils.command import Group, command, is_given
 from training.archives import TRANSFORMS, Transform, convert, examine, read_labels
 from training.sources import BadImage, ImageFiles, PillowSize, Source
 
@@ -127,14 +127,12 @@ def main(
     --dest is written atomically, at the end.
     """
     if context.invoked_subcommand:
-        if source or dest:
-            raise click.UsageError(
-                f"{context.invoked_subcommand} takes no --source and --dest, only the PATH to look at."
-            )
         return
     for name, value in (("--source", source), ("--dest", dest)):
         if not value:
             raise click.UsageError(f"Missing option '{name}'.")
+    if is_given(context, "seed") and source != "letters" and transform != "random-crops":
+        raise UserError("--seed chooses random crops or letters; leave it out, or add --transform random-crops")
     resolution = parse_resolution(resolution) if resolution else None
     recipe = Transform(resolution, transform, crops, seed, min_side)
     images = open_source(source, resolution, transform, characters, drawings, seed, bits)

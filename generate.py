@@ -16,11 +16,22 @@ from rendering.jobs import Job, write_film, write_grid, write_images
 from rendering.saved import SavedStyles, write_styles
 from rendering.styles import Seeds, Styles, parse_classes, parse_seeds
 from rendering.writers import FORMATS
-from torch_utils.command import Group, command
+from torch_utils.command import Group, command, refuse_unused
 from torch_utils.distributed import processes
 from training.snapshot import find_network, load_generator, network_names, save_generator
 
 MAX_SIDE = 10**7  # pixels; a square of it would take 300 TB
+# Options that have no effect without one of others.
+IMAGES = ("outdir", "grid", "video")
+USES = {
+    "format": ("outdir",),
+    "columns": ("grid",),
+    "w_frames": ("video",),
+    "fps": ("video",),
+    "trunc_cutoff": ("trunc",),
+    **dict.fromkeys(("size", "scale", "fit", "window", "translate", "rotate", "zoom", "exact"), IMAGES),
+    **dict.fromkeys(("supersample", "dtype", "tile", "resume"), IMAGES),
+}
 
 
 def image_size(
@@ -141,10 +152,7 @@ def main(
         raise UserError(f"{next(name for name, given in of_seeds.items() if given)} does not go with --w; leave it out")
     if sum(map(bool, (outdir, grid, video))) != 1 and not (save_w and not (outdir or grid or video)):
         raise UserError("give one of --outdir (separate images), --grid (all in one file) and --video")
-    if format and not outdir:
-        raise UserError("--format belongs to --outdir; the names of --grid and --video say their format")
-    if columns and not grid:
-        raise UserError("--columns belongs to --grid; give --grid=FILE.png as well")
+    refuse_unused(context, USES)
     if not abs(trunc) < 1e38:
         raise UserError(f"--trunc={trunc}: give a finite number, for example 0.7")
     camera = Camera.parse(window, translate, rotate, zoom)

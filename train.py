@@ -87,6 +87,8 @@ def flags_of_settings(function):
     return function
 
 
+# Flags that only some augmentations heed, and these.
+HEEDED = {"augpipe": ("ada", "fixed"), "p": ("ada", "fixed"), "target": ("ada",)}
 # What to do instead of flags of StyleGAN2-ADA that this project lacks.
 FORMER = {
     "--subset": "make a smaller archive with dataset_tool.py --max-images",
@@ -150,6 +152,8 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
     if resume and Path(resume).is_file():  # as users of StyleGAN start a new run from old weights
         resume, init_from = None, resume
     if resume:
+        if desc:
+            raise UserError(f"--desc names a new run, and {resume} has its name; leave it out")
         if outdir and os.path.isdir(resume) and os.path.realpath(outdir) != os.path.dirname(os.path.realpath(resume)):
             raise UserError(
                 f"--resume continues {resume} where it is, not in {outdir}; leave out --outdir, or start a new run "
@@ -171,6 +175,12 @@ def main(outdir, cfg, gpus, resume, init_from, desc, overrides, dry_run, **flags
             init_from = find_weights(init_from)
         images = open_images(settings)
         config = resolve(settings, images, f"recipe {cfg}")
+        mode = config.augment.mode
+        for flag, modes in HEEDED.items():
+            if flags[flag] is not None and mode not in modes:
+                raise UserError(
+                    f"--{flag} belongs to --aug={' or '.join(modes)}, and this run has {mode}; leave it out"
+                )
         if config.scales.teacher and not init_from:
             raise UserError("scales.teacher compares with the network that a run starts from; give it with --init-from")
         if os.environ.get("RANK", "0") == "0":

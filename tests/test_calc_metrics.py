@@ -502,6 +502,7 @@ def test_the_training_images_of_a_run_are_found(bench):
         ({"metrics": "scale_ssim", "scales": "8,16"}, "11x11 pixels or more"),
         ({"metrics": "eqr4", "size": "31x40"}, "32x32 pixels or more"),
         ({"trunc": "nan"}, "--trunc=nan"),
+        ({"metrics": "fd_dinov2_5", "scales": "32,64"}, "--scales belongs to the metrics scale_*"),
         ({"scale": "nan"}, "--scale=nan"),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 
 import numpy as np
@@ -69,6 +70,20 @@ def test_a_name_that_is_not_utf8_is_a_mistake_that_can_be_fixed():
         "caf\udce9".encode()
     assert isinstance(explain(caught.value), UserError)
     assert "is not UTF-8" in str(explain(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (generate.main, "--seeds=0 convert a.pkl b.safetensors"),
+        (calc_metrics.main, "--mirror=1 plot runs"),
+        (dataset_tool.main, "--seed=0 check x.zip"),
+    ],
+)
+def test_options_before_a_subcommand_are_refused(command, words):
+    result = CliRunner().invoke(command, words.split())
+    assert result.exit_code == 2
+    assert re.search(r"Error: --\w+ does not go with \w+; leave it out", result.output)
 
 
 def test_flags_of_stylegan2_ada_without_a_counterpart_say_what_to_do():

@@ -452,6 +452,8 @@ MISTAKES = {
     "a word for a number": (extra("--batch", "many"), "--batch"),
     "a negative gamma": (extra("--gamma", -1), "loss.r1_gamma=-1"),
     "p above 1": (extra("--p", 1.5), "augment.p=1.5"),
+    "p without its augmentation": (extra("--p", 0.5), "--p belongs to --aug=ada or fixed, and this run has none"),
+    "target of another": (extra("--aug=fixed", "--p=0.5", "--target=0.5"), "--target belongs to --aug=ada, .* fixed"),
     "an unknown metric": (extra("--metrics", "fidd50k_full"), "did you mean fid50k_full"),
     "batch not dividing": (extra("--batch", 9, "--gpus", 2), "train.batch=9 does not divide over 2 processes; try 8"),
     "batch-gpu in words": (extra("--batch-gpu", "few"), "train.batch_gpu: 'few' is not a number.*auto"),
@@ -490,6 +492,7 @@ MISTAKES = {
         lambda tiny: ["--resume", tiny.run("--kimg", 0.008), "--outdir", tiny.folder / "other"],
         "where it is, not in .*other",
     ),
+    "resume under a new name": (extra("--resume", "x", "--desc", "y"), "--desc names a new run"),
     "outdir is below a file": (
         lambda tiny: tiny.new("--outdir", written(tiny, "taken", "mine") / "runs"),
         "cannot make a run directory in .*taken",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import click
 
-from dnnlib.console import MemoryFull
+from dnnlib.console import MemoryFull, UserError
 from torch_utils.distributed import PeerLost, claim_report, is_first
 from torch_utils.errors import explain
 
@@ -79,4 +79,28 @@ class Command(_Arguments, click.Command):
 
 
 class Group(_Arguments, click.Group):
+    """A command with subcommands, which take none of its options."""
+
     command_class = Command
+
+    def resolve_command(self, context: click.Context, arguments: list[str]) -> tuple:
+        found = super().resolve_command(context, arguments)
+        for option in self.params:
+            if is_given(context, option.name):
+                raise click.UsageError(f"{option.opts[0]} does not go with {arguments[0]}; leave it out", context)
+        return found
+
+
+def is_given(context: click.Context, name: str) -> bool:
+    """Tell whether an option is on the command line with a value that is not empty."""
+    on_line = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    return on_line and context.params[name] not in (None, "", ())
+
+
+def refuse_unused(context: click.Context, uses: dict[str, tuple[str, ...]]) -> None:
+    """Raise UserError for an option that has no effect: none of those that use it is given."""
+    flags = {option.name: option.opts[0] for option in context.command.params}
+    for name, users in uses.items():
+        if is_given(context, name) and not any(is_given(context, user) for user in users):
+            users = " or ".join(flags[user] for user in users)
+            raise UserError(f"{flags[name]} belongs to {users}; add that, or leave {flags[name]} out")
