@@ -12,6 +12,7 @@ from training.archives import TRANSFORMS, Transform, convert, examine, read_labe
 from training.sources import BadImage, ImageFiles, PillowSize, Source
 
 MAX_SIDE = 16384  # 16384² RGB pixels are 0.8 GB while one image is made
+PACKED = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".mdb", ".lmdb", ".h5", ".npz")
 DRAWINGS = 176  # per character, eight or nine in each of matplotlib's 21 text fonts; from A to Z that makes 4,576
 
 
@@ -131,6 +132,8 @@ def main(
     for name, value in (("--source", source), ("--dest", dest)):
         if not value:
             raise click.UsageError(f"Missing option '{name}'.")
+    if dest.suffix.lower() in PACKED:
+        raise UserError(f"--dest={dest}: only ZIPs and folders are written; choose a name that ends in .zip")
     if is_given(context, "seed") and source != "letters" and transform != "random-crops":
         raise UserError("--seed chooses random crops or letters; leave it out, or add --transform random-crops")
     resolution = parse_resolution(resolution) if resolution else None

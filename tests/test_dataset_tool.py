@@ -642,6 +642,13 @@ def test_a_wrong_destination_is_refused_and_left_as_it_was(tmp_path, dest):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.TGZ", "x.7z", "x.rar"])
+def test_an_archive_of_another_kind_is_refused_and_no_folder_of_its_name_is_made(tmp_path, name):
+    result = run("--source", good(tmp_path), "--dest", tmp_path / name)
+    assert (result.exit_code, "choose a name that ends in .zip" in result.output) == (2, True)
+    assert not (tmp_path / name).exists()
+
+
 def test_missing_options_are_named():
     assert "Missing option '--source'" in run("--dest", "x.zip").output
     assert "Missing option '--dest'" in run("--source", "x").output
