@@ -5,7 +5,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -59,8 +59,14 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(height or width), int(width)
 
 
-class _Once(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML takes the last one."""
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML takes the last one, and reads numbers as decimal.
+
+    In YAML 1.1, 010 is 8, 0x20 is 32, 1:30 is 90 and 1e3 is a text. Here 010 is 10, 1e3 is 1000 and the others are
+    texts, which a setting that is a number refuses.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
@@ -71,14 +77,49 @@ class _Once(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that YAML 1.1 or _Loader would take for something else."""
+
+
+INT, FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float"))
+_DIGITS = "[0-9]+(?:_[0-9]+)*"
+_WORDS = {  # tag -> (pattern of the whole word, its first characters)
+    INT: (rf"[-+]?{_DIGITS}", "-+0123456789"),
+    FLOAT: (rf"[-+]?(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+    "tag:yaml.org,2002:bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:null": ("~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "tag:yaml.org,2002:merge": ("<<", "<"),
+}
+for _tag, (_pattern, _first) in _WORDS.items():
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), list(_first))
+_Loader.add_constructor(INT, lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor(FLOAT, lambda loader, node: float(loader.construct_scalar(node)))
+
+
+def parse_yaml(text: str, where: str) -> object:
+    """Return the value of a YAML text. Raises UserError, which begins with `where`."""
+    try:
+        return yaml.load(text, _Loader)
+    # All but the first two are what PyYAML raises for tags that do not fit their values.
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def format_yaml(settings: dict) -> str:
+    """Return the text from which parse_yaml makes `settings`."""
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True).rstrip("\n")
+
+
 def read_yaml(path: str | Path) -> dict:
     """Read the mapping in a YAML file; an empty file is an empty mapping. Raises UserError."""
     try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _Once) or {}
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    settings = parse_yaml(text, path) or {}
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold settings like `train: {{batch: 32}}`, not {type(settings).__name__}")
     return settings
@@ -107,10 +148,7 @@ def override(assignment: str) -> dict:
         raise UserError(
             f"cannot read the setting {assignment!r}; write it as key.sub=value, for example train.batch=32"
         )
-    try:
-        return nested(dotted, yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise UserError(f"cannot read the value of {assignment!r}: {' '.join(str(error).split())}") from error
+    return nested(dotted, parse_yaml(text, f"the value of {assignment!r}"))
 
 
 def build(kind: type[C], settings: dict, where: str) -> C:

@@ -11,9 +11,29 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import Field, ValidationError
 
-from dnnlib.config import Config, build, merge, nearest, nested, override, parse_size, read_yaml
+from dnnlib.config import (
+    Config,
+    build,
+    format_yaml,
+    merge,
+    nearest,
+    nested,
+    override,
+    parse_size,
+    parse_yaml,
+    read_yaml,
+)
 from dnnlib.console import UserError
-from training.config import CONFIGS, RunConfig, TrainConfig, default_ema_kimg, default_gamma, read_recipe, resolve
+from training.config import (
+    CONFIGS,
+    DataConfig,
+    RunConfig,
+    TrainConfig,
+    default_ema_kimg,
+    default_gamma,
+    read_recipe,
+    resolve,
+)
 from training.data import ImageArchive
 from training.networks import Generator, build_discriminator
 from training.runs import to_yaml
@@ -270,11 +290,33 @@ def test_an_override_is_a_dotted_key_and_a_yaml_value():
         "a.b=x=y": {"a": {"b": "x=y"}},
         "a=[1, two]": {"a": [1, "two"]},
         "a='1'": {"a": "1"},
+        "a=010": {"a": 10},
+        "a=1_000": {"a": 1000},
+        "a=1e3": {"a": 1000},
+        "a=-5.e-1": {"a": -0.5},
     }
     assert {assignment: override(assignment) for assignment in read} == read
 
 
-@pytest.mark.parametrize("assignment", ["", "a", "=1", "a..b=1", "a b=1", "a=[", "a=!!x y"])
+@pytest.mark.parametrize(
+    "value", ["0o10", "0x20", "1:30", "1__0", "1,000", "2020-12-31", "2020-99-99", "yes", "y", "off"]
+)
+def test_words_that_yaml_takes_for_other_numbers_are_texts_and_refused_by_numbers(value):
+    assert override(f"inner.width={value}") == {"inner": {"width": value}}
+    with pytest.raises(UserError, match=f"inner.width='{value}'"):
+        build(Outer, override(f"inner.width={value}"), "x")
+
+
+def test_every_word_for_a_switch_is_understood(tmp_path):
+    for word, meant in {"yes": True, "on": True, "True": True, "no": False, "off": False, "FALSE": False}.items():
+        assert build(DataConfig, merge({"path": "x"}, override(f"mirror={word}")), "x").mirror == meant
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    ["", "a", "=1", "a..b=1", "a b=1", "a=[", "a=!!x y", "a=!!int x", "a=!!bool 1", "a=!!map [b]", f"a={'[' * 9999}"],
+    ids=lambda text: text[:20],
+)
 def test_an_override_that_cannot_be_read_is_named(assignment):
     with pytest.raises(UserError) as error:
         override(assignment)
@@ -317,7 +359,17 @@ def test_numbers_survive_the_yaml_exactly(rate, kimg):
     config = run_config(4, None, 4)
     settings = merge(config.model_dump(), {"optim": {"g_lr": rate}, "train": {"kimg": kimg}})
     config = build(RunConfig, settings, "x")
-    assert build(RunConfig, yaml.safe_load(to_yaml(config)), "x") == config
+    for read in (yaml.safe_load, lambda text: parse_yaml(text, "x")):
+        assert build(RunConfig, read(to_yaml(config)), "x") == config
+
+
+LETTERS = st.text(st.characters(categories=("L", "N", "P", "S", "Zs")))
+
+
+@given(LETTERS | st.sampled_from(["1e3", "09", "010", "1:30", "0x10", "yes", "~", "<<", "2020-12-31", ".inf"]))
+def test_texts_survive_the_yaml_whoever_reads_it(text):
+    written = format_yaml({"a": text})
+    assert parse_yaml(written, "x") == yaml.safe_load(written) == {"a": text}
 
 
 @given(st.integers(1, 10**9 - 1), st.integers(1, 10**9 - 1))

@@ -15,9 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from dnnlib.config import build, fields, merge, read_yaml
+from dnnlib.config import build, fields, format_yaml, merge, read_yaml
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write
 from metrics.evaluation import Evaluation
@@ -142,7 +140,7 @@ def flat(settings: dict, prefix: str = "") -> dict:
 
 
 def to_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip()
+    return format_yaml(config.model_dump(mode="json"))
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
