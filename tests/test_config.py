@@ -132,6 +132,7 @@ def test_what_the_images_decide_is_filled_in_and_what_is_set_stays(tmp_path):
     assert config.G.img_shape == config.D.img_shape == (32, 32)
     assert (config.G.img_channels, config.G.c_dim) == (3, 0)
     assert config.loss.r1_gamma == pytest.approx(default_gamma(32**2, 8))
+    assert resolve(merge(settings, {"train": {"batch": "8"}}), images, "x") == config  # quoted in YAML
     assert config.train.ema_kimg == pytest.approx(2.5)
     settings = merge(settings, {"loss": {"r1_gamma": 0.0}, "train": {"ema_kimg": 7.0}})
     config = resolve(settings, images, "x")

@@ -257,8 +257,10 @@ def resolve(settings: dict, images: ImageArchive, where: str) -> RunConfig:
         settings[network] = found | settings[network]
 
     def number(group: str, name: str) -> float:
-        value = settings.get(group, {}).get(name)
-        return value if isinstance(value, int | float) and value >= 1 else 1  # build refuses a wrong one
+        try:
+            return max(1.0, float(settings.get(group, {}).get(name)))
+        except (TypeError, ValueError):
+            return 1.0  # build refuses a wrong one
 
     windows, batch = number("scales", "max") > 1, number("train", "batch")
     defaults = {
