@@ -31,6 +31,20 @@ def test_without_a_compiler_the_reference_serves_and_one_line_says_so(fresh_cach
         Chain(layers, impl="cpp")
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ('g++ "', 'CXX=g\\+\\+ " is no command .*; set CXX to a compiler'),
+        (r"sh -c 'printf \\351\\n; exit 1'", "failed .*set CXX"),  # not UTF-8
+        ("/", "/ .*failed .*set CXX"),
+    ],
+)
+def test_a_variable_that_names_no_compiler_is_a_sentence(fresh_cache, monkeypatch, command, words):
+    monkeypatch.setenv("CXX", command)
+    with pytest.raises(UserError, match=words):
+        library(SOURCE.with_suffix(".cpp"))
+
+
 @needs_compiler
 def test_a_failing_build_shows_the_first_error_and_leaves_nothing(fresh_cache, tmp_path):
     source = tmp_path / "broken.cpp"

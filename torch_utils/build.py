@@ -35,8 +35,15 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 
 
 
 def cpp_compiler() -> list[str]:
-    """Return the command of the C++ compiler: the variable CXX, or the first of COMPILERS on the PATH."""
-    return shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, COMPILERS), COMPILERS[0])]
+    """Return the command of the C++ compiler: the variable CXX, or the first of COMPILERS on the PATH.
+
+    Raises UserError when CXX is no command.
+    """
+    given = os.environ.get("CXX", "")
+    try:
+        return shlex.split(given) or [next(filter(shutil.which, COMPILERS), COMPILERS[0])]
+    except ValueError as error:
+        raise UserError(f"CXX={given} is no command ({error}); set CXX to a compiler, for example g++") from error
 
 
 def version(compiler: list[str]) -> str:
@@ -82,7 +89,7 @@ def _code(path: Path) -> Iterator[bytes]:
 
 def _run(command: list[str], fix: str) -> str:
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace").stdout
     except FileNotFoundError as error:
         raise UserError(f"there is no C++ compiler {command[0]}; install g++ or clang, or {fix}") from error
     except (OSError, subprocess.CalledProcessError) as error:
