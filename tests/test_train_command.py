@@ -348,6 +348,15 @@ def test_a_run_is_not_continued_with_its_classes_named_otherwise(tiny):
     assert tiny.call("--resume", folder, "--kimg", 0.032).exit_code == 0
 
 
+def test_a_run_keeps_the_names_of_its_classes_if_its_archive_loses_them(tiny):
+    folder = tiny.run("--cond", "--kimg", 0.016, data=tiny.labelled)
+    labels = json.loads((tiny.labelled / "dataset.json").read_text())
+    (tiny.labelled / "dataset.json").write_text(json.dumps({"labels": labels["labels"]}))
+    assert tiny.call("--resume", folder, "--kimg", 0.032).exit_code == 0
+    names = [load_generator(path).class_names for path in sorted(folder.glob("*.safetensors"))]
+    assert names == [["ant", "bee", "cat"]] * len(names)
+
+
 # --- torchrun --------------------------------------------------------------------------------------------------------
 
 

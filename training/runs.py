@@ -227,7 +227,8 @@ def run(task: NewRun | ResumedRun, procs: Processes) -> int:
     images = open_images(config.model_dump())
     config = resolve_auto(config, images, procs, resumed=isinstance(task, ResumedRun))
     state = new_state(config, procs.device)
-    state.G_ema.class_names = images.class_names
+    # An archive may have lost the names; its labels are those of the run (read_config).
+    state.G_ema.class_names = images.class_names or (read_class_names(folder) if folder and images.label_dim else [])
     evaluate = snapshot_evaluation(config, images, state, procs, say)
     path, saved = find_state(folder, say) if folder and procs.is_first else (None, None)
     path = procs.broadcast(path)
