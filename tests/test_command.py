@@ -3,7 +3,9 @@
 import io
 import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +58,17 @@ def test_a_closed_console_changes_nothing(tmp_path, monkeypatch, closed):
             dataset_tool.main([str(argument) for argument in arguments])
         assert ended.value.code == code
     assert (tmp_path / "x.zip").exists()
+
+
+@pytest.mark.parametrize("command", ["train.py", "generate.py", "calc_metrics.py", "dataset_tool.py"])
+def test_in_a_folder_that_has_been_removed_a_sentence_says_so(tmp_path, command):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = 'cd "$0" && rmdir "$0" && "$@"'
+    words = ["sh", "-c", script, gone, sys.executable, Path(train.__file__).with_name(command), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "Error: the current folder has been removed; change to another one\n"
 
 
 def test_without_a_home_directory_the_cache_must_be_named(monkeypatch):
