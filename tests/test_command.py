@@ -85,6 +85,13 @@ def test_a_name_that_is_not_utf8_is_a_mistake_that_can_be_fixed():
     assert "is not UTF-8" in str(explain(caught.value))
 
 
+def test_a_name_that_the_locale_lacks_is_a_mistake_that_can_be_fixed():
+    with pytest.raises(UnicodeEncodeError) as caught:
+        "狗/a.png".encode("ascii")
+    assert isinstance(explain(caught.value), UserError)
+    assert "ascii of this locale lacks letters of '狗/a.png'; set PYTHONUTF8=1" in str(explain(caught.value))
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [

@@ -49,6 +49,10 @@ def explain(error: Exception, log: Path | None = None) -> UserError:
         return MemoryFull("the GPU's memory is full" if on_gpu else "the memory of this machine is full")
     if isinstance(error, UnicodeEncodeError) and "surrogate" in error.reason:  # as Python decodes other names
         return UserError(f"{error.object!r:.200} holds a name that is not UTF-8; rename that file or folder")
+    if isinstance(error, UnicodeEncodeError):
+        return UserError(
+            f"the encoding {error.encoding} of this locale lacks letters of {error.object!r:.200}; set PYTHONUTF8=1"
+        )
     in_rust = re.search(r"\(os error (\d+)\)", str(error))
     number = int(in_rust[1]) if in_rust else getattr(error, "errno", None)
     if number in REMEDIES:
