@@ -437,11 +437,19 @@ def test_a_released_file_is_rendered_and_converted(released, tmp_path):
         ("network.pkl", "out.pkl", ["out.pkl", ".safetensors"]),
         ("missing.pkl", "out.safetensors", ["missing.pkl", "does not exist"]),
         ("evil.pkl", "out.safetensors", ["evil.pkl", "posix.system"]),
+        (
+            "sg3.pkl",
+            "out.safetensors",
+            ["training.networks_stylegan3.Generator", "give a file of CREPS, StyleGAN2, CIPS"],
+        ),
     ],
 )
 def test_a_wrong_conversion_is_a_sentence(released, tmp_path, source, dest, words):
     (tmp_path / "network.pkl").write_bytes(released.read_bytes())
     (tmp_path / "evil.pkl").write_bytes(b"\x80\x02cposix\nsystem\n(S'touch " + bytes(tmp_path) + b"/ran'\ntR.")
+    (tmp_path / "sg3.pkl").write_bytes(
+        b"\x80\x02}X\x05\x00\x00\x00G_emactraining.networks_stylegan3\nGenerator\n)\x81s."
+    )
     result = run("convert", tmp_path / source, tmp_path / dest)
     assert result.exit_code == 2
     for word in words:

@@ -27,6 +27,7 @@ from dnnlib.console import UserError
 from torch_utils import checkpoint
 from training.networks.official import discriminator_from_official, generator_from_official
 
+KINDS = "CREPS, StyleGAN2, CIPS or INR-GAN"
 LIMIT = 4 << 30  # bytes; the largest released file has less than half of that
 STEPS = 1_000_000  # opcodes; networks need about 140 per tensor. A million cost 2 s and 150 MiB at most.
 DEPTH = 16  # of nested modules; released ones have 4
@@ -78,9 +79,7 @@ def read_released(path: str | Path, wanted: tuple[str, ...] = tuple(MAKERS)) -> 
             f"{path} needs twice its {size / 2**30:.1f} GiB of memory; use a machine that has it"
         ) from error
     except _Refused as error:
-        raise UserError(
-            f"{path} is not a released network file: {error}; download it from the authors again"
-        ) from error
+        raise UserError(f"{path} is not a released network file: {error}; give a file of {KINDS}") from error
     # The unpickler raises many kinds of exception for damaged bytes.
     except Exception as error:
         raise UserError(f"{path} is a damaged pickle ({type(error).__name__}); download it again") from error
@@ -96,9 +95,7 @@ def load_released(path: str | Path, wanted: tuple[str, ...] = tuple(MAKERS)) -> 
         try:
             networks[name] = MAKERS[name](*network)
         except UserError as error:
-            raise UserError(
-                f"{name} in {path} cannot be used: {error}; give a file of CREPS, StyleGAN2, CIPS or INR-GAN"
-            ) from error
+            raise UserError(f"{name} in {path} cannot be used: {error}; give a file of {KINDS}") from error
     if "G_ema" not in networks:
         raise UserError(
             f"{path} holds no G_ema, the average of the generator; give a file with it, as the authors released"
