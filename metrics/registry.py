@@ -31,6 +31,7 @@ from metrics.reals import WindowBatch, Windowed, Windows
 from metrics.resize import resize
 from metrics.scale import Distance, on_uint8, psnr, ssim
 
+MOST_IMAGES = 10**7  # the numbers of more take long to list
 MOST_FEATURES = 200_000  # real images whose features are kept for kid and pr: 1.6 GB of memory
 
 
@@ -65,9 +66,11 @@ class Metric:
         return name.replace("_?", "" if number.endswith("k") else "_") + "_full" * self.full
 
     def of(self, num: int) -> "Metric":
-        """Return the same metric of `num` images. Raises UserError if they are too few."""
+        """Return the same metric of `num` images. Raises UserError if they are too few or too many."""
         if num < self.family.least:
             raise UserError(f"{self.name} needs {self.family.least} images or more, not {num}")
+        if num > MOST_IMAGES:
+            raise UserError(f"{num:,} images are more than {MOST_IMAGES:,}, the most that are measured; give fewer")
         return replace(self, num=num)
 
 

@@ -489,6 +489,7 @@ def test_the_training_images_of_a_run_are_found(bench):
         ({"metrics": "FID"}, "did you mean fid50k_full?"),
         ({"metrics": "none"}, "measures nothing"),
         ({"metrics": "is50k", "num": 9}, "10 images"),
+        ({"metrics": "scale_psnr", "num": 10**11}, "100,000,000,000 images are more than"),
         ({"metrics": "fd_dinov2_5_full", "data": None}, "compares with real images; give them with --data"),
         ({"metrics": "fd_dinov2_5_full", "data": "gone"}, "gone does not exist"),
         ({"metrics": "pfid50k_full", "weights": None}, "is needed and was not found"),
