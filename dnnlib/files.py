@@ -20,13 +20,18 @@ BLOCK = 2**20  # bytes read at once
 TIMEOUT = 30  # seconds without a byte until a download fails
 
 
+def is_pipe(path: str | os.PathLike) -> bool:
+    """Tell whether `path` is a pipe or a device, which may give no byte or never end."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
 def follow(path: Path) -> Path:
     """Return the file that is written for `path`: that which it links to, if it is a link.
 
     Raises UserError when it is a directory, a pipe or a device.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    if os.path.exists(path) and not os.path.isfile(path):
+    if os.path.isdir(path) or is_pipe(path):
         what = "a directory" if os.path.isdir(path) else "a pipe or device"
         raise UserError(f"cannot write {path}: {what} has this name; choose another one, or remove it")
     return path

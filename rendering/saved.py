@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from dnnlib.console import UserError, brief
-from dnnlib.files import atomic_write, sha256
+from dnnlib.files import atomic_write, is_pipe, sha256
 from rendering.styles import Seeds
 from training.networks import Generator
 
@@ -45,6 +45,8 @@ def read_styles(path: Path, G: Generator) -> Tensor:
     The file may also hold [num_ws,w_dim], one image, or [N,1,w_dim], one style for all layers.
     """
     read, _ = choose_file(path)
+    if is_pipe(path):
+        raise UserError(f"{path} is a pipe or device; give a file of styles")
     try:
         arrays = read(path)
     # numpy reports broken bytes by all of these

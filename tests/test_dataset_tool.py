@@ -558,6 +558,11 @@ def labels_file(name: str, text: str):
     return lambda path: ["--labels", write_file(path / name, text.encode("latin-1"))]
 
 
+def pipe(path: Path) -> Path:
+    os.mkfifo(path / "pipe")
+    return path / "pipe"
+
+
 good = folder_with()
 CROP = ["--resolution", "8x8", "--transform"]
 WRONG = [  # (source, further options, words of the sentence)
@@ -584,6 +589,8 @@ WRONG = [  # (source, further options, words of the sentence)
     (folder_with(("c.svg", b"<svg>")), ["--resolution", "8x6"], "c.svg cannot be read as an image: "),
     (lambda path: write_folder(path / "in", {"a.svg": b""}), ["--transform", "native"], "draws them with --resolution"),
     (special_file(os.mkfifo), [], "not a regular file"),
+    (pipe, [], "pipe is a pipe or device; give a folder or a ZIP"),
+    (lambda path: Path("/dev/zero"), [], "/dev/zero is a pipe or device"),
     (special_file(lambda path: path.symlink_to(path.name)), [], "c.png cannot be read"),
     (folder_with(("dog/c.png", encode(noise_image(0, 5, 8)))), [], "dog/c.png is 8x5, but cat/a.png is 8x6"),
     (folder_with(("dataset.json", b"{")), [], "is not of the form"),

@@ -1,6 +1,7 @@
 """generate.py: its files are the engine's images, whoever computes them, and a wrong call is a sentence."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import av
@@ -394,6 +395,7 @@ def test_styles_under_the_other_name_of_numpy_are_read(networks, tmp_path, conte
         (lambda path: np.save(path, np.full((7, 6), np.nan)), "not finite"),
         (lambda path: np.save(path, np.array([None]), allow_pickle=True), "cannot read the styles"),
         (lambda path: path.write_bytes(b"\x93NUMPY"), "cannot read the styles"),
+        (os.mkfifo, "w.npy is a pipe or device; give a file of styles"),
         (lambda path: None, "No such file"),
     ],
 )
@@ -464,6 +466,7 @@ WRONG = {
     "--network=": "is not a file",
     "--network=missing.safetensors": "does not exist",
     "--network=broken": "broken.safetensors",
+    "--network=/proc/self/mem": "/proc/self/mem: Input/output error; check the disk",
     "--seeds=": "--seeds is missing",
     "--seeds=a": "seeds=a: cannot read 'a'",
     "--seeds=5-2": "5-2",

@@ -23,6 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dnnlib.console import UserError
+from dnnlib.files import is_pipe
 
 READ_ERRORS = (
     OSError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError,
@@ -279,6 +280,8 @@ def open_container(path: Path) -> tuple[Container, list[str]]:
     """Return the container of a path, and its files' names. Raises UserError when it is none that is known."""
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist or is out of reach; give a folder or a ZIP of images")
+    if is_pipe(path):
+        raise UserError(f"{path} is a pipe or device; give a folder or a ZIP of images")
     try:
         if path.is_dir():
             container = Lmdb(path) if (path / "data.mdb").is_file() else Folder(path)

@@ -46,8 +46,12 @@ def find_network(network: str | os.PathLike) -> Path:
         return fetch(str(network))
     path, names = Path(network), network_names()
     if os.path.isfile(path):
-        with open(path, "rb") as file:
-            start = file.read(64).lstrip().lower()
+        try:
+            with open(path, "rb") as file:
+                start = file.read(64).lstrip().lower()
+        except OSError as error:
+            error.filename = str(path)  # a broken disk names none
+            raise
         for known, what in WRONG_DOWNLOADS.items():
             if start.startswith(known):
                 raise UserError(f"{path} is {what}")
