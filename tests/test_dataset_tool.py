@@ -591,6 +591,7 @@ WRONG = [  # (source, further options, words of the sentence)
     (special_file(os.mkfifo), [], "not a regular file"),
     (pipe, [], "pipe is a pipe or device; give a folder or a ZIP"),
     (lambda path: Path("/dev/zero"), [], "/dev/zero is a pipe or device"),
+    (good, lambda path: ["--labels", pipe(path)], "pipe is a pipe or device; give folders, none, or a file"),
     (special_file(lambda path: path.symlink_to(path.name)), [], "c.png cannot be read"),
     (folder_with(("dog/c.png", encode(noise_image(0, 5, 8)))), [], "dog/c.png is 8x5, but cat/a.png is 8x6"),
     (folder_with(("dataset.json", b"{")), [], "is not of the form"),

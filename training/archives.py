@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from dnnlib.console import UserError, count, progress
-from dnnlib.files import atomic_folder, atomic_write
+from dnnlib.files import atomic_folder, atomic_write, is_pipe
 from training.colours import count_channels
 from training.config import gather, resolve
 from training.data import ImageArchive
@@ -114,6 +114,8 @@ def read_labels(choice: str | None, source: Source) -> Labels | None:
     elif choice == "folders":
         table = label_by_folder(images, source.path)
     else:
+        if is_pipe(choice):
+            raise UserError(f"{choice} is a pipe or device; give folders, none, or a file of labels")
         try:
             data = Path(choice).read_bytes()
         except OSError as error:
