@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import encode, noise_image, write_folder
+from helpers import encode, files_up_to, noise_image, write_folder
 
 import calc_metrics
 import dataset_tool
 import generate
 import train
 from dnnlib.console import MemoryFull, UserError
-from dnnlib.files import cache_dir
+from dnnlib.files import append_line, cache_dir
 from torch_utils import doctor
 from torch_utils.errors import explain
 
@@ -60,6 +60,16 @@ def test_a_closed_console_changes_nothing(tmp_path, monkeypatch, closed):
     assert (tmp_path / "x.zip").exists()
 
 
+def test_help_on_a_full_disk_is_a_sentence(monkeypatch, capsys):
+    for command in COMMANDS:
+        with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            with pytest.raises(SystemExit) as ended:
+                command(["--help"])
+            assert ended.value.code == 2
+        assert re.fullmatch("Error: .*No space left on device; free some space.*\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("command", ["train.py", "generate.py", "calc_metrics.py", "dataset_tool.py"])
 def test_in_a_folder_that_has_been_removed_a_sentence_says_so(tmp_path, command):
     gone = tmp_path / "gone"
@@ -76,6 +86,14 @@ def test_without_a_home_directory_the_cache_must_be_named(monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for a user without a name
     with pytest.raises(UserError, match="set CREPS_CACHE"):
         cache_dir()
+
+
+def test_a_file_that_is_too_large_is_a_mistake_that_can_be_fixed(tmp_path):
+    with files_up_to(10), pytest.raises(OSError, match="too large") as caught:
+        append_line(tmp_path / "x.jsonl", "x" * 11)
+    assert str(explain(caught.value)) == (
+        f"{tmp_path / 'x.jsonl'}: File too large; raise the limit (ulimit -f), or choose a disk that holds larger files"
+    )
 
 
 def test_a_name_that_is_not_utf8_is_a_mistake_that_can_be_fixed():

@@ -71,7 +71,8 @@ class _Arguments:
             f"{piece[1] or ''}{os.path.expanduser(piece[2])}" if piece else argument
             for piece, argument in zip(pieces, arguments, strict=True)
         ]
-        return super().parse_args(context, arguments)
+        with command():  # --help may meet a full disk
+            return super().parse_args(context, arguments)
 
 
 class Command(_Arguments, click.Command):

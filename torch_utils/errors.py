@@ -18,6 +18,7 @@ ON_GPU = re.compile(r"CUDA|CUDNN|CUBLAS|CUSOLVER|CUFFT|NCCL|HIP", re.I)
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another disk",
     errno.EDQUOT: "free some space, or choose another disk",
+    errno.EFBIG: "raise the limit (ulimit -f), or choose a disk that holds larger files",
     errno.EACCES: "give yourself permission, or choose another folder",
     errno.EPERM: "give yourself permission, or choose another folder",
     errno.EROFS: "choose a folder that you may write to",
