@@ -246,7 +246,10 @@ def processes() -> Iterator[Processes]:
                 f"NCCL cannot connect the processes, each of which needs its own GPU: {brief(error)}"
             ) from error
         except (RuntimeError, ValueError) as error:  # the latter: MASTER_ADDR is not set
-            raise UserError(f"the processes cannot reach each other ({brief(error)}); check the network") from error
+            raise UserError(
+                f"the processes cannot reach each other ({brief(error)}); check "
+                "MASTER_ADDR, MASTER_PORT and the network"
+            ) from error
         _notice_lost_machines()
     yield Processes(rank, world, device)
     if world > 1:  # not after an error: nccl would wait for the other ranks, which wait for this one
