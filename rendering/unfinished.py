@@ -20,6 +20,11 @@ from pathlib import Path
 from dnnlib.console import UserError
 from dnnlib.files import atomic_write, follow
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 class Unfinished(ABC):
     """An unfinished file, and which of its parts are missing.
@@ -47,32 +52,38 @@ class Unfinished(ABC):
         if not os.path.isfile(self.path):
             return False
         self.compare(then)
-        self.discard()  # a kill may have left the empty directory
+        if self.folder.exists():  # a kill may have left the empty directory
+            with self.alone():
+                self.discard()
         return True
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Keep other commands from writing this file. Raises UserError if one does."""
+        with contextlib.ExitStack() as stack:
+            while not self.hold(stack):
+                pass  # another command has just finished the file, and removed the directory
+            yield
+
+    def hold(self, stack: contextlib.ExitStack) -> bool:
+        """Create the directory and lock it until `stack` ends. Return whether it is still there; raises UserError."""
         self.create()
+        if fcntl is None:
+            return True
         try:
-            import fcntl
-        except ImportError:  # Windows
-            yield
-            return
-        handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(handle)
-            raise UserError(
-                f"cannot write {self.path}: another command is writing it; wait for it, or choose another directory"
-            ) from error
-        except OSError:  # some network file systems have no locks
-            pass
-        try:
-            yield
-        finally:
-            os.close(handle)
+            handle = os.open(self.folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"cannot write {self.path}: another command is writing it; wait for it, or choose another directory"
+                ) from error
+            except OSError:  # some network file systems have no locks
+                pass
+            return os.path.samefile(handle, self.folder)
+        except FileNotFoundError:
+            return False
 
     def start(self, resume: bool) -> None:
         """Create the directory or, with `resume`, keep the directory of an equal job.
@@ -93,8 +104,8 @@ class Unfinished(ABC):
 
     def create(self) -> None:
         """Create the directory if there is none. Raises UserError."""
-        with self.creating():
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with self.creating(), contextlib.suppress(FileExistsError):
+            self.folder.mkdir(parents=True)
 
     @contextlib.contextmanager
     def creating(self) -> Iterator[None]:

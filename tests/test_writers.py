@@ -1,6 +1,7 @@
 """Laws of images larger than memory: rendering/writers.py and rendering/unfinished.py."""
 
 import errno
+import fcntl
 import itertools
 import os
 import signal
@@ -422,6 +423,33 @@ def test_a_file_has_one_writer_at_a_time(tmp_path):
             pass
     with other.alone():
         other.start(False)
+
+
+def test_what_one_writes_again_another_that_resumes_leaves_alone(tmp_path):
+    path = save(tmp_path / "a.png", image(8, 8))
+    one, other = canvas(path, image(8, 8)), canvas(path, image(8, 8))
+    with one.alone():
+        with pytest.raises(UserError, match="another command"):
+            other.finished()
+        assert one.folder.exists()
+    assert other.finished()
+    assert not one.folder.exists()
+
+
+def test_a_directory_that_another_removes_before_it_is_locked_is_made_and_locked_again(tmp_path, monkeypatch):
+    one, other = (canvas(tmp_path / "a.png", image(8, 8)) for _ in range(2))
+    flock = fcntl.flock
+
+    def overtaken(handle: int, how: int) -> None:
+        monkeypatch.undo()
+        one.folder.rmdir()
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", overtaken)
+    with one.alone():
+        one.start(False)
+        with pytest.raises(UserError, match="another command"), other.alone():
+            pass
 
 
 # Failures.
