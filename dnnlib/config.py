@@ -52,7 +52,7 @@ def nearest(word: str, known: Iterable[str], essence: Callable[[str], str] = str
 
 def parse_size(text: str) -> tuple[int, int]:
     """Return (height, width) of "1024x512", width first, or of "512", a square. Raises UserError."""
-    match = re.fullmatch(r"\s*0*([1-9]\d{0,8})(?:[xX]0*([1-9]\d{0,8}))?\s*", text)
+    match = re.fullmatch(r"\s*0*([1-9]\d{0,8})(?:[xX×]0*([1-9]\d{0,8}))?\s*", text)
     if not match:
         raise UserError(f"{text!r} is not a size in pixels; write WIDTHxHEIGHT, or one number for a square")
     width, height = match.groups()

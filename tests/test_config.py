@@ -375,7 +375,7 @@ def test_texts_survive_the_yaml_whoever_reads_it(text):
 
 @given(st.integers(1, 10**9 - 1), st.integers(1, 10**9 - 1))
 def test_sizes_are_written_width_first_or_as_one_number(height, width):
-    assert parse_size(f"{width}x{height}") == (height, width)
+    assert parse_size(f"{width}x{height}") == parse_size(f"{width}×{height}") == (height, width)
     assert parse_size(str(width)) == (width, width)
 
 
