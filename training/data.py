@@ -98,7 +98,7 @@ class ImageArchive:
                 raise UserError(
                     f"{self._files.path / name} is {size_text(sizes[others[0]])}, but the first image is "
                     f"{size_text(sizes[0])} ({len(others):,} of {len(sizes):,} images differ); bring all images to one "
-                    "size with dataset_tool.py"
+                    "size with dataset_tool.py: --resolution 256x256 --transform center-crop, say"
                 )
         first = self._files.image(self._files.filename(0), channels)
         return first.height, first.width
