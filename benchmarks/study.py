@@ -4,7 +4,8 @@
         --recipe projected "--cfg=projected --mirror" --recipe residual "--cfg=projected --mirror -o D.kind=residual"
 
 Each run is a fresh process with one thread. Minutes are processor time, which other work on the machine hardly affects.
-Recipes take turns, seed by seed, so that a busy hour affects all of them.
+Recipes take turns, seed by seed, so that a busy hour affects all of them. --out is written after each run; started
+again, the study goes on with the next one.
 """
 
 import itertools
@@ -48,7 +49,7 @@ def train(data: Path, options: str, seed: int, minutes: float, folder: Path) -> 
     ran = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, preexec_fn=limit)
     if ran.returncode != -signal.SIGXCPU:
         raise UserError(f"train.py {options} ended early with code {ran.returncode}: {ran.stderr[-1000:]}")
-    found = [path for run in folder.glob("*") for path in snapshots(run)]
+    found = [path for run in sorted(folder.glob("*"))[-1:] for path in snapshots(run)]  # the last attempt
     kimg = read_trained(found[-1])["kimg"] if found else 0
     if not kimg:
         raise UserError(f"train.py {options} wrote no trained snapshot in {minutes:g} minutes; give it more")
@@ -114,8 +115,16 @@ def show(runs: list[dict]) -> str:
 def main(data, minutes, seeds, folder, out, recipes, asked):
     """Train recipes for the same time and measure them."""
     result = {"machine": describe(), "data": data.name, "minutes": minutes, "recipes": dict(recipes), "runs": []}
+    if out.exists():
+        before = json.loads(out.read_text())
+        if any(before[key] != result[key] for key in ("data", "minutes", "recipes")):
+            raise UserError(f"{out} is of another study; give another --out")
+        result["runs"] = before["runs"]
+    done = {(run["recipe"], run["seed"]) for run in result["runs"]}
     for seed in range(seeds):
         for name, options in recipes:
+            if (name, seed) in done:
+                continue
             network, trained = train(data, options, seed, minutes, folder / f"{name}-{seed}")
             found = {
                 "recipe": name,
