@@ -388,6 +388,16 @@ def test_the_state_before_the_first_step_depends_on_the_seed_alone(tiny):
         assert torch.equal(weight, average), name
 
 
+def test_latents_of_the_same_seed_are_not_the_weights(tiny):
+    """Numbers of torch.manual_seed(seed) in the first layer would single out the latents that they equal."""
+    G = prepare(tiny, train__seed=3)[2].G
+    numbers = torch.randn(5000, generator=torch.Generator().manual_seed(3))
+    for name, weight in G.mapping.named_parameters():
+        if weight.ndim == 2:
+            both = torch.stack([weight.detach().float().flatten(), numbers[: weight.numel()]])
+            assert torch.corrcoef(both)[0, 1].abs() < 0.5, name
+
+
 def test_a_state_restored_is_the_state_saved(tiny, tmp_path):
     config, images, state, trainer = prepare(tiny, augment__mode="ada", augment__p=0.5)
     for s in range(3):

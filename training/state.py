@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dnnlib.console import UserError, brief, shorten
 from torch_utils import checkpoint
 from torch_utils.distributed import Processes
+from torch_utils.randomness import make_rng
 from torch_utils.stats import Stats
 from training.config import OptimConfig, RunConfig
 from training.networks import Generator, build_discriminator
@@ -84,7 +85,8 @@ def new_state(config: RunConfig, device: torch.device) -> TrainState:
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
     # Sampled on the CPU, so that a GPU starts from the same weights; the caller's random state is left alone.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
+        # Not the seed itself: latents of torch.manual_seed(seed) would be rows of the mapping's first weights.
+        torch.manual_seed(make_rng(config.train.seed, 0, "weights").initial_seed())
         G, D = Generator(config.G).to(device, dtype), build_discriminator(config.D).to(device, dtype)
     for network in (G, D):
         compute_with(network, config.train.impl, config.train.recompute)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dnnlib.config import Config, build
 from dnnlib.console import UserError
+from torch_utils.randomness import make_rng
 from training.networks.cips import CIPSConfig
 from training.networks.creps import GeneratorConfig
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
@@ -142,7 +143,7 @@ def _cips(tensors: dict[str, Tensor], config: dict) -> Generator:
         shapes[f"{theirs}.bias"] = (1, G.config.img_channels, 1, 1)
     arrange = {"emb.input": lambda t: t[0].permute(1, 2, 0)}
     G = _load(G, tensors | {"w_avg": torch.zeros(G.config.w_dim)}, names, (), shapes, arrange)
-    z = torch.randn(4096, G.config.z_dim, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(4096, G.config.z_dim, generator=make_rng(0, 0, "w_avg"))
     G.mapping.w_avg.copy_(G.mapping(z)[:, 0].mean(dim=0))
     return G
 
