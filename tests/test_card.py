@@ -17,6 +17,7 @@ from docs import card, figures
 from rendering import render
 from rendering.styles import Styles
 from torch_utils.images import to_uint8
+from training.letters import Letters
 from training.networks import Generator, GeneratorConfig
 from training.networks.layers import SynthesisLayer
 from training.snapshot import load_generator, save_generator
@@ -174,3 +175,20 @@ def test_a_network_too_large_replaces_nothing(models, run, monkeypatch):
     result = make(run, *WORDS)
     assert result.exit_code == 2
     assert "leave --data out" in result.output
+
+
+def test_the_figure_of_sizes_finds_the_outline_and_its_edges():
+    """A drawing in other colours is nearest to itself; every window is in the image, on an edge."""
+    size = (figures.PANEL, figures.PANEL)
+    drawings = Letters("G", size, 21)
+    names = drawings.names()
+    own = drawings.image(names[5], 3)
+    inverted = Image.fromarray(255 - np.asarray(own))
+    assert min(names, key=lambda name: figures.distance(drawings.image(name, 3), inverted)) == names[5]
+    grey = np.asarray(own.convert("L"), float)
+    for side, (left, top, right, bottom) in figures.edges(own):
+        assert 0 <= left < right <= 1
+        assert 0 <= top < bottom <= 1
+        assert (right - left) * side == pytest.approx(min(side, figures.PANEL))
+        part = grey[int(top * 256) : int(np.ceil(bottom * 256)) + 1, int(left * 256) : int(np.ceil(right * 256)) + 1]
+        assert np.ptp(part) > 0.3 * np.ptp(grey)
