@@ -90,11 +90,11 @@ def sizes(G: Generator, ws: Tensor) -> Image.Image:
     """Show the first style at SIDES, from 1024 on its sharpest edge alone, above a Lanczos enlargement of ×1."""
     whole, small = render(G, ws[:1], Shot((PANEL, PANEL))), render(G, ws[:1])
     rows = [{}, {}]
-    for side, window in edges(whole):
+    for side, window in find_edges(whole):
         pixels = min(side, PANEL)
-        rows[0][f"{side}x{side}"] = magnified(render(G, ws[:1], Shot((pixels, pixels), window=window)))
+        rows[0][f"{side}x{side}"] = magnify(render(G, ws[:1], Shot((pixels, pixels), window=window)))
         box = tuple(at * small.width for at in window)
-        rows[1][f"x1 enlarged to {side}"] = magnified(small.resize((pixels, pixels), Image.Resampling.LANCZOS, box))
+        rows[1][f"x1 enlarged to {side}"] = magnify(small.resize((pixels, pixels), Image.Resampling.LANCZOS, box))
     return sheet(rows)
 
 
@@ -103,15 +103,13 @@ def outlines(image: Image.Image, character: str) -> Image.Image:
     drawings = Letters(character, (PANEL, PANEL), DRAWINGS)
     near = min(drawings.names(), key=lambda name: distance(drawings.image(name, 3), image))
     row = {}
-    for side, (left, top, right, bottom) in edges(drawings.image(near, 3)):
+    for side, (left, top, right, bottom) in find_edges(drawings.image(near, 3)):
         drawn = Letters(character, (side, side), DRAWINGS).image(near, 3)
-        row[f"outline at {side}x{side}"] = magnified(
-            drawn.crop([round(at * side) for at in (left, top, right, bottom)])
-        )
+        row[f"outline at {side}x{side}"] = magnify(drawn.crop([round(at * side) for at in (left, top, right, bottom)]))
     return sheet([row])
 
 
-def edges(image: Image.Image) -> list[tuple[int, tuple[float, float, float, float]]]:
+def find_edges(image: Image.Image) -> list[tuple[int, tuple[float, float, float, float]]]:
     """Return each of SIDES with a window in fractions, at most PANEL pixels wide, around the sharpest edge."""
     strength = np.asarray(image.convert("L").filter(ImageFilter.GaussianBlur(2)), float)
     slope = np.hypot(*np.gradient(strength))
@@ -124,17 +122,17 @@ def edges(image: Image.Image) -> list[tuple[int, tuple[float, float, float, floa
     return windows
 
 
-def magnified(image: Image.Image) -> Image.Image:
+def magnify(image: Image.Image) -> Image.Image:
     return image.resize((PANEL, PANEL), Image.Resampling.NEAREST)
 
 
 def distance(image: Image.Image, other: Image.Image) -> float:
     """Compute the root mean square difference of two images' shapes, whatever their colours and contrast."""
-    first, second = (standardized(each) for each in (image, other))
+    first, second = (standardize(each) for each in (image, other))
     return min(float(np.square(first - sign * second).mean()) for sign in (1, -1)) ** 0.5
 
 
-def standardized(image: Image.Image) -> np.ndarray:
+def standardize(image: Image.Image) -> np.ndarray:
     values = np.asarray(image.convert("L"), float)
     return (values - values.mean()) / values.std()
 

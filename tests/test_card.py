@@ -186,7 +186,7 @@ def test_the_figure_of_sizes_finds_the_outline_and_its_edges():
     inverted = Image.fromarray(255 - np.asarray(own))
     assert min(names, key=lambda name: figures.distance(drawings.image(name, 3), inverted)) == names[5]
     grey = np.asarray(own.convert("L"), float)
-    for side, (left, top, right, bottom) in figures.edges(own):
+    for side, (left, top, right, bottom) in figures.find_edges(own):
         assert 0 <= left < right <= 1
         assert 0 <= top < bottom <= 1
         assert (right - left) * side == pytest.approx(min(side, figures.PANEL))

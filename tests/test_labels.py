@@ -170,6 +170,7 @@ WRONG = [  # (labels, words of the sentence)
     ({"labels": [[name, [1]] for name, _ in PAIRS], "class_names": ["x", "y"]}, "names 2 numbers and uses 1"),
     ({"labels": PAIRS, "class_names": ["x"] * 8}, "two classes x"),
     ({"labels": PAIRS, "class_names": {"x": 0}}, "not a list of texts"),
+    ({"labels": PAIRS, "class_names": ""}, "not a list of texts"),
     ({"labels": [[name, "x"] for name, _ in PAIRS], "class_names": ["y"]}, "uses the class x"),
     ({"labels": "x"}, "is not of the form"),
     ({"labels": 5}, "is not of the form"),

@@ -338,7 +338,8 @@ def parse_json(data: bytes, where: str | os.PathLike) -> Table | None:
         if content in ([], {}):
             raise ValueError("it is empty")
         if isinstance(content, dict):
-            names = content.pop("class_names", None) or []
+            if (names := content.pop("class_names", None)) is None:
+                names = []
             labels = content.get("labels", content)
         if labels is None:
             return None
