@@ -110,7 +110,7 @@ def cpp_compiler() -> str:
     return f"{lines[0] if lines else 'unknown version'} ({command[0]})"
 
 
-def found(describe: Callable[[], str]) -> str:
+def describe_or_explain(describe: Callable[[], str]) -> str:
     """Return describe(), or why there is none."""
     try:
         return describe()
@@ -155,8 +155,8 @@ def main():
         "Python": [f"{platform.python_version()} ({sys.executable})"],
         "PyTorch": [f"{torch.__version__}, for CUDA {torch.version.cuda or '(none)'}"],
         "devices": list(devices()),
-        "CUDA compiler": [found(lambda: f"NVRTC {build.nvrtc_version()}")],
-        "C++ compiler": [found(cpp_compiler)],
+        "CUDA compiler": [describe_or_explain(lambda: f"NVRTC {build.nvrtc_version()}")],
+        "C++ compiler": [describe_or_explain(cpp_compiler)],
         "Triton": [triton()],
         "image files": [", ".join(ENDINGS), *(f".{e}: {what}" for e, what in HINTS.items() if e not in ENDINGS)],
         "libraries": [f"are built on first use and kept in {cache_dir() / 'libraries'}"],

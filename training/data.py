@@ -164,7 +164,7 @@ def index_at(position: int, count: int, seed: int) -> int:
 class Batch(NamedTuple):
     """Images uint8 [N,C,H,W], labels float32 [N,label_dim], and the windows that the images show, float64 [N,3].
 
-    windows: see training.scales; None: whole pictures.
+    windows: see training.scales; None: whole images.
     """
 
     images: torch.Tensor

@@ -2,7 +2,7 @@
 
 A loss yields one scalar per micro-batch, and their gradients add up to those of the batch.
 
-Legend: t the trainer, z latents, c labels, ws styles, windows of pictures (training.scales).
+Legend: t the trainer, z latents, c labels, ws styles, windows of images (training.scales).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def consistency(t: Trainer, own: Latents, ws: Tensor, images: Tensor, windows: T
 
 
 def teacher(t: Trainer, own: Latents, ws: Tensor, images: Tensor, windows: Tensor) -> Tensor:
-    """Return the mean absolute differences [N] between images, reduced to pixels of whole pictures, and the teacher's.
+    """Return the mean absolute differences [N] between images, reduced to pixels of whole images, and the teacher's.
 
     AnyresGAN (Chai et al., ECCV 2022), without its LPIPS: the teacher renders the same latents at these pixels.
     """

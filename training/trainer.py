@@ -214,7 +214,7 @@ class Trainer:
         """Return the logits [N,K] of D for `batches` of images of labels c [N,c_dim] and the same windows.
 
         sized: [N,C,H,W] of every size of the step. The logits of all sizes, and of all levels of their pyramids, are
-        side by side. A scale-aware D is told log2(n/R) of each, where n is the side of the whole picture that it is a
+        side by side. A scale-aware D is told log2(n/R) of each, where n is the side of the whole image that it is a
         part of.
         regularised: only the logits that R1 regards.
         """
