@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from training import losses
 from training.networks import COORDS, Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
+from training.networks.creps import thicken
 from training.networks.layers import EqualLinear, Head, SynthesisLayer, compute_with
 from training.networks.mapping import normalise
 
@@ -534,6 +535,27 @@ def test_depth_is_set_apart_from_the_size_trained_at():
     assert G.config.num_ws == 9
     assert G(noise(1, 10)).shape == (1, 3, 10, 10)
     assert GeneratorConfig(img_resolution=512).num_blocks == GeneratorConfig(img_resolution=900, depth=8).num_blocks
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_thicker_generator_renders_the_same_images(variant):
+    changes = VARIANTS[variant]
+    G = frozen(**changes)
+    thickness = G.config.thickness
+    thick = Generator(GeneratorConfig(**TINY | changes | {"thickness": 3 * thickness})).double()
+    thick.load_state_dict(thicken(G.state_dict(), 3 * thickness, noise=0))
+    ws = styles(G, 2)
+    torch.testing.assert_close(thick.synthesis(ws), G.synthesis(ws), rtol=1e-10, atol=1e-10)
+
+
+def test_the_copies_of_a_thicker_generator_differ():
+    G = frozen(thickness=2)
+    weights = thicken(G.state_dict(), 6)
+    for name, axis in (("weight", 1), ("freqs", 0)):
+        first, second, third = weights[f"synthesis.lines.input.{name}"].chunk(3, axis)
+        assert torch.equal(first, G.state_dict()[f"synthesis.lines.input.{name}"])
+        assert (second != first).all()
+        assert (third != second).all()
 
 
 def test_a_resolution_stands_for_a_square():

@@ -227,6 +227,19 @@ def test_a_run_on_windows_begins_from_the_networks_of_a_run_at_one_size(tiny):
         assert line in result.output.splitlines()
 
 
+def test_a_thicker_network_takes_everything(tiny):
+    old = tiny.run()
+    thickness = yaml.safe_load((old / "options.yaml").read_text())["G"]["thickness"]
+    result = tiny.call(*tiny.new("--init-from", old, f"-oG.thickness={2 * thickness}", "--kimg", 0.008))
+    assert result.exit_code == 0, result.output
+    for network in ("G", "G_ema"):
+        (report,) = re.findall(rf"^{network}: (\d+) of (\d+) tensors from .*(; .*)$", result.output, re.MULTILINE)
+        assert report[0] == report[1]
+        assert report[2] == f"; thickness {thickness} copied to {2 * thickness}"
+    result = tiny.call(*tiny.new("--init-from", old, f"-oG.thickness={2 * thickness + 1}", "--kimg", 0.008))
+    assert "fresh: synthesis.lines.input" in result.output
+
+
 def test_a_larger_network_takes_what_fits_and_says_what_does_not(tiny):
     old = tiny.run()
     path = checkpoint.found(old)[0]

@@ -1,8 +1,10 @@
 """The synthesis of CREPS: lines, then pixels."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -82,3 +84,35 @@ class CrepsSynthesis(Synthesis):
     def compute(self, ws: Tensor, rows: Tensor, cols: Tensor, noise: Tensor | None) -> Tensor:
         lines: Lines = self.lines(ws, rows, cols)
         return self.pixels(lines, ws[:, -1])
+
+
+INPUT = "synthesis.lines.input."
+
+
+def thicken(weights: dict[str, Tensor], thickness: int, noise: float = 0.5) -> dict[str, Tensor]:
+    """Return weights of a generator with that thickness which, but for the noise, renders the same images.
+
+    `weights`: the state_dict of a generator of kind creps whose thickness divides `thickness`. Each slot of the
+    thickness is copied, as Net2WiderNet copies units (Chen et al., Net2Net, ICLR 2016). The dot product then has as
+    many times the terms as there are copies, so the heads are divided by the root of that. In all copies but the first,
+    amplitudes are multiplied by 1 + noise·N(0,1), and frequencies moved by noise/2·N(0,1) cycles, always the same
+    numbers: equal copies would stay equal in training.
+    """
+    copies = thickness // len(weights[INPUT + "freqs"])
+    generator = torch.Generator().manual_seed(0)
+
+    def copy(tensor: Tensor, axis: int, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        draws = [torch.randn(tensor.shape, generator=generator).to(tensor) for _ in range(copies - 1)]
+        return torch.cat([tensor, *(change(tensor, draw) for draw in draws)], axis)
+
+    amplitudes, freqs = weights[INPUT + "weight"], weights[INPUT + "freqs"]
+    result = {
+        name: t / math.sqrt(copies) if name.startswith("synthesis.lines.") and name.split(".")[-2] == "head" else t
+        for name, t in weights.items()
+    }
+    result[INPUT + "weight"] = copy(amplitudes, 1, lambda a, draw: a * (1 + noise * draw))
+    result[INPUT + "freqs"] = copy(freqs, 0, lambda f, draw: f + noise / 2 * draw)
+    for name in ("affine.weight", "affine.bias"):
+        factors = weights[INPUT + name].unflatten(0, amplitudes.shape)
+        result[INPUT + name] = torch.cat([factors] * copies, 1).flatten(0, 2)
+    return result
