@@ -23,9 +23,9 @@ demo: .venv/ready
 	$(BIN)/python generate.py --network=$(LETTERS) --seeds=0-25 --size=128x128 --columns=9 --grid=out/demo/alphabet.png
 	$(BIN)/python generate.py --network=$(LETTERS) --seeds=0-4 --class=C,R,E,P,S --size=819x819 --columns=5 \
 		--grid=out/demo/word.png
-	$(BIN)/python -m docs.figures --network=emoji-people --seed=38 --trunc=0.8 --out=out/demo/scales.png
-	$(BIN)/python generate.py --network=emoji-people --trunc=0.8 --seeds=38 --size=4096x4096 --grid=out/demo/poster.png
-	$(BIN)/python generate.py --network=emoji-people --trunc=0.8 --seeds=38-39 --size=256x256 --zoom=1:8:1 --w-frames=30 \
+	$(BIN)/python -m docs.figures --network=emoji-people --seed=24 --trunc=0.8 --out=out/demo/scales.png
+	$(BIN)/python generate.py --network=emoji-people --trunc=0.8 --seeds=24 --size=4096x4096 --grid=out/demo/poster.png
+	$(BIN)/python generate.py --network=emoji-people --trunc=0.8 --seeds=24-25 --size=256x256 --zoom=1:8:1 --w-frames=30 \
 		--video=out/demo/zoom.mp4
 	@echo "Look at out/demo: alphabet.png, word.png, scales.png, poster.png and zoom.mp4"
 

@@ -12,6 +12,8 @@ from training.networks.base import Synthesis, SynthesisConfig
 from training.networks.lines import Lines, LineSynthesis
 from training.networks.pixels import PixelSynthesis
 
+INPUT = "synthesis.lines.input."  # the names of its weights in a generator's state_dict begin so
+
 
 class GeneratorConfig(SynthesisConfig):
     """The architecture of CREPS. The defaults are the paper's (supplement, section 1)."""
@@ -84,9 +86,6 @@ class CrepsSynthesis(Synthesis):
     def compute(self, ws: Tensor, rows: Tensor, cols: Tensor, noise: Tensor | None) -> Tensor:
         lines: Lines = self.lines(ws, rows, cols)
         return self.pixels(lines, ws[:, -1])
-
-
-INPUT = "synthesis.lines.input."
 
 
 def thicken(weights: dict[str, Tensor], thickness: int, noise: float = 0.5) -> dict[str, Tensor]:
