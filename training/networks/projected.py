@@ -35,7 +35,7 @@ class ProjectedConfig(DiscriminatorConfig):
     channel_base: int = Field(2048, ge=1, description="resolution R has min(channel_base / R, channel_max) channels")
     channel_max: int = Field(128, ge=1)
     feature_size: int = Field(
-        96, ge=64, multiple_of=32, description="shorter side to which images are enlarged for features"
+        192, ge=64, multiple_of=32, description="shorter side to which images are enlarged for features"
     )
 
     @property
