@@ -1,7 +1,6 @@
 """The synthesis of CREPS: lines, then pixels."""
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from training.networks.base import Synthesis, SynthesisConfig
 from training.networks.lines import Lines, LineSynthesis
 from training.networks.pixels import PixelSynthesis
 
-INPUT = "synthesis.lines.input."  # the names of its weights in a generator's state_dict begin so
+INPUT = "synthesis.lines.input."  # prefix of the input's weights in the state_dict of a generator
 
 
 class GeneratorConfig(SynthesisConfig):
@@ -89,7 +88,7 @@ class CrepsSynthesis(Synthesis):
 
 
 def thicken(weights: dict[str, Tensor], thickness: int, noise: float = 0.5) -> dict[str, Tensor]:
-    """Return weights of a generator with that thickness which, but for the noise, renders the same images.
+    """Return the weights of a generator of that thickness, which renders the same images but for the noise.
 
     `weights`: the state_dict of a generator of kind creps whose thickness divides `thickness`. Each slot of the
     thickness is copied, as Net2WiderNet copies units (Chen et al., Net2Net, ICLR 2016). The dot product then has as
@@ -97,20 +96,21 @@ def thicken(weights: dict[str, Tensor], thickness: int, noise: float = 0.5) -> d
     amplitudes are multiplied by 1 + noise·N(0,1), and frequencies moved by noise/2·N(0,1) cycles, always the same
     numbers: equal copies would stay equal in training.
     """
-    copies = thickness // len(weights[INPUT + "freqs"])
+    amplitudes, freqs = weights[INPUT + "weight"], weights[INPUT + "freqs"]
+    copies = thickness // len(freqs)
     generator = torch.Generator().manual_seed(0)
 
-    def copy(tensor: Tensor, axis: int, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        draws = [torch.randn(tensor.shape, generator=generator).to(tensor) for _ in range(copies - 1)]
-        return torch.cat([tensor, *(change(tensor, draw) for draw in draws)], axis)
+    def draw(like: Tensor) -> list[Tensor]:
+        """Draw the noise of each copy; the first has none."""
+        draws = [torch.randn(like.shape, generator=generator).to(like) for _ in range(copies - 1)]
+        return [torch.zeros_like(like), *draws]
 
-    amplitudes, freqs = weights[INPUT + "weight"], weights[INPUT + "freqs"]
     result = {
         name: t / math.sqrt(copies) if name.startswith("synthesis.lines.") and name.split(".")[-2] == "head" else t
         for name, t in weights.items()
     }
-    result[INPUT + "weight"] = copy(amplitudes, 1, lambda a, draw: a * (1 + noise * draw))
-    result[INPUT + "freqs"] = copy(freqs, 0, lambda f, draw: f + noise / 2 * draw)
+    result[INPUT + "weight"] = torch.cat([amplitudes * (1 + noise * x) for x in draw(amplitudes)], 1)
+    result[INPUT + "freqs"] = torch.cat([freqs + noise / 2 * x for x in draw(freqs)])
     for name in ("affine.weight", "affine.bias"):
         factors = weights[INPUT + name].unflatten(0, amplitudes.shape)
         result[INPUT + name] = torch.cat([factors] * copies, 1).flatten(0, 2)
