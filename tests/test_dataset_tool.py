@@ -431,7 +431,7 @@ def test_a_second_native_conversion_changes_nothing(tmp_path):
 
 
 def test_native_images_of_one_size_are_described_by_one_number():
-    assert describe_native(Counter({(64, 48): 3}))[1:] == ["32x32     held by every image, 1.5 times"]
+    assert describe_native(Counter({(64, 48): 3}))[1:] == ["32x32     every image is 1.5 times as large"]
 
 
 def test_check_says_what_a_native_archive_can_serve(tmp_path):
@@ -442,8 +442,8 @@ def test_check_says_what_a_native_archive_can_serve(tmp_path):
     assert lines[1:5] == [
         "images 7",
         "size 32x32 (smallest), 40x60 (median), 200x100 (largest)",
-        "32x32 held by every image, 1.0 to 3.1 times (median 1.2)",
-        "64x64 held by 1 of 7 images; leave the others out with min-side 64",
+        "32x32 every image is 1.0 to 3.1 times as large (median 1.2)",
+        "64x64 in 1 of 7 images; leave the others out with min-side 64",
     ]
     with zipfile.ZipFile(path) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
@@ -673,16 +673,17 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_ctrl_c_leaves_nothing_half_written(tmp_path, start):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_leaves_nothing_half_written(tmp_path, start, number, code):
     source = write_folder(tmp_path / "in", {f"{i}.png": encode(noise_image(i, 64, 64)) for i in range(3)})
     options = ["--resolution", "256x256", "--transform", "random-crops", "--crops", "100000"]
     dest = tmp_path / "out" / "a.zip"
     process = start(dataset_tool.__file__, "--source", source, "--dest", dest, *options)
     wait_until(lambda: dest.parent.exists() and any(dest.parent.iterdir()))
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
+    assert process.returncode == code
+    assert errors.endswith("Interrupted; nothing was written.\n")
     assert list(dest.parent.iterdir()) == []
 
 

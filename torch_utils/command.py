@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import click
 
 from dnnlib.console import MemoryFull, UserError
-from torch_utils.distributed import PeerLost, claim_report, is_first
+from torch_utils.distributed import PeerLost, claim_report, is_first, launched
 from torch_utils.errors import explain
+from torch_utils.signals import Terminated, end_on_sigterm
 
 # Seconds for the launcher to end this rank before it prints an error as well: while another rank reports the error, and
 # after another rank has ended. A launcher on another machine cannot end this rank.
@@ -23,14 +24,17 @@ def command(*, memory: str = "free some of it", interrupted: str = "nothing was 
     """End a process with a sentence on stderr instead of a traceback, from one rank alone.
 
     Mistakes, full memory and full disks exit with code 2, unexpected errors with 1. `memory` says how to need less of
-    it. Ctrl-C exits with code 130, and `interrupted` says what is kept.
+    it. Ctrl-C exits with code 130 and SIGTERM with 143, and `interrupted` says what is kept. SIGTERM from a launcher
+    ends a rank at once: the launcher reports.
     """
     print_anything()
     try:
-        yield
+        with contextlib.nullcontext() if launched() else end_on_sigterm():
+            yield
         return
-    except KeyboardInterrupt:
-        sentence, code = f"Interrupted; {interrupted}" if is_first() else "", 130
+    except KeyboardInterrupt as stop:
+        sentence = f"Interrupted; {interrupted}" if is_first() else ""
+        code = 143 if isinstance(stop, Terminated) else 130
     except (click.ClickException, click.Abort, click.exceptions.Exit):
         raise
     except Exception as error:

@@ -31,6 +31,28 @@ def note_signals() -> Iterator[list[tuple[int, float]]]:
             signal.signal(number, handler)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a process ends as after Ctrl-C, but with exit code 143."""
+
+
+@contextlib.contextmanager
+def end_on_sigterm() -> Iterator[None]:
+    """Raise Terminated on SIGTERM, so that unfinished files are removed, unless something else handles it."""
+
+    def end(number, frame):
+        raise Terminated
+
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def heeded() -> list[signal.Signals]:
     """Return STOPS without SIGHUP where it is ignored, as nohup wants."""
     return [number for number in STOPS if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]

@@ -337,9 +337,9 @@ def describe_native(sizes: Counter[PillowSize]) -> list[str]:
         fitting = sum(min(size) >= side for size in ordered)
         if fitting == len(ordered):
             low, middle, high = (f"{min(size) / side:.1f}" for size in (least, median, largest))
-            times = f"{low} times" if low == high else f"{low} to {high} times (median {middle})"
-            lines.append(f"{f'{side}x{side}':<9} held by every image, {times}")
+            times = f"{low} times as large" if low == high else f"{low} to {high} times as large (median {middle})"
+            lines.append(f"{f'{side}x{side}':<9} every image is {times}")
         elif fitting:
             some = f"{fitting:,} of {len(ordered):,} images"
-            lines.append(f"{f'{side}x{side}':<9} held by {some}; leave the others out with min-side {side}")
+            lines.append(f"{f'{side}x{side}':<9} in {some}; leave the others out with min-side {side}")
     return lines
