@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GENERATORS
+from conftest import GENERATORS, RECIPE
 
 from dnnlib.config import build, merge, read_yaml
 from dnnlib.console import UserError
@@ -26,7 +26,9 @@ from torch_utils.distributed import Processes
 from training.config import RunConfig
 from training.data import ImageArchive
 from training.loop import Loop
-from training.runs import open_images
+from training.networks import Generator
+from training.runs import open_images, read_config
+from training.snapshot import load_generator
 from training.state import new_state
 
 VOLATILE = ("Timing/", "Resources/", "timestamp")
@@ -143,6 +145,19 @@ def test_the_teacher_is_the_network_that_a_run_started_from_however_often_it_is_
     equal(final_state(broken)["teacher"], final_state(first)["G_ema"])
     moved = final_state(broken)["G_ema"]
     assert any(not torch.equal(value, final_state(broken)["teacher"][name]) for name, value in moved.items())
+
+
+def test_the_teacher_of_a_thicker_generator_is_the_network_that_it_started_from(tiny):
+    native = ("--resolution", 8, "--max-scale", 3, "-o", "G.coords=centers", "--kimg", 0.008)
+    large = tiny.images("large", size=(30, 27))
+    file = sorted(tiny.run(*native, data=large).glob("*.safetensors"))[-1]
+    thicker = ("-o", f"G.thickness={2 * RECIPE['G']['thickness']}")
+    folder = tiny.run(*native, *thicker, "--init-from", file, "-o", "scales.teacher=5", data=large)
+    before = load_generator(file)
+    teacher = Generator(read_config(folder, {}).G)
+    teacher.load_state_dict(final_state(folder)["teacher"])
+    ws = torch.randn(2, before.config.num_ws, before.config.w_dim)
+    torch.testing.assert_close(teacher.synthesis(ws), before.synthesis(ws), rtol=1e-4, atol=1e-4)
 
 
 # --- stopped at every step -------------------------------------------------------------------------------------------
@@ -445,9 +460,11 @@ def test_only_the_last_two_states_are_kept_and_they_hold_only_plain_values(tiny)
 
 def test_a_finished_run_continued_does_nothing(tiny):
     folder = tiny.run()
-    before = {p: p.read_bytes() for p in folder.iterdir() if p.suffix != ".yaml" and "events" not in p.name}
-    assert tiny.call("--resume", folder).exit_code == 0
-    assert {p: p.read_bytes() for p in before} == before
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    for shorter in ((), ("--kimg", 0.008)):
+        result = tiny.call("--resume", folder, *shorter)
+        assert (result.exit_code, "give a larger --kimg" in result.output) == (0, True)
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
 
 
 def test_a_continued_run_keeps_the_measurements_that_others_left_in_its_directory(tiny):

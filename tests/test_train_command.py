@@ -164,8 +164,8 @@ def test_the_weights_reported_are_those_of_the_average(tiny):
 
 
 def test_labels_that_are_ignored_are_mentioned(tiny):
-    assert "set data.cond" in tiny.call(*tiny.new("--kimg", 0.008, data=tiny.labelled)).output
-    assert "set data.cond" not in tiny.call(*tiny.new("--kimg", 0.008, "--cond", data=tiny.labelled)).output
+    assert "start one with --cond" in tiny.call(*tiny.new("--kimg", 0.008, data=tiny.labelled)).output
+    assert "start one with --cond" not in tiny.call(*tiny.new("--kimg", 0.008, "--cond", data=tiny.labelled)).output
 
 
 # --- beginning from other weights ------------------------------------------------------------------------------------

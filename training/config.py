@@ -1,6 +1,7 @@
 """The settings of a training run as one frozen value, written to options.yaml in the run directory."""
 
 import functools
+import math
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -94,6 +95,11 @@ class TrainConfig(Config):
     ema_rampup: float | None = Field(0.05, gt=0, description="half-life at most this share of the images seen")
     w_avg_decay: float = Field(0.998, ge=0, le=1, description="share of w_avg that a step keeps")
     max_bad_steps: int = Field(20, ge=1, description="steps in a row with non-finite gradients that end the run")
+
+    @property
+    def steps(self) -> int:
+        """Return the steps of the whole run."""
+        return math.ceil(round(self.kimg * 1000) / self.batch)
 
     @field_validator("batch_gpu", mode="plain")
     @classmethod
@@ -202,8 +208,9 @@ def read_recipe(name: str, *over: Path) -> dict:
     path = (over[0].parent if over else Path()) / name if is_file else CONFIGS / f"{name}.yaml"
     where = f"base: {name} in {over[0]}" if over else f"recipe {name}"
     if not path.is_file():
-        hint = "" if is_file else f"; {nearest(name, sorted(p.stem for p in CONFIGS.glob('*.yaml')))}"
-        raise UserError(f"{where}: {path} does not exist{hint}")
+        recipes = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+        known = f"; {nearest(path.stem, recipes)}" if not is_file or path.stem in recipes else ""
+        raise UserError(f"{where}: {path} does not exist{known}")
     if path in over:
         raise UserError(f"{where}: a recipe cannot be its own base; name another one")
     settings = {key: {} if value is None else value for key, value in read_yaml(path).items()}

@@ -58,19 +58,18 @@ class Loop:
 
     def __post_init__(self):
         self.trainer = Trainer(self.config, self.state, self.images, self.procs)
-        t, scales = self.config.train, self.config.scales
+        scales = self.config.scales
         self.scales = scales if scales.max > 1 else None
         self.views = {"": None} | ({"-windows": scales} if self.scales else {})  # what the grids show
-        self.last = math.ceil(round(t.kimg * 1000) / t.batch)  # step
         self.writer = Writer(self.folder) if self.procs.is_first else None
-        if self.writer and self.state.step < self.last:
+        if self.writer:
             self.writer.claim()
         self.log = RunLog(self.folder, self.state.written, self.state.step) if self.procs.is_first else SilentLog()
 
     def run(self) -> int:
-        """Return the exit code: 0 at the end, or 128 + signal after one of STOPS, when the state is saved.
+        """Return the exit code: 0 at the end, or 128 + signal after one of torch_utils.signals.STOPS.
 
-        Raises UserError. After an error between steps, such as an unreadable image, all ranks save the state first.
+        Raises UserError. All ranks save the state after a signal, or an error between steps (an unreadable image, say).
         """
         self.saved = self.state.step or None  # the step of the newest state
         self.failure: Exception | None = None
@@ -88,7 +87,8 @@ class Loop:
 
     def train(self, stream: Iterator[Batch]) -> int:
         """Train to the last step, a signal or an error, save the state, and return the exit code."""
-        s, t, last = self.state, self.config.train, self.last
+        s, t = self.state, self.config.train
+        last = t.steps
         tick = max(1, round(t.tick * 1000 / t.batch))  # steps between reports
         # Several GPUs agree on a stop by waiting for each other, so they do it where a step waits anyway.
         listen = CHECK_INTERVAL if self.procs.world > 1 and self.procs.device.type == "cuda" else 1
@@ -183,7 +183,7 @@ class Loop:
         step += f", {self.trainer.micro} at a time" if len(self.trainer.parts) > 1 else ""
         self.log.print("G {:.2f} M parameters, D {:.2f} M".format(*sizes))
         self.log.print(
-            f"{len(self.images):,} images of {width}x{height} from {self.config.data.path}; {step}; "
+            f"{len(self.images):,} images from {self.config.data.path}, trained at {width}x{height}; {step}; "
             f"{t.kimg:g} kimg to train"
         )
         if self.procs.is_first:

@@ -235,6 +235,9 @@ def run(task: NewRun | ResumedRun, procs: Processes) -> int:
     if path:
         state.load_state_dict(saved or checkpoint.load(path), procs)
         say(f"resume {folder} at {state.step * config.train.batch / 1000:g} kimg, from {path.name}")
+        if state.step >= config.train.steps:
+            say("the run has ended; to train further, give a larger --kimg")
+            return 0
     elif isinstance(task, ResumedRun):
         raise UserError(f"{folder} holds no training-state-*.pt to resume from; give the directory of a run")
     else:
@@ -245,7 +248,7 @@ def run(task: NewRun | ResumedRun, procs: Processes) -> int:
     if task.config.train.batch_gpu == "auto":
         say(f"micro-batch: {config.train.batch_gpu} images per process, the most that fit into memory")
     if images.has_labels and not config.data.cond:
-        say(f"note: {config.data.path} has labels, and this run ignores them; set data.cond to train on them")
+        say(f"note: {config.data.path} has labels, and this run ignores them; start one with --cond to train on them")
     if procs.is_first:
         with atomic_write(folder / "options.yaml") as temporary:
             temporary.write_text(to_yaml(config) + "\n", encoding="utf-8")

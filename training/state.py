@@ -43,14 +43,14 @@ class TrainState:
     written: dict[str, int] = field(default_factory=dict)  # bytes of each log that belong to the steps so far
 
     def state_dict(self) -> dict:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in values.items()}
 
     def load_state_dict(self, saved: dict, procs: Processes) -> None:
         """Restore every field. Raises UserError when `saved` belongs to other networks."""
         saved = {"teacher": None} | saved  # states of earlier versions have none
         try:
-            for name in (field.name for field in fields(self)):
+            for name in (f.name for f in fields(self)):
                 own, value = getattr(self, name), saved[name]
                 if isinstance(own, torch.optim.Adam):  # states of earlier versions were not fused
                     groups = [group | {"fused": True, "foreach": None} for group in value["param_groups"]]
@@ -164,7 +164,8 @@ def initialise(state: TrainState, path: Path) -> list[str]:
                     f"scales.teacher needs all of G from {path}, which lacks {fresh[0]} of this shape; give G the "
                     "settings of that network, or set scales.teacher to 0"
                 )
-            state.teacher.load_state_dict(own)
+            exact = thicken(sources[name], new, noise=0) if thicker else own
+            state.teacher.load_state_dict({n: exact[n] for n in own})
     if not taken:
         raise UserError(f"nothing in {path} fits these networks; compare its sizes with G and D of the config")
     if "D" not in sources:
