@@ -82,6 +82,8 @@ def measure(options: Options, procs: Processes) -> None:
             raise UserError(f"{metric.name} compares with real images; give them with --data")
     if settings.scales and not any(metric.family.pattern.startswith("scale_") for metric in metrics):
         raise UserError("--scales belongs to the metrics scale_*; add one, or leave --scales out")
+    if (options.size or options.scale) and all(metric.family.pattern.startswith("scale_") for metric in metrics):
+        raise UserError("--size and --scale set the size of other metrics; give those of scale_* with --scales")
     if options.images:
         metrics = tuple(metric.of(min(metric.num, subject.images.files.num)) for metric in metrics)
     if procs.is_first:

@@ -3,9 +3,11 @@
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 from dnnlib.config import nearest
@@ -42,7 +44,7 @@ Point = tuple[float, float, float]  # x, value, standard error
 
 
 def read(run: Path) -> list[dict]:
-    """Read the measurements in a run directory, each with its `kimg`. Raises UserError if there are none."""
+    """Read the measurements in a run directory, if there are any, each with its `kimg`. Raises UserError."""
     records = []
     for path in sorted(run.glob("metric-*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -55,8 +57,6 @@ def read(run: Path) -> list[dict]:
                 records.append(record)
             except (ValueError, LookupError, AttributeError, TypeError) as error:
                 raise UserError(f"line {number} of {path} is not a measurement ({error}); remove it") from error
-    if not records:
-        raise UserError(f"{run} holds no metric-*.jsonl; give the directories of runs that were measured")
     return records
 
 
@@ -103,11 +103,20 @@ def panel(axes: Axes, title: str, unit: str, curves: dict[str, list[Point]], pub
 def plot_runs(runs: list[Path], out: Path, published: str | None = None) -> None:
     """Plot a panel for each result over the training, and one for each kind of scale consistency, into `out`.
 
-    published: a key of FID, whose values are dashed lines. Raises UserError.
+    Runs without measurements are left out, and named. published: a key of FID, whose values are dashed lines. Raises
+    UserError.
     """
+    if out.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise UserError(f"--out={out}: choose a name that ends in .png, .pdf or .svg")
     if published is not None and published not in FID:
-        raise UserError(f"published={published}: {nearest(published, FID)}")
-    records = {run.resolve().name: read(run) for run in runs}
+        raise UserError(f"--published={published}: {nearest(published, FID)}")
+    measured = {run: records for run in runs if (records := read(run))}
+    for run in runs:
+        if run not in measured:
+            print(f"{run} holds no metric-*.jsonl; it is left out", file=sys.stderr)
+    if not measured:
+        raise UserError("nothing to plot; give the directories of runs that were measured")
+    records = {run.resolve().name: found for run, found in measured.items()}
     training = {run: over_training(found) for run, found in records.items()}
     scales = {run: over_scales(found) for run, found in records.items()}
     panels = []

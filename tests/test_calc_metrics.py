@@ -504,6 +504,8 @@ def test_the_training_images_of_a_run_are_found(bench):
         ({"metrics": "eqr4", "size": "31x40"}, "32x32 pixels or more"),
         ({"trunc": "nan"}, "--trunc=nan"),
         ({"metrics": "fd_dinov2_5", "scales": "32,64"}, "--scales belongs to the metrics scale_*"),
+        ({"metrics": "scale_psnr_2", "size": "64x64"}, "give those of scale_* with --scales"),
+        ({"metrics": "scale_psnr_2,scale_ssim_2", "scale": 2}, "give those of scale_* with --scales"),
         ({"scale": "nan"}, "--scale=nan"),
     ],
     ids=str,
@@ -600,7 +602,13 @@ def test_snapshots_are_measured_as_the_command_measures_them(bench, run):
     result = CliRunner().invoke(calc_metrics.main, ["plot", str(folder), "--published=FFHQ-51"])
     assert (result.exit_code, "did you mean FFHQ-512?" in result.output) == (2, True)
     result = CliRunner().invoke(calc_metrics.main, ["plot", str(without)])
-    assert (result.exit_code, "holds no metric" in result.output) == (2, True)
+    assert (result.exit_code, "holds no metric" in result.output, "nothing to plot" in result.output) == (2, True, True)
+    both = ["plot", str(without), str(folder)]
+    result = CliRunner().invoke(calc_metrics.main, [*both, f"--out={bench.folder / 'both.svg'}"])
+    assert (result.exit_code, f"{without} holds no metric" in result.output) == (0, True)
+    assert (bench.folder / "both.svg").stat().st_size
+    result = CliRunner().invoke(calc_metrics.main, [*both, f"--out={bench.folder / 'both.xyz'}"])
+    assert (result.exit_code, "ends in .png, .pdf or .svg" in result.output) == (2, True)
 
 
 @pytest.mark.parametrize(
