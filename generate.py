@@ -119,7 +119,7 @@ def image_size(
 @command(memory="give a smaller --tile", interrupted="the same command with --resume continues.")
 def main(
     context, network, seeds, saved, save_w, outdir, grid, columns, video, w_frames, fps, format, resume, trunc,
-    trunc_cutoff, classes, mix, size, scale, window, translate, rotate, zoom, dtype, **shot,
+    trunc_cutoff, classes, mix, size, scale, window, translate, rotate, zoom, dtype, **view,
 ):  # fmt: skip
     """Render images and videos of a trained generator.
 
@@ -156,7 +156,7 @@ def main(
     if not abs(trunc) < 1e38:
         raise UserError(f"--trunc={trunc}: give a finite number, for example 0.7")
     camera = Camera.parse(window, translate, rotate, zoom)
-    seeds = parse_seeds(seeds) if seeds else []
+    numbers = parse_seeds(seeds) if seeds else []
     styles = Styles(trunc, trunc_cutoff, parse_classes(classes) if classes else [], mix)
     if not video and camera.moves:
         raise UserError("a path A:B is for videos; add --video, or give single values")
@@ -172,8 +172,8 @@ def main(
             say(f"{network} is conditional: seed i gets class i mod {G.config.c_dim}; choose with --class{known}")
         if dtype == "fp16" and group.device.type == "cpu":
             raise UserError("--dtype=fp16 is for GPUs; use bf16 or fp32 on a CPU")
-        shot = Shot(image_size(G.config.img_shape, size, scale, camera.window[0]), **shot)
-        images = SavedStyles(G, Path(saved)) if saved else Seeds(G, seeds, styles)
+        shot = Shot(image_size(G.config.img_shape, size, scale, camera.window[0]), **view)
+        images = SavedStyles(G, Path(saved)) if saved else Seeds(G, numbers, styles)
         if video and not (camera.moves or len(images) > 1):
             raise UserError("the video would not move; give several --seeds, or a path, for example --zoom=1:50")
         if save_w and group.is_first:

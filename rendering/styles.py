@@ -78,15 +78,17 @@ def parse_part(G: Generator, text: str, part: str) -> tuple[int, float | None]:
     names, c_dim = G.class_names, G.config.c_dim
     word, colon, number = (part, "", "") if part in names or ":" not in part else part.rpartition(":")
     weight = parse_number(number) if colon else None
-    if colon and weight is None:
+    if not word or (colon and weight is None):
         raise UserError(f"class={text}: cannot read {part!r}; write a class, or a blend such as 2:0.3+5:0.7")
     if word in names:
         return names.index(word), weight
     if re.fullmatch(r"[0-9]{1,9}", word) and int(word) < c_dim:
         return int(word), weight
-    known = f"it has classes 0 to {c_dim - 1}" + (f": {shorten(names)}" if names else ", without names")
-    near = difflib.get_close_matches(word, names, cutoff=0.5)
-    raise UserError(f"class={text}: {known}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    known = f"the network has classes 0 to {c_dim - 1}" + (f": {shorten(names)}" if names else ", without names")
+    close = difflib.get_close_matches(word.lower(), [name.lower() for name in names], cutoff=0.5)
+    near = [name for name in names if name.lower() in close]
+    advice = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise UserError(f"class={text}: there is no class {word!r}; {known}{advice}")
 
 
 def parse_mix(text: str, count: int) -> tuple[int, list[int]]:

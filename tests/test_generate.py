@@ -491,7 +491,7 @@ WRONG = {
     "--trunc=1e308": "--trunc=1e+308",
     "--trunc=0.5 --trunc-cutoff=99": "7 styles",
     "--class=1": "no classes",
-    "--network=cond --class=3": "class=3: it has classes 0 to 2",
+    "--network=cond --class=3": "class=3: there is no class '3'; the network has classes 0 to 2",
     "--network=cond --class=1:x": "2:0.3+5:0.7",
     "--network=cond --class=0:0": "larger",
     "--network=cond --class=0:1+2": "every part",
