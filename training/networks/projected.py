@@ -23,7 +23,7 @@ from training.networks.mapping import Mapping
 
 MIXED = (64, 128, 256, 512)  # channels of the four features after mixing across channels …
 FUSED = (64, 64, 128, 256)  # … and across scales
-HEAD = (64, 128, 256, 256)  # channels at strides 4, 8, 16, 32 in the heads
+HEAD = (64, 128, 256, 256)  # channels at strides 8, 16, 32, 64 in the heads
 SPREAD = (9.8, 8.9, 6.0, 2.5)  # standard deviations of the features, which are divided by them
 LABEL = 64  # dimension of the projection of an image on its label
 
@@ -93,7 +93,7 @@ class HeadLayer(nn.Module):
 
 
 class FeatureHead(nn.Module):
-    """[N,C,H,W] -> [N,outputs]: halve until a side has 4 pixels, at least once, then one linear layer."""
+    """[N,C,H,W] -> [N,outputs]: halve until a side has at most 4 pixels, at least once, then one linear layer."""
 
     def __init__(self, index: int, shape: tuple[int, int], outputs: int):
         super().__init__()
@@ -101,9 +101,9 @@ class FeatureHead(nn.Module):
         channels, (height, width) = FUSED[index], shape
         widths = HEAD[index:]
         while min(height, width) > 4 or not layers:
-            outputs_ = widths[min(len(layers), len(widths) - 1)]
-            layers.append(HeadLayer(channels, outputs_))
-            channels, height, width = outputs_, height // 2, width // 2
+            wider = widths[min(len(layers), len(widths) - 1)]
+            layers.append(HeadLayer(channels, wider))
+            channels, height, width = wider, height // 2, width // 2
         self.layers = nn.Sequential(*layers)
         self.out = EqualLinear(channels * height * width, outputs)
 
