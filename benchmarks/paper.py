@@ -517,7 +517,8 @@ def page(results: Results, cells: list[tuple[int, int]], large: list[int]) -> st
     )
     memory = "what PyTorch allocated" if on_gpu else "with about 0.5 GB of Python and PyTorch"
     note = f"""Written by `python -m benchmarks.paper` on {where}, torch {machine["torch"]}. Time is the median of the
-        calls of the synthesis, memory the peak of a process, {memory}. {NOTHING}: not published, or not measured."""
+        calls of the synthesis, memory the peak of a process, {memory}. {NOTHING}: not published, or not measured.
+        A network's file is named by the first digits of its SHA-256; models/ may hold a newer one."""
     sizes = [side for side, _ in cells]
     tables = [
         cost_table(results, cells), rate_table(results), fid_table(results), consistency_table(results), layer_table(),

@@ -233,14 +233,14 @@ def main(folder, name, trunc, scale, by, processor, **words):
         ("", ""),
         ("images", f"{width}x{height}{windows}, {G.config.img_channels} channels, {G.config.c_dim or 'no'} classes"),
         ("network", f"{sum(p.numel() for p in G.parameters()):,} parameters; {stored}"),
-        ("seen in training", f"{seen} on {processor}"),
+        ("seen in this run", f"{seen} on {processor}"),
         ("snapshot", f"{best.stem}: {why}"),
     ]
     text = [
         f"# {name}",
         f"![64 images of the network](../docs/images/{name}.png)",
         table(facts),
-        f"Trained, and the image above rendered, with\n\n```bash\n{train_command}\n"
+        f"This run, and the image above:\n\n```bash\n{train_command}\n"
         f"{shlex.join(['python', 'generate.py', *rendering_options, f'--grid=docs/images/{name}.png'])}\n```",
         distances(measured, {best.name, name}),
         *curves,
