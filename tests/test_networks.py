@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from training import losses
 from training.networks import COORDS, Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
-from training.networks.creps import thicken
+from training.networks.creps import grow, thicken, widen
 from training.networks.layers import EqualLinear, Head, SynthesisLayer, compute_with
 from training.networks.mapping import normalise
 
@@ -546,6 +546,40 @@ def test_a_thicker_generator_renders_the_same_images(variant):
     thick.load_state_dict(thicken(G.state_dict(), 3 * thickness, noise=0))
     ws = styles(G, 2)
     torch.testing.assert_close(thick.synthesis(ws), G.synthesis(ws), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("wider", [{"biline_channels": 7}, {"channel_base": 256}], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_wider_generator_renders_the_same_images_and_trains(variant, wider):
+    narrow = {"channel_base": 32, "channel_max": 8, "biline_channels": 4} | VARIANTS[variant]  # widths 8, 4, …
+    G = frozen(**narrow)
+    wide = Generator(GeneratorConfig(**TINY | narrow | wider)).double()
+    fresh = {name: t.clone() for name, t in wide.state_dict().items()}
+    wide.load_state_dict(widen(G.state_dict(), fresh))
+    ws = styles(G, 2)
+    images = wide.synthesis(ws)
+    torch.testing.assert_close(images, G.synthesis(ws), rtol=1e-10, atol=1e-10)
+    images.square().sum().backward()
+    grown = [p for (n, p), old in zip(wide.named_parameters(), G.parameters(), strict=True) if p.shape != old.shape]
+    assert grown
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in grown) == len(grown)
+
+
+def test_only_a_generator_that_is_larger_in_every_way_grows():
+    G = frozen(thickness=2, biline_channels=4)
+    old = G.state_dict()
+    for changes, how in (
+        ({"thickness": 4, "biline_channels": 6}, ["thickness 2 copied to 4", "tensors widened"]),
+        ({"thickness": 2, "biline_channels": 3}, []),
+        ({"thickness": 3, "biline_channels": 4}, []),
+        ({"thickness": 2, "biline_channels": 4, "img_channels": 4}, []),
+        ({"thickness": 2, "biline_channels": 6, "w_dim": 2 * G.config.w_dim}, []),
+        ({"thickness": 2, "biline_channels": 4}, []),
+    ):
+        weights, grown = grow(old, Generator(GeneratorConfig(**TINY | changes)).double().state_dict())
+        assert len(grown) == len(how)
+        assert all(word in line for word, line in zip(how, grown, strict=True))
+        assert grown or weights is old
 
 
 def test_the_copies_of_a_thicker_generator_differ():

@@ -15,7 +15,7 @@ from torch_utils.randomness import make_rng
 from torch_utils.stats import Stats
 from training.config import OptimConfig, RunConfig
 from training.networks import Generator, build_discriminator
-from training.networks.creps import INPUT, thicken
+from training.networks.creps import grow
 from training.networks.layers import compute_with
 from training.networks.released import is_released, load_released
 from training.phases import Phase, phases
@@ -127,9 +127,8 @@ def find_weights(start: str) -> Path:
 def initialise(state: TrainState, path: Path) -> list[str]:
     """Give `state` the weights in a snapshot (G and its EMA), or in a training state or released file (D as well).
 
-    Tensors of the same name and shape are taken. A generator whose thickness is a multiple starts from copies (see
-    thicken). A teacher gets the tensors of the EMA, all of them. Returns a report, line by line; raises UserError when
-    nothing fits.
+    Tensors of the same name and shape are taken; a larger generator starts from the old one (see grow). A teacher gets
+    the tensors of the EMA, all of them. Returns a report, line by line; raises UserError when nothing fits.
     """
     if is_released(path):
         networks = load_released(path)
@@ -143,10 +142,7 @@ def initialise(state: TrainState, path: Path) -> list[str]:
     report, taken = [], 0
     for name, tensors in sources.items():
         own = getattr(state, name).state_dict()
-        old, new = (len(weights.get(INPUT + "freqs", ())) for weights in (tensors, own))
-        thicker = 0 < old < new and new % old == 0
-        if thicker:
-            tensors = thicken(tensors, new)
+        tensors, grown = grow(tensors, own)
         fits = [n for n in own if n in tensors and tensors[n].shape == own[n].shape]
         for n in fits:
             own[n].copy_(tensors[n])
@@ -154,7 +150,7 @@ def initialise(state: TrainState, path: Path) -> list[str]:
         taken += len(fits)
         report.append(
             f"{name}: {len(fits)} of {len(own)} tensors from {path}"
-            + (f"; thickness {old} copied to {new}" if thicker else "")
+            + "".join(f"; {how}" for how in grown)
             + (f"; fresh: {shorten(fresh, 3)}" if fresh else "")
             + (f"; not taken: {shorten(left, 3)}" if left else "")
         )
@@ -164,7 +160,7 @@ def initialise(state: TrainState, path: Path) -> list[str]:
                     f"scales.teacher needs all of G from {path}, which lacks {fresh[0]} of this shape; give G the "
                     "settings of that network, or set scales.teacher to 0"
                 )
-            exact = thicken(sources[name], new, noise=0) if thicker else own
+            exact, _ = grow(sources[name], own, noise=0)
             state.teacher.load_state_dict({n: exact[n] for n in own})
     if not taken:
         raise UserError(f"nothing in {path} fits these networks; compare its sizes with G and D of the config")

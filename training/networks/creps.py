@@ -116,3 +116,55 @@ def thicken(weights: dict[str, Tensor], thickness: int, noise: float = 0.5) -> d
         factors = weights[INPUT + name].unflatten(0, amplitudes.shape)
         result[INPUT + name] = torch.cat([factors] * copies, 1).flatten(0, 2)
     return result
+
+
+def widen(weights: dict[str, Tensor], fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a generator with more channels in its blocks or pixels, which renders the same images.
+
+    `weights`, `fresh`: the state_dicts of the old generator and of a new one, of kind creps, which differ in those
+    channels alone. New channels have the weights in `fresh`. What read the old channels reads the new ones times zero:
+    a style of zero in modulated layers, weights of zero in others.
+    """
+    result = dict(weights)
+    for name, new in fresh.items():
+        layer, _, part = name.rpartition(".")
+        old = weights[name]
+        if part != "weight" or layer.endswith("affine") or old.shape == new.shape:
+            continue
+        outputs, inputs = old.shape
+        gain = math.sqrt(new.shape[1] / inputs)  # undoes that of layers without demodulation, 1/√inputs
+        modulated = f"{layer}.affine.weight" in weights
+        result[name] = new.clone()
+        result[name][:outputs, :inputs] = old if modulated else old * gain
+        result[f"{layer}.bias"] = torch.zeros_like(fresh[f"{layer}.bias"])
+        result[f"{layer}.bias"][:outputs] = weights[f"{layer}.bias"]
+        if not modulated:
+            result[name][:outputs, inputs:] = 0
+            continue
+        for name in (f"{layer}.affine.weight", f"{layer}.affine.bias"):
+            result[name] = torch.zeros_like(fresh[name])
+            result[name][:inputs] = weights[name] * gain if layer.endswith("head") else weights[name]
+    return result
+
+
+def grow(
+    weights: dict[str, Tensor], fresh: dict[str, Tensor], noise: float = 0.5
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return `weights` in the sizes of `fresh` where they can grow to them (thicken, widen), and how they grew."""
+    old, new = (len(tensors.get(INPUT + "freqs", ())) for tensors in (weights, fresh))
+    grown = []
+    if 0 < old < new and new % old == 0:
+        weights = thicken(weights, new, noise)
+        grown.append(f"thickness {old} copied to {new}")
+    if old and weights.keys() == fresh.keys():
+        shapes = {n: (weights[n].shape, t.shape) for n, t in fresh.items() if weights[n].shape != t.shape}
+        if shapes and all(
+            name.startswith(("synthesis.lines.blocks.", "synthesis.pixels."))
+            and name != "synthesis.pixels.decoder_img.bias"  # other colours
+            and len(a) == len(b)
+            and all(x <= y for x, y in zip(a, b, strict=True))
+            for name, (a, b) in shapes.items()
+        ):
+            weights = widen(weights, fresh)
+            grown.append(f"{len(shapes)} tensors widened")
+    return weights, grown
