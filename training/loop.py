@@ -58,6 +58,9 @@ class Loop:
 
     def __post_init__(self):
         self.trainer = Trainer(self.config, self.state, self.images, self.procs)
+        self.saved = self.state.step or None  # the step of the newest state
+        self.failure: Exception | None = None  # the first one, kept until all ranks have saved the state
+        self.signals: list[tuple[int, float]] = []  # those noted so far
         scales = self.config.scales
         self.scales = scales if scales.max > 1 else None
         self.views = {"": None} | ({"-windows": scales} if self.scales else {})  # what the grids show
@@ -71,8 +74,6 @@ class Loop:
 
         Raises UserError. All ranks save the state after a signal, or an error between steps (an unreadable image, say).
         """
-        self.saved = self.state.step or None  # the step of the newest state
-        self.failure: Exception | None = None
         try:
             with note_signals() as self.signals, contextlib.closing(self.log), contextlib.closing(self.stream()) as s:
                 return self.train(s)
