@@ -141,9 +141,9 @@ def widen(weights: dict[str, Tensor], fresh: dict[str, Tensor]) -> dict[str, Ten
         if not modulated:
             result[name][:outputs, inputs:] = 0
             continue
-        for name in (f"{layer}.affine.weight", f"{layer}.affine.bias"):
-            result[name] = torch.zeros_like(fresh[name])
-            result[name][:inputs] = weights[name] * gain if layer.endswith("head") else weights[name]
+        for affine in (f"{layer}.affine.weight", f"{layer}.affine.bias"):
+            result[affine] = torch.zeros_like(fresh[affine])
+            result[affine][:inputs] = weights[affine] * gain if layer.endswith("head") else weights[affine]
     return result
 
 
