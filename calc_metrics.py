@@ -80,9 +80,10 @@ def measure(options: Options, procs: Processes) -> None:
     for metric in metrics:
         if (metric.family.reals and not subject.reals) or (metric.family.windows and not subject.large):
             raise UserError(f"{metric.name} compares with real images; give them with --data")
-    if settings.scales and not any(metric.family.pattern.startswith("scale_") for metric in metrics):
+    over_scales = [metric.family.pattern.startswith("scale_") for metric in metrics]
+    if settings.scales and not any(over_scales):
         raise UserError("--scales belongs to the metrics scale_*; add one, or leave --scales out")
-    if (options.size or options.scale) and all(metric.family.pattern.startswith("scale_") for metric in metrics):
+    if (options.size or options.scale) and all(over_scales):
         raise UserError("--size and --scale set the size of other metrics; give those of scale_* with --scales")
     if options.images:
         metrics = tuple(metric.of(min(metric.num, subject.images.files.num)) for metric in metrics)

@@ -45,6 +45,8 @@ Point = tuple[float, float, float]  # x, value, standard error
 
 def read(run: Path) -> list[dict]:
     """Read the measurements in a run directory, if there are any, each with its `kimg`. Raises UserError."""
+    if not run.is_dir():
+        raise UserError(f"{run} does not exist, or is no directory; give the directories of runs")
     records = []
     for path in sorted(run.glob("metric-*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):

@@ -606,6 +606,8 @@ def test_snapshots_are_measured_as_the_command_measures_them(bench, run):
     result = CliRunner().invoke(calc_metrics.main, [*both, f"--out={bench.folder / 'both.svg'}"])
     assert (result.exit_code, f"{without} holds no metric" in result.output) == (0, True)
     assert (bench.folder / "both.svg").stat().st_size
+    result = CliRunner().invoke(calc_metrics.main, [*both, str(bench.folder / "gone")])
+    assert (result.exit_code, "gone does not exist" in result.output) == (2, True)
     result = CliRunner().invoke(calc_metrics.main, [*both, f"--out={bench.folder / 'both.xyz'}"])
     assert (result.exit_code, "ends in .png, .pdf or .svg" in result.output) == (2, True)
 
