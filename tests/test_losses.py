@@ -163,9 +163,9 @@ def test_the_running_mean_settles_at_constant_lengths():
 @pytest.mark.parametrize("kind", losses.ADVERSARIAL)
 def test_several_logits_of_an_image_count_as_their_mean(kind):
     a, b, loss = noise(3, 4), noise(3, 4, seed=1), losses.ADVERSARIAL[kind]
-    assert loss.G(a).tolist() == pytest.approx([loss.G(x[:, None]).mean().item() for x in a])
-    each = [loss.D(x[:, None], y[:, None]).mean().item() for x, y in zip(a, b, strict=True)]
-    assert loss.D(a, b).tolist() == pytest.approx(each)
+    for term, logits in ((loss.G, (a, b) if loss.pairs else (a,)), (loss.D, (a, b))):
+        each = [term(*(x[:, None] for x in image)).mean().item() for image in zip(*logits, strict=True)]
+        assert term(*logits).tolist() == pytest.approx(each)
 
 
 def test_levels_of_a_pyramid_keep_flat_images_and_waves_that_they_can_show():
@@ -184,6 +184,13 @@ def test_levels_of_a_pyramid_keep_flat_images_and_waves_that_they_can_show():
     loss *= math.cos(math.pi / 16) ** 3
     expected = loss * (2 * math.pi * (torch.arange(64, dtype=torch.float64) + 0.5) / 8).sin()
     assert torch.allclose(quarter[0, 0, inner, inner], expected.expand(64, 64)[inner, inner])
+
+
+def test_relativistic_losses_are_softpluses_of_the_difference_between_paired_logits():
+    real, fake = torch.tensor(LOGITS, dtype=torch.float64)[:, None], noise(6, 1)
+    differences = [r - f for r, f in zip(LOGITS, fake[:, 0].tolist(), strict=True)]
+    assert losses.relativistic_D(real, fake).tolist() == pytest.approx([softplus(-d) for d in differences])
+    assert losses.relativistic_G(fake, real).tolist() == pytest.approx([softplus(d) for d in differences])
 
 
 def test_hinge_is_its_formula():

@@ -35,6 +35,7 @@ VOLATILE = ("Timing/", "Resources/", "timestamp")
 PROJECTED = ("D.kind=projected", "D.feature_size=64", "loss.kind=hinge", "augment.mode=diffaug", "D.mbstd_group=2")
 VARIANTS = {
     "labels, mirror, micro-batches": ("--cond", "--mirror", "--batch-gpu", 4, "--aug", "fixed", "--p", 0.5),
+    "relativistic": ("-o", "loss.kind=relativistic", "-o", "loss.r2=true"),
     "ada without lazy phases": ("--aug", "ada", "-o", "augment.kimg=0.1", "--gamma", 0, "-o", "loss.pl_weight=0"),
     "projected": ("--cond", *(x for o in PROJECTED for x in ("-o", o))),
     "stylegan2": ("--cond", "-o", "loss.style_mixing=0.9"),

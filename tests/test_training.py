@@ -179,7 +179,8 @@ class Straightforward:
         config, n = self.config, len(real)
         real, c, side = real.double() / 127.5 - 1, c.double(), config.G.img_shape[0]
         sides = self.sides(s, side)
-        hinge = config.loss.kind == "hinge"
+        hinge, pairs = (config.loss.kind == kind for kind in ("hinge", "relativistic"))
+        reals = [real if k == real.shape[2] else shrunk(real, k) for k in sides]
         for network in (self.G, self.D):
             network.requires_grad_(True)
 
@@ -189,6 +190,8 @@ class Straightforward:
         logits = self.judged(
             [self.augmented(x, s, "generator") for x in self.mixed(sized, s, "generator")], labels, windows
         )
+        if pairs:
+            logits = logits - self.judged([self.augmented(x, s, "generator real") for x in reals], c, windows).detach()
         loss = (-logits if hinge else torch.log1p(torch.exp(-logits))).mean()
         if config.scales.consistency:
             halved = images.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
@@ -218,21 +221,28 @@ class Straightforward:
 
         ws, labels, seeds = self.styles(s, "critic", n)
         sized = self.mixed([self.rendered(ws, seeds, windows, k).detach() for k in sides], s, "critic")
-        reals = [real if k == real.shape[2] else shrunk(real, k) for k in sides]
         on_fake = self.judged([self.augmented(x, s, "critic") for x in sized], labels, windows)
         on_real = self.judged([self.augmented(x, s, "critic real") for x in reals], c, windows)
         if hinge:
             loss = (1 + on_fake).clamp(min=0).mean() + (1 - on_real).clamp(min=0).mean()
+        elif pairs:
+            loss = torch.log1p(torch.exp(on_fake - on_real)).mean()
         else:
             loss = F.softplus(on_fake).mean() + F.softplus(-on_real).mean()
         self.descend(self.D, self.D_opt, loss)
         self.signs.append(on_real.detach().sign().mean().item())
 
         if config.loss.r1_gamma and s % config.loss.r1_interval == 0:
-            x = reals[0].clone().requires_grad_()
-            logits = self.judged([self.augmented(x, s, "r1")], c, windows)
-            (g,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-            penalty = g.pow(2).flatten(1).sum(1).mean() * config.loss.r1_gamma / 2
+            penalised = [(reals[0], c, "r1")]
+            if config.loss.r2:
+                ws, labels, seeds = self.styles(s, "r2", n)
+                penalised.append((self.rendered(ws, seeds, windows, sides[0]).detach(), labels, "r2"))
+            penalty = 0
+            for images, labels, purpose in penalised:
+                x = images.clone().requires_grad_()
+                logits = self.judged([self.augmented(x, s, purpose)], labels, windows)
+                (g,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+                penalty = penalty + g.pow(2).flatten(1).sum(1).mean() * config.loss.r1_gamma / 2
             self.descend(self.D, self.D_opt, penalty * config.loss.r1_interval)
 
         if (s + 1) % 4 == 0:
@@ -295,6 +305,26 @@ SETTINGS = {
         "scales__max": 3.0,
         "loss__kind": "hinge",
         "loss__pyramid": 3,
+    },
+    "relativistic, R2, fixed augmentation, micro-batches": {
+        "data__cond": True,
+        "augment__mode": "fixed",
+        "augment__p": 0.6,
+        "loss__kind": "relativistic",
+        "loss__r2": True,
+        "train__batch_gpu": 4,
+    },
+    "relativistic, R2, windows of two sizes, micro-batches": {
+        "data__cond": True,
+        "data__resolution": 8,
+        "G__coords": "centers",
+        "scales__max": 1.7,
+        "scales__larger": 1.5,
+        "scales__pairs": 0.3,
+        "loss__kind": "relativistic",
+        "loss__r1_interval": 3,
+        "loss__r2": True,
+        "train__batch_gpu": 4,
     },
     "a teacher, uniform zooms, micro-batches": {
         "data__cond": True,

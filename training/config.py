@@ -47,12 +47,13 @@ class AugmentSettings(AugmentConfig):
 
 
 class LossConfig(Config):
-    kind: Literal["logistic", "hinge"] = "logistic"
+    kind: Literal["logistic", "hinge", "relativistic"] = "logistic"
     pyramid: int = Field(
         1, ge=1, le=3, description="levels that D judges: images, images of half the side, …; the loss is their mean"
     )
     r1_gamma: float = setting(ge=0, flag="gamma", description="weight γ of R1: γ/2 · ‖gradient‖²")
     r1_interval: int = Field(16, ge=1, description="steps between R1 terms; each is multiplied by this")
+    r2: bool = Field(False, description="add R2: R1 of generated images, with the same weight and interval")
     pl_weight: float = Field(2.0, ge=0, description="weight of the path-length penalty; 0 turns it off")
     pl_interval: int = Field(4, ge=1, description="steps between path-length terms; each is multiplied by this")
     style_mixing: float = Field(

@@ -33,6 +33,19 @@ def hinge_D(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return per_image(F.relu(1 - real_logits)) + per_image(F.relu(1 + fake_logits))
 
 
+def relativistic_G(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
+    """[N,K], [N,K] -> [N]: softplus(D(real) − D(G(z))), each generated image beside one real image.
+
+    Relativistic pairing (Jolicoeur-Martineau, ICLR 2019). R3GAN (Huang et al., NeurIPS 2024) adds R1 and R2.
+    """
+    return per_image(F.softplus(real_logits - fake_logits))
+
+
+def relativistic_D(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """[N,K], [N,K] -> [N]: softplus(D(fake) − D(real))."""
+    return per_image(F.softplus(fake_logits - real_logits))
+
+
 def pyramid(x: Tensor, levels: int) -> Iterator[Tensor]:
     """[N,C,H,W] -> x and its smaller versions, `levels` in all, each half the one before: filtered by [1,3,3,1]/8.
 
@@ -50,17 +63,27 @@ def per_image(x: Tensor) -> Tensor:
 
 
 class Adversarial(NamedTuple):
-    G: Callable[[Tensor], Tensor]
+    """G(fake_logits), or G(fake_logits, real_logits) of a loss of pairs, and D(real_logits, fake_logits)."""
+
+    G: Callable[..., Tensor]
     D: Callable[[Tensor, Tensor], Tensor]
+    pairs: bool = False
 
 
-ADVERSARIAL = {"logistic": Adversarial(logistic_G, logistic_D), "hinge": Adversarial(hinge_G, hinge_D)}
+ADVERSARIAL = {
+    "logistic": Adversarial(logistic_G, logistic_D),
+    "hinge": Adversarial(hinge_G, hinge_D),
+    "relativistic": Adversarial(relativistic_G, relativistic_D, pairs=True),
+}
 
 
-def r1(D: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
-    """real [N,C,H,W] -> [N]: ‖∂ΣD(real)/∂real‖² (Mescheder et al., ICML 2018), to be weighted by γ/2."""
-    real = real.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(D(real).sum(), real, create_graph=True)
+def r1(D: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """images [N,C,H,W] -> [N]: ‖∂ΣD(images)/∂images‖², to be weighted by γ/2.
+
+    R1 where the images are real, R2 where they are generated (Mescheder et al., ICML 2018).
+    """
+    images = images.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(D(images).sum(), images, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3))
 
 

@@ -1,6 +1,6 @@
 """The phases of a training step, as in StyleGAN2-ADA: each is a term of the loss with its own update of one network.
 
-A loss yields one scalar per micro-batch, and their gradients add up to those of the batch.
+A loss yields scalars of each micro-batch, and their gradients add up to those of the batch.
 
 Legend: t the trainer, z latents, c labels, ws styles, windows of images (training.scales).
 """
@@ -22,6 +22,7 @@ from training.data import Batch
 from training.scales import mix, parts, resized
 
 if TYPE_CHECKING:
+    from training import augment, diffaug
     from training.trainer import Latents, Trainer
 
 
@@ -49,15 +50,21 @@ def generator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
     """Yield the adversarial loss of G, on the windows of the real images. w_avg tracks the mean style of the batch."""
     latents = t.sample_latents("generator", t.batch)
     augmentations = t.sample_augmentations("generator")
+    of_real = t.sample_augmentations("generator real") if t.adversarial.pairs else None
     average, sizes = 0, t.sizes()
-    for part, (_, _, windows) in zip(t.parts, t.split(real), strict=True):
+    for part, (x, c, windows) in zip(t.parts, t.split(real), strict=True):
         own = latents.part(part)
         with t.autocast():
             ws = t.styles(own)
             sized = [t.synthesise(ws, own.noise, windows, size) for size in sizes]
             mixed = mix(sized, t.rng("generator mixing"))
             logits = t.judge([augmentations[part].apply(images) for images in mixed], own.c, windows)
-        loss = t.adversarial.G(logits)
+        if t.adversarial.pairs:
+            with torch.no_grad(), t.autocast():
+                real_logits = t.judge([of_real[part].apply(resized(x, size)) for size in sizes], c, windows)
+            loss = t.adversarial.G(logits, real_logits)
+        else:
+            loss = t.adversarial.G(logits)
         average = average + ws[:, 0].detach().mean(dim=0) / len(t.parts)
         t.state.stats.report("Loss/G/loss", loss)
         for name, term in WINDOW_TERMS.items():
@@ -157,15 +164,31 @@ def discriminator_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
 
 
 def r1_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
-    """Yield γ/2 · R1 of real images, in a pair the smaller ones, times its interval."""
-    config = t.config.loss
-    augmentations = t.sample_augmentations("r1")
-    for part, (x, c, windows) in zip(t.parts, t.split(real), strict=True):
+    """Yield γ/2 · R1 times its interval, and with loss.r2 the same of R2. In a pair, of the smaller images."""
+    config, size = t.config.loss, t.sizes()[0]
+    weight = config.r1_gamma / 2 * config.r1_interval / len(t.parts)
+    of_real, of_fake = t.sample_augmentations("r1"), t.sample_augmentations("r2")
+    latents = t.sample_latents("r2", t.batch)
 
-        def judge(x: Tensor, part: slice = part, c: Tensor = c, windows: Tensor | None = windows) -> Tensor:
+    def penalty(
+        name: str,
+        images: Tensor,
+        c: Tensor,
+        windows: Tensor | None,
+        augmentations: augment.Augmentations | diffaug.Augmentations,
+    ) -> Tensor:
+        def judge(images: Tensor) -> Tensor:
             with t.autocast():
-                return t.judge([augmentations[part].apply(x)], c, windows, regularised=True)
+                return t.judge([augmentations.apply(images)], c, windows, regularised=True)
 
-        penalty = losses.r1(judge, resized(x, t.sizes()[0]))
-        t.state.stats.report("Loss/r1_penalty", penalty)
-        yield penalty.mean() * (config.r1_gamma / 2 * config.r1_interval / len(t.parts))
+        penalty = losses.r1(judge, images)
+        t.state.stats.report(f"Loss/{name}_penalty", penalty)
+        return penalty.mean() * weight
+
+    for part, (x, c, windows) in zip(t.parts, t.split(real), strict=True):
+        yield penalty("r1", resized(x, size), c, windows, of_real[part])
+        if config.r2:
+            own = latents.part(part)
+            with torch.no_grad(), t.autocast():
+                fake = t.synthesise(t.styles(own), own.noise, windows, size)
+            yield penalty("r2", fake, own.c, windows, of_fake[part])
