@@ -13,14 +13,15 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# Trains on letters, for 320 seconds at most, then renders with the last snapshot and with a network from models/.
+# Trains on letters, for 320 seconds at most where there is timeout (coreutils), then renders with the last snapshot and with a network from models/.
 PROCESSES = $$($(BIN)/python -c 'import torch; print(min(torch.cuda.device_count() or 2, 2))')
+LIMIT = $(if $(shell command -v timeout 2>/dev/null),timeout --foreground --preserve-status 320)
 LETTERS = $$(ls out/demo/00000-demo-letters/network-snapshot-*.safetensors | tail -n 1)
 demo: .venv/ready
 	rm -rf out/demo
 	$(BIN)/python dataset_tool.py --source=letters --dest=out/demo/letters.zip --resolution=32x32
-	timeout --foreground --preserve-status 320 $(BIN)/python train.py --outdir=out/demo --cfg=demo --cond \
-		--data=out/demo/letters.zip --gpus=$(PROCESSES) --workers=1 || test $$? = 143
+	$(LIMIT) $(BIN)/python train.py --outdir=out/demo --cfg=demo --cond --data=out/demo/letters.zip --gpus=$(PROCESSES) \
+		--workers=1 || test $$? = 143
 	$(BIN)/python generate.py --network=$(LETTERS) --seeds=0-25 --size=128x128 --columns=9 --grid=out/demo/alphabet.png
 	$(BIN)/python generate.py --network=$(LETTERS) --seeds=0-4 --class=C,R,E,P,S --size=819x819 --columns=5 \
 		--grid=out/demo/word.png

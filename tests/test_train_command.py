@@ -473,6 +473,7 @@ MISTAKES = {
     "an unknown recipe": (extra("--cfg", "ffhq521"), "ffhq521.*did you mean ffhq512"),
     "a word for a number": (extra("--batch", "many"), "--batch"),
     "a negative gamma": (extra("--gamma", -1), "loss.r1_gamma=-1"),
+    "R2 without weight": (extra("-oloss.r2=true", "--gamma=0"), "loss.r2=true has the weight loss.r1_gamma, .* 0"),
     "p above 1": (extra("--p", 1.5), "augment.p=1.5"),
     "p without its augmentation": (extra("--p", 0.5), "--p belongs to --aug=ada or fixed, and this run has none"),
     "target of another": (extra("--aug=fixed", "--p=0.5", "--target=0.5"), "--target belongs to --aug=ada, .* fixed"),

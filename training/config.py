@@ -143,6 +143,8 @@ class RunConfig(Config):
                 raise ValueError(f"G.{name}={g} and D.{name}={d} must be equal; set one of them")
         if self.loss.style_mixing and self.G.num_ws < 2:
             raise ValueError(f"loss.style_mixing needs several styles, and G.kind={self.G.kind} has one; set it to 0")
+        if self.loss.r2 and not self.loss.r1_gamma:
+            raise ValueError("loss.r2=true has the weight loss.r1_gamma, which is 0; set --gamma, or loss.r2=false")
         if self.augment.mode == "fixed" and not self.augment.p:
             raise ValueError(
                 "augment.mode=fixed augments with strength augment.p, which is 0; set it, for example to 0.2"

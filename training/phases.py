@@ -1,6 +1,6 @@
 """The phases of a training step, as in StyleGAN2-ADA: each is a term of the loss with its own update of one network.
 
-A loss yields scalars of each micro-batch, and their gradients add up to those of the batch.
+A loss yields one or two scalars per micro-batch, and their gradients add up to those of the batch.
 
 Legend: t the trainer, z latents, c labels, ws styles, windows of images (training.scales).
 """
@@ -22,7 +22,6 @@ from training.data import Batch
 from training.scales import mix, parts, resized
 
 if TYPE_CHECKING:
-    from training import augment, diffaug
     from training.trainer import Latents, Trainer
 
 
@@ -167,28 +166,23 @@ def r1_loss(t: Trainer, real: Batch) -> Iterator[Tensor]:
     """Yield γ/2 · R1 times its interval, and with loss.r2 the same of R2. In a pair, of the smaller images."""
     config, size = t.config.loss, t.sizes()[0]
     weight = config.r1_gamma / 2 * config.r1_interval / len(t.parts)
-    of_real, of_fake = t.sample_augmentations("r1"), t.sample_augmentations("r2")
-    latents = t.sample_latents("r2", t.batch)
 
-    def penalty(
-        name: str,
-        images: Tensor,
-        c: Tensor,
-        windows: Tensor | None,
-        augmentations: augment.Augmentations | diffaug.Augmentations,
-    ) -> Tensor:
+    def penalty(name: str, images: Tensor, c: Tensor, windows: Tensor | None, augment: Callable) -> Tensor:
         def judge(images: Tensor) -> Tensor:
             with t.autocast():
-                return t.judge([augmentations.apply(images)], c, windows, regularised=True)
+                return t.judge([augment(images)], c, windows, regularised=True)
 
         penalty = losses.r1(judge, images)
         t.state.stats.report(f"Loss/{name}_penalty", penalty)
         return penalty.mean() * weight
 
+    augmentations = t.sample_augmentations("r1")
     for part, (x, c, windows) in zip(t.parts, t.split(real), strict=True):
-        yield penalty("r1", resized(x, size), c, windows, of_real[part])
-        if config.r2:
+        yield penalty("r1", resized(x, size), c, windows, augmentations[part].apply)
+    if config.r2:
+        latents, augmentations = t.sample_latents("r2", t.batch), t.sample_augmentations("r2")
+        for part, (_, _, windows) in zip(t.parts, t.split(real), strict=True):
             own = latents.part(part)
             with torch.no_grad(), t.autocast():
                 fake = t.synthesise(t.styles(own), own.noise, windows, size)
-            yield penalty("r2", fake, own.c, windows, of_fake[part])
+            yield penalty("r2", fake, own.c, windows, augmentations[part].apply)
