@@ -181,4 +181,6 @@ def _sentence(kind: type[Config], problem: dict) -> str:
         return f"{dotted} is missing"
     if not path or problem["type"] == "value_error":
         return f"{dotted}: {message}" if dotted else message
+    if problem["type"] == "tuple_type":
+        message = "input should be a list, in [brackets]"
     return f"{dotted}={problem['input']!r}: {message[0].lower()}{message[1:]}"

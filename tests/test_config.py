@@ -233,7 +233,7 @@ class Outer(Config):
         ({"inner": {"width": "x"}}, "inner.width='x': input should be a valid integer"),
         ({"inner": {"rate": math.nan}}, "inner.rate=nan"),
         ({"inner": {"width": 0}, "names": "abc"}, "inner.width=0"),
-        ({"names": "abc"}, "names='abc'"),
+        ({"names": "abc"}, "names='abc': input should be a list, in [brackets]"),
         ({"inner": {1: 2}}, "1"),
     ],
     ids=str,
