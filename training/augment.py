@@ -100,6 +100,8 @@ def sample(
 
     # 13 decisions and 15 magnitudes, a row for each image.
     numbers = iter(torch.rand(n, 28, generator=rng, dtype=torch.float64).unbind(1))
+    if p == 0:
+        return Augmentations(*(torch.eye(3, k, dtype=torch.float64).expand(n, -1, -1) for k in (3, 4)))
 
     def uniform(low, high):
         return low + (high - low) * next(numbers)
