@@ -75,7 +75,12 @@ class Straightforward:
     def adam(self, network, lr, weight, interval):
         k = interval / (interval + 1) if weight else 1
         o = self.config.optim
-        return torch.optim.Adam(network.parameters(), lr=lr * k, betas=(o.beta1**k, o.beta2**k), eps=o.eps)
+        rest, mapping = (
+            [p for n, p in network.named_parameters() if n.startswith("mapping.layers.") == mapped]
+            for mapped in (False, True)
+        )
+        groups = [{"params": rest}, {"params": mapping, "lr": lr * k * o.mapping_lr * 100}]
+        return torch.optim.Adam(groups, lr=lr * k, betas=(o.beta1**k, o.beta2**k), eps=o.eps)
 
     def random(self, step, purpose):
         return make_rng(self.config.train.seed, step, purpose)
@@ -306,8 +311,9 @@ SETTINGS = {
         "loss__kind": "hinge",
         "loss__pyramid": 3,
     },
-    "relativistic, R2, fixed augmentation, micro-batches": {
+    "relativistic, R2, a faster mapping, fixed augmentation, micro-batches": {
         "data__cond": True,
+        "optim__mapping_lr": 0.3,
         "augment__mode": "fixed",
         "augment__p": 0.6,
         "loss__kind": "relativistic",

@@ -13,6 +13,7 @@ from training.augment import AugmentConfig
 from training.data import ImageArchive
 from training.diffaug import Policy
 from training.networks import AnyDiscriminatorConfig, AnyGeneratorConfig
+from training.networks.mapping import LR_MULT
 from training.scales import ScalesConfig, check_scales
 
 
@@ -65,6 +66,9 @@ class LossConfig(Config):
 class OptimConfig(Config):
     g_lr: float = setting(0.002, gt=0, flag="glr", description="learning rate of G")
     d_lr: float = setting(0.002, gt=0, flag="dlr", description="learning rate of D")
+    mapping_lr: float = Field(
+        LR_MULT, gt=0, description="learning rate of the mapping layers, as a share of g_lr and d_lr"
+    )
     beta1: float = Field(0.0, ge=0, lt=1)
     beta2: float = Field(0.99, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)

@@ -1,6 +1,7 @@
 """The state of a run that a crash must not lose: made new, started from other weights, saved and restored."""
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from training.config import OptimConfig, RunConfig
 from training.networks import Generator, build_discriminator
 from training.networks.creps import grow
 from training.networks.layers import compute_with
+from training.networks.mapping import LR_MULT, Mapping
 from training.networks.released import is_released, load_released
 from training.phases import Phase, phases
 from training.snapshot import find_network, load_generator
@@ -113,7 +115,14 @@ def _adam(network: nn.Module, lr: float, optim: OptimConfig, phases: list[Phase]
     cycle = math.lcm(*(phase.interval for phase in phases))
     share = cycle / sum(cycle // phase.interval for phase in phases)
     betas = (float(optim.beta1**share), float(optim.beta2**share))
-    return torch.optim.Adam(network.parameters(), lr=lr * share, betas=betas, eps=optim.eps, fused=True)
+    mappings = [module for module in network.modules() if isinstance(module, Mapping)]
+    mapped = {p for mapping in mappings for p in mapping.layers.parameters()}
+
+    def rate(p: nn.Parameter) -> float:
+        return lr * share * (optim.mapping_lr / LR_MULT if p in mapped else 1)  # at LR_MULT, EqualLinear slows them
+
+    groups = [{"params": list(same), "lr": value} for value, same in itertools.groupby(network.parameters(), rate)]
+    return torch.optim.Adam(groups, betas=betas, eps=optim.eps, fused=True)
 
 
 def find_weights(start: str) -> Path:
