@@ -87,8 +87,8 @@ def same_run(continued: Path, unbroken: Path):
     assert sorted(p.name for p in continued.glob("[!.]*.png")) == pictures
     for name in pictures:
         assert (continued / name).read_bytes() == (unbroken / name).read_bytes(), name
-    snapshots = sorted(p.name for p in unbroken.glob("*.safetensors"))
-    assert sorted(p.name for p in continued.glob("*.safetensors")) == snapshots
+    snapshots = sorted(p.name for p in unbroken.glob("[!.]*.safetensors"))
+    assert sorted(p.name for p in continued.glob("[!.]*.safetensors")) == snapshots
     for name in snapshots:
         assert (continued / name).read_bytes() == (unbroken / name).read_bytes(), name
 
