@@ -70,6 +70,7 @@ class Straightforward:
         self.teacher = state.teacher
         self.G_opt = self.adam(self.G, config.optim.g_lr, config.loss.pl_weight, config.loss.pl_interval)
         self.D_opt = self.adam(self.D, config.optim.d_lr, config.loss.r1_gamma, config.loss.r1_interval)
+        self.rates = {o: [group["lr"] for group in o.param_groups] for o in (self.G_opt, self.D_opt)}
         self.p, self.a, self.signs = config.augment.p, 0.0, []
 
     def adam(self, network, lr, weight, interval):
@@ -188,6 +189,11 @@ class Straightforward:
         reals = [real if k == real.shape[2] else shrunk(real, k) for k in sides]
         for network in (self.G, self.D):
             network.requires_grad_(True)
+        end, decay = config.train.kimg * 1000, config.optim.decay
+        left = np.interp(s * n, [end * (1 - decay), end], [1, 0]) if decay else 1
+        for optimizer, rates in self.rates.items():
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * left
 
         ws, labels, seeds = self.styles(s, "generator", n)
         sized = [self.rendered(ws, seeds, windows, k) for k in sides]
@@ -288,6 +294,8 @@ SETTINGS = {
         "optim__g_lr": 0.01,
         "optim__d_lr": 0.005,
         "optim__beta1": 0.5,
+        "optim__decay": 0.5,
+        "train__kimg": 0.08,
         "loss__r1_gamma": 3.0,
         "loss__pl_weight": 0.7,
         "loss__pl_decay": 0.3,

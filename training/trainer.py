@@ -103,6 +103,8 @@ class Trainer:
         for p, mean in zip(updated, flat.split([p.numel() for p in updated]), strict=True):
             p.grad = mean.view_as(p)
         optimizer.found_inf = bad  # as torch.amp.GradScaler sets it
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.decay()
         optimizer.step()
         for buffer, value in self._pending:
             buffer.copy_(torch.where(bad > 0, buffer, value))
@@ -110,6 +112,11 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         s.bad_steps[str(phase)] = (s.bad_steps.get(str(phase), 0) + 1) * bad
         s.stats.report(f"Progress/bad_gradients_{phase.network}", bad)
+
+    def decay(self) -> float:
+        """Return the share of the initial learning rates that this step has (optim.decay)."""
+        left = 1 - self.state.step * self.batch / (self.config.train.kimg * 1000)
+        return max(min(left / self.config.optim.decay, 1), 0) if self.config.optim.decay else 1
 
     def set_after_update(self, buffer: Tensor, value: Tensor) -> None:
         """Set `buffer` to `value` if the update of this phase takes place."""
