@@ -484,7 +484,7 @@ def test_gradients_that_are_not_finite_change_nothing_but_the_count(tiny, harm):
     g_is_whole = all(p.isfinite().all() for p in state.G.parameters())
     kept = {n: bytes_of(v) for n, v in state.state_dict().items() if n in ("D", "D_opt", "augment_p")}
     if g_is_whole:  # the path length does not use D, so it continues
-        state.G_opt.param_groups[0]["lr"] = 0.0
+        state.G_opt.param_groups[0]["initial_lr"] = 0.0
     else:
         kept |= {n: bytes_of(v) for n, v in state.state_dict().items() if n in ("G", "G_opt", "pl_mean")}
     w_avg = state.G.mapping.w_avg.clone()
