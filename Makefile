@@ -13,7 +13,8 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# Trains on letters, for 360 seconds at most where there is timeout (coreutils), then renders with the last snapshot and with a network from models/.
+# Trains on letters, for 360 seconds at most where there is timeout (coreutils), then renders with the last snapshot and
+# with a network from models/.
 PROCESSES = $$($(BIN)/python -c 'import torch; print(min(torch.cuda.device_count() or 2, 2))')
 LIMIT = $(if $(shell command -v timeout 2>/dev/null),timeout --foreground --preserve-status 360)
 LETTERS = $$(ls out/demo/00000-demo-letters/network-snapshot-*.safetensors | tail -n 1)

@@ -181,7 +181,7 @@ def test_a_run_interrupted_and_continued_is_the_unbroken_run_whatever_its_settin
 
 @pytest.mark.slow
 def test_a_run_interrupted_at_every_step_is_the_unbroken_run(tiny):
-    rates = ("-o", "optim.decay=0.7", "-o", "optim.mapping_lr=0.1")
+    rates = ("-o", "optim.lr_decay=0.7", "-o", "optim.mapping_lr=0.1")
     unbroken = tiny.run("--aug", "ada", "-o", "augment.kimg=0.1", *rates)
     folder, config = fresh(tiny.folder / "stopped", unbroken)
     for step in range(1, 7):

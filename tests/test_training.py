@@ -189,7 +189,7 @@ class Straightforward:
         reals = [real if k == real.shape[2] else shrunk(real, k) for k in sides]
         for network in (self.G, self.D):
             network.requires_grad_(True)
-        end, decay = config.train.kimg * 1000, config.optim.decay
+        end, decay = config.train.kimg * 1000, config.optim.lr_decay
         left = np.interp(s * n, [end * (1 - decay), end], [1, 0]) if decay else 1
         for optimizer, rates in self.rates.items():
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -294,7 +294,7 @@ SETTINGS = {
         "optim__g_lr": 0.01,
         "optim__d_lr": 0.005,
         "optim__beta1": 0.5,
-        "optim__decay": 0.5,
+        "optim__lr_decay": 0.5,
         "train__kimg": 0.08,
         "loss__r1_gamma": 3.0,
         "loss__pl_weight": 0.7,

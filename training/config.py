@@ -69,7 +69,7 @@ class OptimConfig(Config):
     mapping_lr: float = Field(
         LR_MULT, gt=0, description="learning rate of the mapping layers, as a share of g_lr and d_lr"
     )
-    decay: float = Field(
+    lr_decay: float = Field(
         0.0, ge=0, le=1, description="share of train.kimg, at its end, in which all learning rates fall linearly to 0"
     )
     beta1: float = Field(0.0, ge=0, lt=1)

@@ -115,11 +115,10 @@ def _adam(network: nn.Module, lr: float, optim: OptimConfig, phases: list[Phase]
     cycle = math.lcm(*(phase.interval for phase in phases))
     share = cycle / sum(cycle // phase.interval for phase in phases)
     betas = (float(optim.beta1**share), float(optim.beta2**share))
-    mappings = [module for module in network.modules() if isinstance(module, Mapping)]
-    mapped = {p for mapping in mappings for p in mapping.layers.parameters()}
+    mapped = {p for module in network.modules() if isinstance(module, Mapping) for p in module.layers.parameters()}
 
-    def rate(p: nn.Parameter) -> float:
-        return lr * share * (optim.mapping_lr / LR_MULT if p in mapped else 1)  # at LR_MULT, EqualLinear slows them
+    def rate(p: nn.Parameter) -> float:  # the scale of their weights slows the mapping layers by LR_MULT already
+        return lr * share * (optim.mapping_lr / LR_MULT if p in mapped else 1)
 
     groups = [{"params": list(same), "lr": value} for value, same in itertools.groupby(network.parameters(), rate)]
     return torch.optim.Adam(groups, betas=betas, eps=optim.eps, fused=True)

@@ -104,7 +104,7 @@ class Trainer:
             p.grad = mean.view_as(p)
         optimizer.found_inf = bad  # as torch.amp.GradScaler sets it
         for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.decay()
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.lr_decay()
         optimizer.step()
         for buffer, value in self._pending:
             buffer.copy_(torch.where(bad > 0, buffer, value))
@@ -113,10 +113,11 @@ class Trainer:
         s.bad_steps[str(phase)] = (s.bad_steps.get(str(phase), 0) + 1) * bad
         s.stats.report(f"Progress/bad_gradients_{phase.network}", bad)
 
-    def decay(self) -> float:
-        """Return the share of the initial learning rates that this step has (optim.decay)."""
+    def lr_decay(self) -> float:
+        """Return the factor, 1 to 0, of the learning rates in this step (optim.lr_decay)."""
+        share = self.config.optim.lr_decay
         left = 1 - self.state.step * self.batch / (self.config.train.kimg * 1000)
-        return max(min(left / self.config.optim.decay, 1), 0) if self.config.optim.decay else 1
+        return max(min(left / share, 1), 0) if share else 1
 
     def set_after_update(self, buffer: Tensor, value: Tensor) -> None:
         """Set `buffer` to `value` if the update of this phase takes place."""
