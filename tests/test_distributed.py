@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -213,6 +214,36 @@ def test_a_group_that_cannot_meet_is_a_sentence(monkeypatch, rank, words):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match=words), processes():
         pass
+
+
+@pytest.mark.slow
+def test_a_process_leaves_its_group_before_python_ends_after_a_mistake_as_well():
+    """Else Python aborts when a thread of gloo lets go of a tensor too late."""
+    code = """
+import atexit, sys
+import torch.distributed as dist
+from torch_utils.distributed import processes
+
+atexit.register(lambda: print(dist.is_initialized()))
+with processes() as procs:
+    procs.barrier()
+    sys.exit(2)
+"""
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    group = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["False\n"] * 2
+    assert [rank.returncode for rank in ranks] == [2, 2]
 
 
 # --- GPUs ------------------------------------------------------------------------------------------------------------

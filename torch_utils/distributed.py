@@ -1,5 +1,6 @@
 """Wrap torch.distributed: rank, world size, device and collectives as one value."""
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -209,7 +210,7 @@ def _notice_lost_machines() -> None:
 
 @contextlib.contextmanager
 def processes() -> Iterator[Processes]:
-    """Join the process group given by torchrun's environment (none: a single process); leave it after the block.
+    """Join the process group given by torchrun's environment (none: a single process); leave it in the end.
 
     Uses nccl with one GPU per process where there are GPUs, else gloo. Raises UserError when there are too few GPUs, or
     when this PyTorch cannot use them.
@@ -251,6 +252,8 @@ def processes() -> Iterator[Processes]:
                 "MASTER_ADDR, MASTER_PORT and the network"
             ) from error
         _notice_lost_machines()
+        if not gpus:  # after an error as well: Python would abort if a thread of gloo still held a tensor at its end
+            atexit.register(dist.destroy_process_group)
     yield Processes(rank, world, device)
-    if world > 1:  # not after an error: nccl would wait for the other ranks, which wait for this one
+    if world > 1 and gpus:  # not after an error: nccl would wait for the other ranks, which wait for this one
         dist.destroy_process_group()
