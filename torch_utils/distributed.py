@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group exists, which its functions would keep alive as their default
 
 from dnnlib.console import UserError, brief
 from torch_utils.errors import memory_full
@@ -252,7 +253,7 @@ def processes() -> Iterator[Processes]:
                 "MASTER_ADDR, MASTER_PORT and the network"
             ) from error
         _notice_lost_machines()
-        if not gpus:  # after an error as well: Python would abort if a thread of gloo still held a tensor at its end
+        if not gpus:  # after errors too: a thread of gloo that still holds a tensor makes a finalizing Python abort
             atexit.register(dist.destroy_process_group)
     yield Processes(rank, world, device)
     if world > 1 and gpus:  # not after an error: nccl would wait for the other ranks, which wait for this one
