@@ -188,6 +188,18 @@ def test_a_run_begins_from_a_network_in_models(tiny, models):
     assert yaml.safe_load((new / "options.yaml").read_text())["augment"]["kimg"] == 100
 
 
+def test_the_settings_with_which_a_network_would_fit_are_named(tiny, models):
+    old = tiny.run("-oG.biline_channels=6", "-oG.thickness=5")
+    (old / "network-snapshot-000000.safetensors").rename(models / "letters.safetensors")
+    new = tiny.new("--init-from=letters", "--kimg", 0.008)
+    (line,) = [line for line in tiny.call(*new).output.splitlines() if line.startswith("to take more of")]
+    settings = line.split(": ")[1].split()
+    assert settings == ["-o", "G.biline_channels=6", "-o", "G.thickness=5"]
+    output = tiny.call(*new, *settings).output
+    assert "fresh" not in output
+    assert "to take" not in output
+
+
 def test_a_run_begins_from_a_training_state_with_its_discriminator(tiny):
     old = tiny.run()
     path = checkpoint.found(old)[0]

@@ -17,7 +17,7 @@ from torch_utils.stats import Stats
 from training.config import OptimConfig, RunConfig
 from training.networks import Generator, build_discriminator
 from training.networks.creps import grow
-from training.networks.layers import compute_with
+from training.networks.layers import ImageConfig, compute_with
 from training.networks.mapping import LR_MULT, Mapping
 from training.networks.released import is_released, load_released
 from training.phases import Phase, phases
@@ -136,7 +136,8 @@ def initialise(state: TrainState, path: Path) -> list[str]:
     """Give `state` the weights in a snapshot (G and its EMA), or in a training state or released file (D as well).
 
     Tensors of the same name and shape are taken; a larger generator starts from the old one (see grow). A teacher gets
-    the tensors of the EMA, all of them. Returns a report, line by line; raises UserError when nothing fits.
+    the tensors of the EMA, all of them. Returns a report, line by line, which names the settings of G with which more
+    of a snapshot would fit; raises UserError when nothing fits.
     """
     if is_released(path):
         networks = load_released(path)
@@ -145,7 +146,8 @@ def initialise(state: TrainState, path: Path) -> list[str]:
         saved = checkpoint.load(path)
         sources = {name: saved.get(name, {}) for name in ("G", "G_ema", "D")}
     else:
-        weights = load_generator(path).state_dict()
+        network = load_generator(path)
+        weights = network.state_dict()
         sources = {"G": weights, "G_ema": weights}
     report, taken = [], 0
     for name, tensors in sources.items():
@@ -174,4 +176,12 @@ def initialise(state: TrainState, path: Path) -> list[str]:
         raise UserError(f"nothing in {path} fits these networks; compare its sizes with G and D of the config")
     if "D" not in sources:
         report.append(f"D: starts from new weights, because {path} holds none")
+        own = dict(state.G.config)
+        lacking = [
+            f"-o G.{name}={value}"
+            for name, value in network.config
+            if value != own.get(name) and name not in ImageConfig.model_fields
+        ]
+        if fresh and lacking:
+            report.append(f"to take more of {path}: {' '.join(lacking)}")
     return report
