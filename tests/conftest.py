@@ -137,12 +137,17 @@ def start() -> Iterator[Callable[..., Forked]]:
         process.close()
 
 
-def run_ranks(start: Callable[..., Forked], *command: object) -> list[str]:
-    """Run `python *command` in two processes of one group, to its end. Return what each prints to stdout."""
+def environments_of_ranks() -> list[dict[str, str]]:
+    """Return what a launcher sets for each of two processes of one group."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    ranks = [start(*command, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+    return [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+def run_ranks(start: Callable[..., Forked], *command: object) -> list[str]:
+    """Run `python *command` in two processes of one group, to its end. Return what each prints to stdout."""
+    ranks = [start(*command, **environment) for environment in environments_of_ranks()]
     printed = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], printed
     return [out for out, _ in printed]
